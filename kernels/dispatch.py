@@ -1,0 +1,84 @@
+"""Which implementation runs: the one place that decides.
+
+    triton              CUDA tensors: the kernels of this folder
+    triton-interpreter  CPU tensors with TRITON_INTERPRET=1: the same kernels, run by Triton's interpreter (tests)
+    reference           everything else: plain PyTorch, every shape and dtype; on a CPU this is the production path
+
+`force(name)` overrides the choice (the scripts' `--kernels`); a choice that cannot run is an error, never a fallback.
+Where Triton is not installed this package still imports, and the references work.
+"""
+
+import functools
+import os
+import sys
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # no Triton for this platform: the kernels below are never called, their sources need these names
+
+    def jit(fn):
+        return fn
+
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+
+NAMES = ("triton", "triton-interpreter", "reference")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it once, when it is imported
+_forced = None
+
+
+def force(name):
+    """Use implementation `name` (one of NAMES) from now on; None returns to the automatic choice."""
+    global _forced
+    if name is not None and name not in NAMES:
+        raise ValueError(f"kernels: {name!r} is not one of {', '.join(NAMES)}")
+    if name in ("triton", "triton-interpreter") and triton is None:
+        raise ValueError(f"kernels: {name!r} needs Triton, which is not installed here")
+    if name is not None and name.startswith("triton") and (name == "triton-interpreter") != INTERPRETED:
+        raise ValueError(f"kernels: {name!r} does not go with TRITON_INTERPRET={'1' if INTERPRETED else '0'}")
+    _forced = name
+
+
+def backend(device=None):
+    """Name of the implementation that runs for tensors on `device` (default: the GPU where there is one)."""
+    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    name = _forced or _choose(kind)
+    if (name == "triton" and kind != "cuda") or (name == "triton-interpreter" and kind != "cpu"):
+        raise ValueError(f"kernels: {name!r} cannot run on {kind} tensors")
+    _announce(name, kind)
+    return name
+
+
+def _choose(kind):
+    if kind == "cuda" and not INTERPRETED:
+        if triton is None:
+            raise ValueError("kernels: CUDA tensors need Triton; install it, or ask for --kernels reference")
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "reference"  # bfloat16 and the tiles of this folder begin with sm_80; _announce says so
+        return "triton"
+    return "triton-interpreter" if kind == "cpu" and INTERPRETED and triton is not None else "reference"
+
+
+@functools.cache
+def _announce(name, kind):
+    """One line per process and device kind."""
+    why = ""
+    if name == "reference" and kind == "cuda" and _forced is None:
+        why = " (below sm_80 the Triton kernels do not run: use float32)"
+    print(f"kernels: {name} on {kind}{why}", file=sys.stderr)
+
+
+def check(condition, message):
+    """ValueError(message) unless `condition`: how launchers refuse what they do not support, with the numbers."""
+    if not condition:
+        raise ValueError(message)
+
+
+def accumulator(dtype):
+    """The dtype that sums are kept in: fp64 for fp64 (gradcheck), fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
