@@ -1,7 +1,7 @@
 """Every prompt set, how it is scored, and the tables that show it.
 
 A suite is a list of items, dicts with `id, suite, kind, prompt` and what its judge needs; `cluster` names the items
-that share a thing or a goal. `run` samples one completion an item, `score` turns labelled items into figures with intervals.
+that share a thing or a goal. `run` samples one completion an item, `score` turns labelled items into figures.
 """
 
 import math
