@@ -8,6 +8,7 @@
 Where Triton is not installed this package still imports, and the references work.
 """
 
+import collections
 import functools
 import os
 import sys
@@ -30,6 +31,7 @@ except ImportError:  # no Triton for this platform: the kernels below are never 
 NAMES = ("triton", "triton-interpreter", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it once, when it is imported
 _forced = None
+LAUNCHES = collections.Counter()  # kernel name -> how often it was launched in this process
 
 
 def force(name):
@@ -82,3 +84,55 @@ def check(condition, message):
 def accumulator(dtype):
     """The dtype that sums are kept in: fp64 for fp64 (gradcheck), fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def architecture(device):
+    """Key of the fixed tile tables: "sm_80", "sm_89", "sm_90", or "interpreter" (small tiles, ragged everywhere).
+
+    sm_86 and consumer Blackwell have sm_89's shared memory; data-centre Blackwell takes sm_90's tiles.
+    """
+    if INTERPRETED:
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    return "sm_90" if major in (9, 10) else "sm_89"
+
+
+def processors(device):
+    """Streaming multiprocessors of the device: how many programs a grid-stride kernel is given."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(kernel, programs, *args, **meta):
+    """Every kernel of this folder starts here: a one-dimensional grid (only grid.x reaches beyond 65,535)."""
+    LAUNCHES[kernel.__name__] += 1
+    kernel[(programs,)](*args, **meta)
+
+
+def check_dtype(*tensors):
+    """All tensors share one dtype that the kernels take: fp32, fp16, bf16; fp64 in the interpreter, for gradcheck."""
+    dtypes = {t.dtype for t in tensors}
+    allowed = {torch.float32, torch.float16, torch.bfloat16} | ({torch.float64} if INTERPRETED else set())
+    check(len(dtypes) == 1, f"one dtype expected, got {sorted(map(str, dtypes))}")
+    check(dtypes <= allowed, f"{dtypes.pop()} has no Triton kernel here (the reference takes it: --kernels reference)")
+
+
+def triton_dtype(dtype):
+    """The tl dtype of an accumulator."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def descriptor(x_2d, block_shape):
+    """Hopper's tensor descriptor over a row-major matrix: loads of `block_shape` by hardware, zeros outside."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x_2d, block_shape)
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length()

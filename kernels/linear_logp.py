@@ -4,12 +4,20 @@ Replaces `logits = x @ w.T; log_softmax; gather` of SFT, RL and scoring. At T=81
 5 GB in fp32, and keeping them in bf16 instead costs up to 0.03 nat a token. Here only a chunk of logits exists at
 any time, in fp32 accumulators, and the losses stay plain PyTorch on the [T] vectors that come out.
 
-Cost: a product of 2*T*H*V FLOPs forward, the same once more in backward (recompute), one for dx and one for dw.
+Forward (also scoring without gradients) is one kernel, product and online softmax together: no logits in memory, only
+3 numbers a token and split of the vocabulary. Backward recomputes the logits in chunks of 2048 tokens or more: product
+by cuBLAS, one Triton pass over the rows that turns logits into their gradient, products for dx and dw.
+
+Cost: 2 T H V FLOPs forward, the same once more in backward (recompute), once for dx and, if the head is trained, once
+for dw. Bytes in backward: 14 T V for the chunks; memory: 6 bytes a logit of one chunk, and dw in fp32.
 """
+
+import math
 
 import torch
 
-from kernels.dispatch import accumulator, check
+from kernels import dispatch
+from kernels.dispatch import accumulator, check, jit, tl
 
 
 def linear_logp(x_TH, w_VH, y_T, temperature=1.0, ignore_index=-100):
@@ -22,7 +30,9 @@ def linear_logp(x_TH, w_VH, y_T, temperature=1.0, ignore_index=-100):
     check(x_TH.dim() == 2 and w_VH.dim() == 2 and x_TH.shape[1] == w_VH.shape[1], f"{x_TH.shape=} {w_VH.shape=}")
     check(y_T.shape == x_TH.shape[:1], f"{y_T.shape=} is not {x_TH.shape[:1]}")
     check(temperature > 0, f"{temperature=} must be positive")
-    return _Reference.apply(x_TH, w_VH, y_T, float(temperature), ignore_index)
+    if dispatch.backend(x_TH.device) == "reference":
+        return reference(x_TH, w_VH, y_T, temperature, ignore_index)
+    return _op(x_TH, w_VH, y_T, float(temperature), ignore_index)[:2]
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
@@ -84,3 +94,239 @@ def _dlogits(logp_CV, y_C, g_logp_C, g_entropy_C, entropy_C):
     p_CV = logp_CV.exp()
     dz_CV = logp_CV.add_(entropy_C[:, None]).mul_(-g_entropy_C[:, None]).sub_(g_logp_C[:, None]).mul_(p_CV)
     return dz_CV.scatter_add_(1, y_C[:, None], g_logp_C[:, None])
+
+
+# -------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit
+def _score_kernel(
+    X, W, Y, TOP, MASS, LEAN, TARGET, T, V, H, SCALE: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    BH: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """BT tokens against TILES * BV words: the part that this split of the vocabulary has in every token's softmax.
+
+    In units of log 2, with z = SCALE * logit: TOP = max z, MASS = sum 2^(z - TOP), LEAN = sum 2^(z - TOP) (z - TOP);
+    TARGET = z of the target, written by the one program whose words include it.
+    """
+    blocks = tl.cdiv(T, BT)  # neighbours share the words, so that they come from L2
+    split = tl.program_id(0) // blocks
+    row = (tl.program_id(0) % blocks) * BT + tl.arange(0, BT)
+    target = tl.load(Y + row, mask=row < T, other=-1)
+    top = tl.full([BT], float("-inf"), dtype=ACC)
+    mass = tl.zeros([BT], dtype=ACC)
+    lean = tl.zeros([BT], dtype=ACC)
+    z_target = tl.zeros([BT], dtype=ACC)
+    for tile in range(TILES):
+        first = (split * TILES + tile) * BV
+        col = first + tl.arange(0, BV)
+        z = _logits(X, W, (tl.program_id(0) % blocks) * BT, first, T, V, H, BT, BV, BH, EVEN, DESCRIPTORS, ACC) * SCALE
+        live = (col < V)[None, :]
+        z_target += tl.sum(tl.where(col[None, :] == target[:, None], z, 0), 1)
+        new_top = tl.maximum(top, tl.max(tl.where(live, z, float("-inf")), 1))
+        below = tl.where(live, z - new_top[:, None], 0)
+        e = tl.where(live, tl.exp2(below), 0)
+        fall = tl.where(top == float("-inf"), 0, top - new_top)  # the first tile has nothing to scale down
+        lean = tl.exp2(fall) * (lean + fall * mass) + tl.sum(e * below, 1)
+        mass = tl.exp2(fall) * mass + tl.sum(e, 1)
+        top = new_top
+    at = split.to(tl.int64) * T + row
+    tl.store(TOP + at, top, mask=row < T)
+    tl.store(MASS + at, mass, mask=row < T)
+    tl.store(LEAN + at, lean, mask=row < T)
+    mine = (target >= split * TILES * BV) & (target < (split + 1) * TILES * BV) & (target < V)
+    tl.store(TARGET + row, z_target, mask=(row < T) & mine)
+
+
+@jit
+def _logits(
+    X, W, first_row, first_col, T, V, H, BT: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One [BT,BV] tile of x @ w.T."""
+    row = (first_row + tl.arange(0, BT)).to(tl.int64)[:, None]
+    col = (first_col + tl.arange(0, BV)).to(tl.int64)[:, None]
+    acc = tl.zeros([BT, BV], dtype=ACC)
+    for h0 in range(0, H, BH):
+        if DESCRIPTORS:
+            x = X.load([first_row, h0])
+            w = W.load([first_col, h0])
+        else:
+            h = h0 + tl.arange(0, BH)[None, :]
+            inside = (h < H) | EVEN
+            x = tl.load(X + row * H + h, mask=(row < T) & inside, other=0)
+            w = tl.load(W + col * H + h, mask=(col < V) & inside, other=0)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee", out_dtype=ACC)
+    return acc
+
+
+@jit
+def _combine_kernel(
+    TOP, MASS, LEAN, TARGET, LOGP, ENTROPY, LSE, T, SPLITS, LN2: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr
+):
+    """Splits of the vocabulary, in their order, to the whole softmax; from here on natural logarithms."""
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    top = tl.full([BT], float("-inf"), dtype=ACC)
+    mass = tl.zeros([BT], dtype=ACC)
+    lean = tl.zeros([BT], dtype=ACC)
+    for split in range(SPLITS):
+        at = tl.full([BT], split, tl.int64) * T + row
+        part_top = tl.load(TOP + at, mask=row < T, other=0)
+        part_mass = tl.load(MASS + at, mask=row < T, other=1)
+        part_lean = tl.load(LEAN + at, mask=row < T, other=0)
+        new_top = tl.maximum(top, part_top)
+        fall = tl.where(top == float("-inf"), 0, top - new_top)
+        part_fall = part_top - new_top
+        lean = tl.exp2(fall) * (lean + fall * mass) + tl.exp2(part_fall) * (part_lean + part_fall * part_mass)
+        mass = tl.exp2(fall) * mass + tl.exp2(part_fall) * part_mass
+        top = new_top
+    target = tl.load(TARGET + row, mask=row < T, other=0)
+    log_mass = tl.log2(mass)
+    tl.store(LOGP + row, ((target - top) - log_mass) * LN2, mask=row < T)
+    tl.store(ENTROPY + row, (log_mass - lean / mass) * LN2, mask=row < T)
+    tl.store(LSE + row, (top + log_mass) * LN2, mask=row < T)
+
+
+@jit
+def _dlogits_kernel(
+    Z, DZ, Y, LSE, ENTROPY, G_LOGP, G_ENTROPY, V, INVERSE_T: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """One row of logits Z to the gradient DZ: g_logp (onehot - p) - g_entropy p (log p + entropy), over T."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(Y + row)
+    lse = tl.load(LSE + row)
+    entropy = tl.load(ENTROPY + row)
+    g_logp = tl.load(G_LOGP + row)
+    g_entropy = tl.load(G_ENTROPY + row)
+    for start in range(0, V, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        logp = tl.load(Z + row * V + col, mask=col < V, other=0).to(ACC) * INVERSE_T - lse
+        dz = tl.where(col == target, g_logp, 0) - tl.exp(logp) * (g_logp + g_entropy * (logp + entropy))
+        tl.store(DZ + row * V + col, (dz * INVERSE_T).to(DZ.dtype.element_ty), mask=col < V)
+
+
+# -------------------------------------------------------------------------------------------- launchers and operator
+
+Tensor = torch.Tensor
+CHUNK = 2048  # tokens at least: products of this height run at full speed, and dw is read and written rarely
+CHUNK_LOGITS = 2**28  # a small vocabulary takes more tokens a chunk
+
+
+@torch.library.custom_op("kernels::linear_logp", mutates_args=())
+def _op(x: Tensor, w: Tensor, y: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, entropy, log of the softmax's denominator; [T] each."""
+    outputs = x.new_zeros(3, len(y), dtype=accumulator(x.dtype))
+    kept = (y != ignore_index).nonzero().squeeze(1)
+    if len(kept):
+        outputs[:, kept] = launch_score(x[kept], w.contiguous(), y[kept], temperature)
+    return tuple(row.clone() for row in outputs)
+
+
+@torch.library.custom_op("kernels::linear_logp_backward", mutates_args=())
+def _backward_op(
+    g_logp: Tensor, g_entropy: Tensor, x: Tensor, w: Tensor, y: Tensor, entropy: Tensor, lse: Tensor,
+    temperature: float, ignore_index: int, needs_dx: bool, needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx and dw; an empty tensor for one that nobody needs."""
+    dx = torch.zeros_like(x) if needs_dx else x.new_empty(0)
+    dw = None
+    chunk = max(CHUNK, CHUNK_LOGITS // w.shape[0])
+    for rows in (y != ignore_index).nonzero().squeeze(1).split(chunk):
+        x_CH, w = x[rows], w.contiguous()
+        z_CV = _product(x_CH, w.T)
+        dz_CV = launch_dlogits(z_CV, x.dtype, *(t[rows] for t in (y, lse, entropy, g_logp, g_entropy)), temperature)
+        if needs_dx:
+            dx[rows] = dz_CV @ w
+        if needs_dw:
+            dw = _product(dz_CV.T, x_CH) if dw is None else _add_product(dw, dz_CV.T, x_CH)
+    if not needs_dw:
+        return dx, w.new_empty(0)
+    return dx, torch.zeros_like(w) if dw is None else dw.to(w.dtype)
+
+
+def launch_score(x_NH, w_VH, y_N, temperature):
+    """logp, entropy, lse as one [3,N] tensor; no [N,V] workspace."""
+    dispatch.check_dtype(x_NH, w_VH)
+    (tokens, width), vocab, acc = x_NH.shape, w_VH.shape[0], accumulator(x_NH.dtype)
+    arch = dispatch.architecture(x_NH.device)
+    check(width % 16 == 0 or arch == "interpreter", f"linear_logp: width {width} is not a multiple of 16")
+    tile = _score_tile(arch, x_NH.dtype)
+    splits = dispatch.cdiv(vocab, tile["BV"] * tile["TILES"])
+    top, mass, lean = torch.empty(3, splits, tokens, dtype=acc, device=x_NH.device)
+    target = torch.full((tokens,), torch.nan, dtype=acc, device=x_NH.device)  # stays NaN for a word that does not exist
+    x, w = x_NH, w_VH
+    if tile["DESCRIPTORS"]:
+        x = dispatch.descriptor(x, [tile["BT"], tile["BH"]])
+        w = dispatch.descriptor(w, [tile["BV"], tile["BH"]])
+    dispatch.launch(
+        _score_kernel, dispatch.cdiv(tokens, tile["BT"]) * splits, x, w, y_N, top, mass, lean, target, tokens, vocab,
+        width, SCALE=math.log2(math.e) / temperature, EVEN=width % tile["BH"] == 0, ACC=dispatch.triton_dtype(acc),
+        **tile,
+    )  # fmt: skip
+    outputs = torch.empty(3, tokens, dtype=acc, device=x_NH.device)
+    dispatch.launch(
+        _combine_kernel, dispatch.cdiv(tokens, 128), top, mass, lean, target, *outputs, tokens, splits,
+        LN2=math.log(2), BT=128, ACC=dispatch.triton_dtype(acc), num_warps=4,
+    )  # fmt: skip
+    return outputs
+
+
+def _score_tile(arch, dtype):
+    """Fixed tiles, chosen from compiled code (no spill, within shared memory); see bench/results/compiled.json."""
+    if arch == "interpreter":
+        return {"BT": 16, "BV": 32, "BH": 32, "TILES": 2, "DESCRIPTORS": False}
+    if dtype == torch.float32:  # IEEE products, no tensor cores
+        return {"BT": 64, "BV": 64, "BH": 32, "TILES": 16, "DESCRIPTORS": False, "num_warps": 8, "num_stages": 2}
+    tile = {"BT": 128, "BV": 128, "BH": 64, "TILES": 8, "DESCRIPTORS": arch == "sm_90", "num_warps": 8}
+    return tile | {"num_stages": {"sm_80": 3, "sm_89": 2, "sm_90": 4}[arch]}
+
+
+def launch_dlogits(z_CV, dtype, y_C, lse_C, entropy_C, g_logp_C, g_entropy_C, temperature):
+    dz_CV = torch.empty_like(z_CV, dtype=dtype)
+    dispatch.launch(
+        _dlogits_kernel, len(z_CV), z_CV, dz_CV, y_C, lse_C, entropy_C, g_logp_C, g_entropy_C, z_CV.shape[1],
+        INVERSE_T=1 / temperature, BLOCK=128 if dispatch.INTERPRETED else 4096,
+        ACC=dispatch.triton_dtype(z_CV.dtype), num_warps=8,
+    )  # fmt: skip
+    return dz_CV
+
+
+def _product(a, b):
+    """a @ b, summed and returned in fp32 (fp64): 16-bit operands stay 16 bits wide on a GPU."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.to(accumulator(a.dtype)) @ b.to(accumulator(b.dtype))
+
+
+def _add_product(total, a, b):
+    """total += a @ b, total in fp32 (fp64)."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@_op.register_fake
+def _(x, w, y, temperature, ignore_index):
+    return tuple(x.new_empty(len(y), dtype=accumulator(x.dtype)) for _ in range(3))
+
+
+@_backward_op.register_fake
+def _(g_logp, g_entropy, x, w, y, entropy, lse, temperature, ignore_index, needs_dx, needs_dw):
+    return (torch.empty_like(x) if needs_dx else x.new_empty(0)), (torch.empty_like(w) if needs_dw else w.new_empty(0))
+
+
+def _setup(ctx, inputs, output):
+    x, w, y, ctx.temperature, ctx.ignore_index = inputs
+    ctx.save_for_backward(x, w, y, *output[1:])
+
+
+def _backward(ctx, g_logp, g_entropy, g_lse):
+    x, w, y, entropy, lse = ctx.saved_tensors
+    needs_dx, needs_dw = ctx.needs_input_grad[:2]
+    dx, dw = _backward_op(
+        g_logp, g_entropy, x, w, y, entropy, lse, ctx.temperature, ctx.ignore_index, needs_dx, needs_dw
+    )
+    return dx if needs_dx else None, dw if needs_dw else None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
