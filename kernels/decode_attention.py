@@ -1,12 +1,19 @@
 """Attention of one new token per sequence over a paged cache: the sampler's decode step.
 
 The cache is an arena of pages of 64 tokens; a row's `block_table` lists its pages in order. Bytes: every key and value
-of the context is read once (2 * n * K * D values a row), so this is bound by memory bandwidth.
+of the context is read once (2 n K D values a row, 4 n H D FLOPs), so this is bound by memory bandwidth.
+
+The query heads of a group share one read of their keys. The context is split into parts of a fixed size, not into a
+fixed number of parts, and the parts are combined in their order: a row's result never depends on its batch. Nothing
+is read back by the host, so the launch can be captured in a CUDA graph.
 """
+
+import math
 
 import torch
 
-from kernels.dispatch import accumulator, check
+from kernels import dispatch
+from kernels.dispatch import accumulator, check, jit, tl
 
 PAGE = 64
 PAGES_AT_ONCE = 32  # copied by the CPU reference: 0.5 MB of keys a head of 64, so that they stay in its cache
@@ -28,7 +35,9 @@ def decode_attention(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_
     )
     check(heads % kv_heads == 0, f"{heads} query heads do not divide into {kv_heads} groups")
     check(block_table_BN.shape[:1] == lengths_B.shape == (rows,), f"{block_table_BN.shape=} {lengths_B.shape=} {rows=}")
-    return reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B)
+    if dispatch.backend(q_BHD.device) == "reference":
+        return reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B)
+    return _op(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B)
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
@@ -58,3 +67,103 @@ def _attend(q_RHD, k_RNSKD, v_RNSKD, lengths_R):
     score_RKGn = q_RKGD @ k_RKnD.transpose(2, 3)
     score_RKGn[..., -PAGE:].masked_fill_(dead_RS[:, None, None], -torch.inf)
     return (score_RKGn.softmax(3) @ v_RKnD).reshape(q_RHD.shape).to(q_RHD.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit
+def _decode_kernel(
+    Q, K_PAGES, V_PAGES, TABLE, LENGTHS, O_PART, LSE_PART, N, H, KV_HEADS, SPLITS, SCALE: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """PAGES pages of one row, for the query heads of one group (padded to HEADS, the least that a product takes)."""
+    split = tl.program_id(0) % SPLITS
+    kv_head = tl.program_id(0) // SPLITS % KV_HEADS
+    b = tl.program_id(0) // SPLITS // KV_HEADS
+    length = tl.load(LENGTHS + b)
+    if split * PAGES * PAGE >= length:
+        return
+    group = H // KV_HEADS
+    member = tl.arange(0, HEADS)
+    head = b.to(tl.int64) * H + kv_head * group + member
+    dim = tl.arange(0, D)
+    q = tl.load(Q + head[:, None] * D + dim[None, :], mask=(member < group)[:, None], other=0)
+    top = tl.full([HEADS], float("-inf"), dtype=ACC)
+    mass = tl.zeros([HEADS], dtype=ACC)
+    o = tl.zeros([HEADS, D], dtype=ACC)
+    for page in range(split * PAGES, tl.minimum((split + 1) * PAGES, tl.cdiv(length, PAGE))):
+        slot = tl.load(TABLE + b.to(tl.int64) * N + page).to(tl.int64) * PAGE + tl.arange(0, PAGE)
+        live = page * PAGE + tl.arange(0, PAGE) < length
+        at = (slot[:, None] * KV_HEADS + kv_head) * D + dim[None, :]
+        k = tl.load(K_PAGES + at, mask=live[:, None], other=0)
+        v = tl.load(V_PAGES + at, mask=live[:, None], other=0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * SCALE
+        score = tl.where(live[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        p = tl.exp2(score - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        mass = mass * shrink + tl.sum(p, 1)
+        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee", out_dtype=ACC)
+        top = new_top
+    part = head * SPLITS + split
+    tl.store(O_PART + part[:, None] * D + dim[None, :], o / mass[:, None], mask=(member < group)[:, None])
+    tl.store(LSE_PART + part, top + tl.log2(mass), mask=member < group)
+
+
+@jit
+def _decode_combine_kernel(
+    O_PART, LSE_PART, LENGTHS, OUT, H, SPLITS, TOKENS: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr
+):
+    """One head of one row: its parts, weighted by their share of the softmax. Length 0: zeros."""
+    head = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, D)
+    top = tl.full([1], float("-inf"), dtype=ACC)
+    mass = tl.zeros([1], dtype=ACC)
+    o = tl.zeros([D], dtype=ACC)
+    for split in range(tl.cdiv(tl.load(LENGTHS + head // H), TOKENS)):
+        lse = tl.load(LSE_PART + head * SPLITS + split)
+        new_top = tl.maximum(top, lse)
+        shrink, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
+        o = o * shrink + tl.load(O_PART + (head * SPLITS + split) * D + dim) * weight
+        mass = mass * shrink + weight
+        top = new_top
+    tl.store(OUT + head * D + dim, (o / tl.where(mass == 0, 1, mass)).to(OUT.dtype.element_ty))
+
+
+# -------------------------------------------------------------------------------------------- launcher and operator
+
+Tensor = torch.Tensor
+SPLIT = 4  # pages a program: fixed, so that the order of the sums depends on nothing but the row's own length
+
+
+@torch.library.custom_op("kernels::decode_attention", mutates_args=())
+def _op(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    return launch(q.contiguous(), k_pages, v_pages, block_table.contiguous(), lengths)
+
+
+@_op.register_fake
+def _(q, k_pages, v_pages, block_table, lengths):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def launch(q, k_pages, v_pages, block_table, lengths):
+    dispatch.check_dtype(q, k_pages, v_pages)
+    (rows, heads, dim), kv_heads, acc = q.shape, k_pages.shape[2], accumulator(q.dtype)
+    check(dim in (64, 128), f"decode_attention: head dim {dim}; the kernel takes 64 and 128")
+    check(heads // kv_heads <= 16, f"decode_attention: {heads // kv_heads} query heads a group; the kernel takes 16")
+    check(k_pages.is_contiguous() and v_pages.is_contiguous(), "decode_attention: the arena must be contiguous")
+    splits = dispatch.cdiv(block_table.shape[1], SPLIT)
+    o_part = torch.empty(rows, heads, splits, dim, dtype=acc, device=q.device)
+    lse_part = torch.empty(rows, heads, splits, dtype=acc, device=q.device)
+    meta = {"D": dim, "ACC": dispatch.triton_dtype(acc), "num_warps": 4}
+    dispatch.launch(
+        _decode_kernel, rows * kv_heads * splits, q, k_pages, v_pages, block_table, lengths, o_part, lse_part,
+        block_table.shape[1], heads, kv_heads, splits, SCALE=dim**-0.5 * math.log2(math.e), PAGE=PAGE, PAGES=SPLIT,
+        HEADS=16, num_stages=2, **meta,
+    )  # fmt: skip
+    o = torch.empty_like(q)
+    dispatch.launch(
+        _decode_combine_kernel, rows * heads, o_part, lse_part, lengths, o, heads, splits, TOKENS=SPLIT * PAGE, **meta
+    )
+    return o
