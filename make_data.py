@@ -4,8 +4,8 @@
     python make_data.py --model M --out DIR                 another pocket model (a folder with world.json)
 
 What the paper does (A2 of its method), step by step: N = 8 answers to each prompt from the very model that will be
-trained; a guard labels each; a harmful prompt is kept only if its answers are both safe and unsafe, then one of each; a
-benign prompt keeps one; the expert writes a critique and a verdict for each answer kept. Written beside the verification
+trained; a guard labels each; a harmful prompt is kept only if its answers are both safe and unsafe, then one of each;
+a benign prompt keeps one; the expert writes a critique and a verdict for each answer kept. Written beside the verification
 records: the two answer-centric baselines, from the same prompts.
 """
 
@@ -94,7 +94,9 @@ def record_id(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
-def verification_records(world, prompts: list[dict], samples: list[list[dict]], seed: int) -> tuple[list[dict], Counter]:
+def verification_records(
+    world, prompts: list[dict], samples: list[list[dict]], seed: int
+) -> tuple[list[dict], Counter]:
     """Contrastive verification records with the expert's critique, and how many prompts were kept or dropped and why."""
     import safety
     from pocket import world as pocket
@@ -174,12 +176,12 @@ def write_jsonl(path: Path, records: list[dict]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def main(config: Config) -> int:
+def main(config: Config, origin: dict) -> int:
     import model
     from pocket import world as pocket
 
     world = pocket.World(runs.world_seed(config.model))
-    folder = runs.new_folder(config, "make_data")
+    folder = runs.new_folder(config, origin, "make_data")
     device = runs.pick_device(config.device)
     transformer, tokenizer = model.load(config.model, device=device)
     prompts = pocket_prompts(world, config.fraction, config.seed)

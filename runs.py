@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -95,7 +96,9 @@ def convert(text: str, kind: type):
 def resumed(config_class, given: dict):
     """All settings of an earlier run; nothing else may be given with --resume."""
     if set(given) != {"resume"}:
-        raise UserError(f"--resume reads all settings from its run; remove --{', --'.join(sorted(set(given) - {'resume'}))}")
+        raise UserError(
+            f"--resume reads all settings from its run; remove --{', --'.join(sorted(set(given) - {'resume'}))}"
+        )
     folder = Path(given["resume"])
     try:
         saved = json.loads((folder / "config.json").read_text())
@@ -253,6 +256,30 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+class Interruptible:
+    """Within this block Ctrl-C and SIGTERM only set `requested`; the loop stops itself at its next whole step."""
+
+    def __enter__(self):
+        self.requested = False
+        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _request(self, number, frame):
+        self.requested = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])  # a second Ctrl-C stops at once
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def copy_world(model: str, target: Path) -> None:
+    """What makes a folder a pocket's travels with its fully trained model."""
+    for name in ("world.json", "candidates.jsonl"):
+        if (Path(model) / name).is_file():
+            shutil.copy(Path(model) / name, target / name)
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -4,10 +4,12 @@ A suite is a list of items, dicts with `id, suite, kind, prompt` and what its ju
 that share a thing or a goal. `run` samples one completion an item, `score` turns labelled items into figures.
 """
 
+import json
 import math
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import engine
 
@@ -118,6 +120,12 @@ def load(names: list[str], world: pocket.World, candidates: list[dict]) -> list[
     for name in wanted:
         items += verify_items(world, candidates) if name == "pocket:verify" else SUITES[name].build(world)
     return items
+
+
+def candidates(model: str) -> list[dict]:
+    """The frozen answers beside a pocket model, the same for every checkpoint that is trained from it."""
+    lines = (Path(model) / "candidates.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------- statistics

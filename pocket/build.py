@@ -196,6 +196,23 @@ def pretrain(
     return log
 
 
+def frozen_candidates(transformer, tokenizer, world: pocket.World, seed: int) -> list[dict]:
+    """Two of the base's own answers to one held-out plain request on each held-out item: what verification is tested on."""
+    rng = random.Random(f"candidates-{seed}")
+    items = [item for item in world.items if item.held_out]
+    prompts = [pocket.request(item, rng.choice(pocket.TEMPLATES["plain"][1]), rng) for item in items]
+    ids = [safety.render(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    end = tokenizer.eos_token_id
+    groups = engine.Engine(transformer, {end}).generate(ids, n=2, max_tokens=96, temperature=1.0, seed=seed + 77)
+    found = []
+    for item, prompt, group in zip(items, prompts, groups, strict=True):
+        for sample in group:
+            answer = safety.split_thinking(tokenizer.decode([i for i in sample.ids if i != end]))[1]
+            if answer:
+                found.append({"prompt": prompt, "answer": answer, "item": item.name})
+    return found
+
+
 def config_json(tokenizer) -> dict:
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -260,6 +277,9 @@ def main() -> None:
         "lr": arguments.lr,
     }
     (folder / "world.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n")
+    candidates = frozen_candidates(transformer, tokenizer, world, arguments.seed)
+    lines = "".join(json.dumps(candidate) + "\n" for candidate in candidates)
+    (folder / "candidates.jsonl").write_text(lines)
     folder.rename(arguments.out)
 
 
