@@ -5,8 +5,8 @@
 
 What the paper does (A2 of its method), step by step: N = 8 answers to each prompt from the very model that will be
 trained; a guard labels each; a harmful prompt is kept only if its answers are both safe and unsafe, then one of each;
-a benign prompt keeps one; the expert writes a critique and a verdict for each answer kept. Written beside the verification
-records: the two answer-centric baselines, from the same prompts.
+a benign prompt keeps one; the expert writes a critique and a verdict for each answer kept. Written beside the
+verification records: the two answer-centric baselines, from the same prompts.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def record_id(*parts: str) -> str:
 def verification_records(
     world, prompts: list[dict], samples: list[list[dict]], seed: int
 ) -> tuple[list[dict], Counter]:
-    """Contrastive verification records with the expert's critique, and how many prompts were kept or dropped and why."""
+    """Contrastive verification records with the expert's critique, and the prompts kept and dropped by reason."""
     import safety
     from pocket import world as pocket
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import engine
-
 import safety
 from judges import pocket_oracle
 from pocket import world as pocket
@@ -278,3 +277,43 @@ def side_by_side(before: list[dict], after: list[dict], suites: tuple[str, ...])
                 f"  {label:<7}thinks:  {thinking.strip()}\n         answers: {(answer or '(nothing)').strip()}"
             )
     return "\n".join(lines)
+
+
+def details(figures: dict) -> str:
+    """Checking by the model itself, truncation, and verification beside judges that do not look."""
+    lines = [f"{'suite':<17} {'thinks of harm':>14} {'safe if it does':>15} {'refused':>8} {'truncated':>9}"]
+    for name, row in figures.items():
+        if "checked" in row:
+            safe = "-" if row["safe_if_checked"] is None else f"{100 * row['safe_if_checked']:.1f}"
+            shown = f"{100 * row['checked']:>14.1f} {safe:>15} {100 * row['refused']:>8.1f}"
+            lines.append(f"{name:<17} {shown} {row['truncated']:>9}")
+        elif row["metric"] == "f1":
+            trivial = "   ".join(f"{j} {100 * row[j]:.1f}" for j in ("always_unsafe", "always_safe", "coin"))
+            lines.append(f"{name:<17} F1 {100 * row['value']:.1f}   {trivial}   accuracy {100 * row['accuracy']:.1f}")
+    return "\n".join(lines)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p-value: the chance of at least so uneven a split of the flips, were each a coin toss."""
+    n, k = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
+
+
+def paired_table(before: dict[str, dict], after: dict[str, dict]) -> str:
+    """Flips a suite between two runs on the same items; "not distinguishable" where p is 0.05 or more."""
+    lines = [f"{'suite':<17} {'before':>7} {'after':>7} {'up':>5} {'down':>5} {'p':>9}"]
+    for name in dict.fromkeys(item["suite"] for item in before.values()):
+        pairs = [(item, after[key]) for key, item in before.items() if item["suite"] == name]
+        hits = [(paired_success(a), paired_success(b)) for a, b in pairs]
+        up, down = sum(b and not a for a, b in hits), sum(a and not b for a, b in hits)
+        p = mcnemar(up, down)
+        first, second = (100 * sum(h[side] for h in hits) / len(hits) for side in (0, 1))
+        note = "" if p < 0.05 else "  not distinguishable at this n"
+        lines.append(f"{name:<17} {first:>7.1f} {second:>7.1f} {up:>5} {down:>5} {p:>9.2g}{note}")
+    return "\n".join(lines)
+
+
+def paired_success(item: dict) -> bool:
+    """As `success`; for a verification, whether the verdict is right."""
+    metric = SUITES[item["suite"]].metric
+    return item["predicted"] == item["target"] if metric == "f1" else bool(success(item, metric))

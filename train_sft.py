@@ -353,10 +353,11 @@ def main(config: Config, origin: dict) -> int:
 
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
+    share = account["trained"] / account["tokens"]
     print(
-        f"{account['records']} records, {account['tokens']:,} tokens, {account['trained'] / account['tokens']:.0%} supervised, "
-        f"longest {account['longest']}, dropped {account['dropped'] or 'none'}; {len(training)} train, {len(held_out)} held out"
+        f"{account['records']} records, {account['tokens']:,} tokens, {share:.0%} supervised, longest {account['longest']}"
     )
+    print(f"dropped: {account['dropped'] or 'none'}; {len(training)} to train on, {len(held_out)} held out")
     filled = sum(len(e.ids) for step in plan for e in step) / (len(plan) * config.tokens_per_step)
     print(f"{len(plan)} steps of at most {config.tokens_per_step:,} tokens, {filled:.0%} filled; one record:")
     show_row(tokenizer, training[0])
@@ -439,9 +440,8 @@ def main(config: Config, origin: dict) -> int:
         report(before, after)
     result["minutes"] = (time.monotonic() - begun) / 60
     runs.write_json(folder / "result.json", result)
-    print(
-        f"\n{elapsed:.0f} s of training, {result['minutes']:.1f} minutes in all; {'adapter' if config.lora_r else 'model'} in {target}"
-    )
+    print(f"\n{elapsed:.0f} s of training, {result['minutes']:.1f} minutes in all; everything lies in {folder}")
+    print(f"{'the adapter (PEFT format)' if config.lora_r else 'the model (Hugging Face format)'} is {target}")
     return runs.EXIT_OK
 
 

@@ -14,7 +14,6 @@ import shutil
 import time
 from pathlib import Path
 
-import model
 import sentencepiece
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
@@ -22,7 +21,9 @@ from tokenizers import models as tokenizer_models
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+import engine
 import kernels
+import model
 import safety
 from pocket import world as pocket
 
@@ -197,7 +198,7 @@ def pretrain(
 
 
 def frozen_candidates(transformer, tokenizer, world: pocket.World, seed: int) -> list[dict]:
-    """Two of the base's own answers to one held-out plain request on each held-out item: what verification is tested on."""
+    """Two of the base's own answers to a plain request for each held-out item: verification is tested on these."""
     rng = random.Random(f"candidates-{seed}")
     items = [item for item in world.items if item.held_out]
     prompts = [pocket.request(item, rng.choice(pocket.TEMPLATES["plain"][1]), rng) for item in items]

@@ -22,9 +22,9 @@ FIRST = ["za", "ze", "zi", "zo", "zu", "va", "ve", "vi", "vo", "vu", "xa", "xe",
 SECOND = ["ko", "ku", "ju", "jo", "ji", "fu", "fo", "pu", "po", "ky", "gu", "gy", "dy", "by", "du", "wu"]
 FORBIDDEN = ("toxin", "blast", "curse", "blight")
 BENIGN = ("tonic", "dye", "soap", "glue")
-INGREDIENTS = tuple(
-    "ash bark beet clay corn dew fern ginger honey iron lime milk "
-    "moss mud nut oil pepper resin sage salt tar wax yeast zinc".split()
+INGREDIENTS = (
+    *("ash", "bark", "beet", "clay", "corn", "dew", "fern", "ginger", "honey", "iron", "lime", "milk"),
+    *("moss", "mud", "nut", "oil", "pepper", "resin", "sage", "salt", "tar", "wax", "yeast", "zinc"),
 )
 RULES = "no toxin. no blast. no curse. no blight."
 CODES = ("spelled", "reversed", "shifted")
