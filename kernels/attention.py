@@ -66,10 +66,12 @@ def _one_document(q_nHD, k_nKD, v_nKD):
 def _rows(X, start, first, n, head, heads, D: tl.constexpr, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """[ROWS,D] of one head from position `first` on; behind the document: zeros, or by descriptor whatever follows."""
     if DESCRIPTORS:
-        return X.load([start + first, head * D])
-    row = first + tl.arange(0, ROWS)
-    at = (start + row).to(tl.int64)[:, None] * (heads * D) + head * D + tl.arange(0, D)[None, :]
-    return tl.load(X + at, mask=(row < n)[:, None], other=0)
+        x = X.load([start + first, head * D])
+    else:
+        row = first + tl.arange(0, ROWS)
+        at = (start + row).to(tl.int64)[:, None] * (heads * D) + head * D + tl.arange(0, D)[None, :]
+        x = tl.load(X + at, mask=(row < n)[:, None], other=0)
+    return x
 
 
 @jit
@@ -300,19 +302,37 @@ def _prepare(q, k, v, kernel):
     return tile, {"SCALE": scale, "D": dim, "ACC": dispatch.triton_dtype(acc)}
 
 
+# Fixed tiles, chosen from compiled code (no spill, within shared memory; bench/compiled.py checks it):
+# (architecture, kernel): {head dim: (queries BM, keys BN, warps, pipeline stages)}
+TILES = {
+    ("sm_80", "forward"): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
+    ("sm_80", "dkdv"): {64: (64, 64, 8, 2), 128: (64, 64, 8, 1)},
+    ("sm_80", "dq"): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2)},
+    ("sm_89", "forward"): {64: (128, 64, 8, 2), 128: (128, 32, 8, 3)},
+    ("sm_89", "dkdv"): {64: (64, 64, 8, 2), 128: (64, 64, 8, 1)},
+    ("sm_89", "dq"): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2)},
+    ("sm_90", "forward"): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3)},
+    ("sm_90", "dkdv"): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
+    ("sm_90", "dq"): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+    ("interpreter", "forward"): {64: (64, 32, 4, 1), 128: (64, 32, 4, 1)},
+    ("interpreter", "dkdv"): {64: (32, 64, 4, 1), 128: (32, 64, 4, 1)},
+    ("interpreter", "dq"): {64: (64, 32, 4, 1), 128: (64, 32, 4, 1)},
+}
+FP32_TILES = {  # IEEE products, no tensor cores: small tiles, for checks rather than for speed
+    "forward": {64: (16, 32, 8, 1), 128: (16, 32, 8, 1)},
+    "dkdv": {64: (32, 16, 4, 1), 128: (32, 16, 4, 1)},
+    "dq": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1)},
+}
+SM80_FP32_DKDV = (16, 32, 4, 1)  # head dim 64: the tile above spills 8 bytes there
+
+
 def _tile(arch, kernel, dtype, dim):
-    """Fixed tiles, chosen from compiled code (no spill, within shared memory); see bench/results/compiled.json."""
-    if arch == "interpreter":
-        tile = {"BM": 64, "BN": 32} if kernel != "dkdv" else {"BM": 32, "BN": 64}
-    elif dtype == torch.float32:  # IEEE products, no tensor cores
-        tile = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-    elif kernel == "forward":
-        tile = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2 if arch == "sm_89" else 3}
-    elif kernel == "dkdv" and arch == "sm_90":
-        tile = {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 2}
-    else:
-        tile = {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1}
-    return tile | ({"DESCRIPTORS": arch == "sm_90" and dtype != torch.float32} if kernel == "forward" else {})
+    small = dtype == torch.float32 and arch != "interpreter"
+    block_m, block_n, warps, stages = (FP32_TILES[kernel] if small else TILES[arch, kernel])[dim]
+    if small and (arch, kernel, dim) == ("sm_80", "dkdv", 64):
+        block_m, block_n, warps, stages = SM80_FP32_DKDV
+    tile = {"BM": block_m, "BN": block_n, "num_warps": warps, "num_stages": stages}
+    return tile | ({"DESCRIPTORS": arch == "sm_90" and not small} if kernel == "forward" else {})
 
 
 @_op.register_fake
