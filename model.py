@@ -325,10 +325,21 @@ def load_weights(module: nn.Module, folder: Path) -> None:
         )
 
 
+def load_tokenizer(folder: Path):
+    """The tokenizer of tokenizer.json exactly as it stands there.
+
+    Not AutoTokenizer: for a `qwen2` config.json Transformers 5 puts Qwen's own pre-tokenizer in place of the file's,
+    which changes the ids of any other tokenizer (the pocket's, for one) without a word.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder} has no tokenizer.json (a slow tokenizer must be converted first)")
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def load(path: str, device="cpu", dtype=torch.float32):
     """(Transformer, tokenizer) of a Hugging Face folder or hub id. Raises ModelError."""
-    from transformers import AutoTokenizer
-
     folder = resolve(str(path))
     config = read_config(folder)
     with torch.device("meta"):
@@ -336,7 +347,7 @@ def load(path: str, device="cpu", dtype=torch.float32):
     transformer = transformer.to_empty(device=device).to(dtype)
     transformer.rope = rope_frequencies(config).to(device)
     load_weights(transformer, folder)
-    return transformer, AutoTokenizer.from_pretrained(folder)
+    return transformer, load_tokenizer(folder)
 
 
 # ------------------------------------------------------------------------------------------------- saving
