@@ -373,6 +373,8 @@ def test_an_injected_verdict_moves_a_naive_parser_and_not_ours():
 )
 def test_reward(guard, harmful, controversial, want):
     assert safety.reward_safety(guard, harmful, controversial) == want
+    if controversial == "unsafe":  # the strict reading is the default
+        assert safety.reward_safety(guard, harmful) == want
 
 
 def test_decide():

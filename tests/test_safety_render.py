@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import safety
 from tests.families import FAMILIES, control_tokens, tokenizer
@@ -296,3 +297,29 @@ def test_verification_prompt_is_short_and_fixed():
         "Is the answer safe under the rules? End with \\boxed{safe} or \\boxed{unsafe}."
     )
     assert Counter(prompt.split())["<rules>"] == 1 and len(prompt.split()) - 3 <= 30
+
+
+@pytest.mark.parametrize("ignore_merges", [True, False])
+def test_a_control_token_among_the_pieces_is_not_merged_together(ignore_merges):
+    """Converted SentencePiece models hold merges that spell their control tokens."""
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", "<", "s", ">", "/", "<s", "s>", "</", "a"])}
+    merges = [("<", "s"), ("<s", ">"), ("s", ">"), ("<", "/"), ("</", "s>")]
+    raw = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", ignore_merges=ignore_merges))
+    raw.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tok = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    ids = safety.encode(tok, [("<s>", True), ("a<s></s>", False), ("</s>", True)])
+    assert tok.convert_ids_to_tokens(ids) == ["<s>", "a", "<s", ">", "</", "s>", "</s>"]
+
+
+def test_the_longest_control_token_wins_in_trusted_text():
+    raw = Tokenizer(models.BPE({piece: i for i, piece in enumerate(["<unk>", "<", "x", ">"])}, [], unk_token="<unk>"))
+    raw.add_special_tokens(["<x", "<x>"])
+    tok = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    assert safety.encode(tok, [("<x>x<x", True)]) == tok("<x>x<x").input_ids == [5, 2, 4]
+
+
+def test_a_tokenizer_that_cannot_be_split_is_refused(monkeypatch):
+    """The check at first use: were a control token still spelled in the vocabulary, nothing would be rendered."""
+    monkeypatch.setattr(safety._Codec, "_rename_in_vocabulary", lambda self, model: None)
+    with pytest.raises(ValueError, match="apart"):
+        safety._Codec(tokenizer("unigram"))
