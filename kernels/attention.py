@@ -43,8 +43,9 @@ def _check_shapes(q_THD, k_TKD, v_TKD, cu_seqlens):
 
 def reference(q_THD, k_TKD, v_TKD, cu_seqlens):
     """One document at a time: a document's result cannot depend on its neighbours, and nothing is padded."""
-    lengths = cu_seqlens.diff().tolist()
-    check(sum(lengths) == len(q_THD) and min(lengths) >= 0, f"cu_seqlens does not cover {len(q_THD)} tokens")
+    ends, lengths = cu_seqlens.tolist(), cu_seqlens.diff().tolist()
+    covers = ends[0] == 0 and ends[-1] == len(q_THD) and min(lengths) >= 0
+    check(covers, f"cu_seqlens must rise from 0 to {len(q_THD)} tokens, it goes {ends[0]}..{ends[-1]}")
     documents = zip(q_THD.split(lengths), k_TKD.split(lengths), v_TKD.split(lengths), strict=True)
     return torch.cat([_one_document(q, k, v) for q, k, v in documents])
 

@@ -52,7 +52,8 @@ def backend(device=None):
     name = _forced or _choose(kind)
     if (name == "triton" and kind != "cuda") or (name == "triton-interpreter" and kind != "cpu"):
         raise ValueError(f"kernels: {name!r} cannot run on {kind} tensors")
-    _announce(name, kind)
+    if not torch.compiler.is_compiling():
+        _announce(name, kind)
     return name
 
 
