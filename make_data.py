@@ -63,7 +63,8 @@ def sample_answers(transformer, tokenizer, prompts: list[dict], config: Config) 
     answers = []
     for group in groups:
         texts = [(tokenizer.decode([i for i in s.ids if i not in end]), s.finish_reason) for s in group]
-        split = [(*safety.split_thinking(text), reason) for text, reason in texts]
+        opened = safety.thinking_open(tokenizer)
+        split = [(*safety.split_thinking(text, opened), reason) for text, reason in texts]
         answers.append([{"thinking": t.strip(), "answer": a and a.strip(), "finish_reason": r} for t, a, r in split])
     return answers
 

@@ -29,7 +29,7 @@ class Config:
     )
     lora_r: int = option(16, "LoRA rank; 0 trains every weight")
     lora_alpha: float = option(32.0, "LoRA scale is alpha / r")
-    lr: float = option(2e-4, "peak learning rate", pocket=2e-3)
+    lr: float = option(2e-4, "peak learning rate", pocket=1e-3)
     epochs: int = option(2, "passes over the data")
     warmup: float = option(0.05, "share of the run with rising learning rate; then a cosine to zero")
     weight_decay: float = option(0.0, "AdamW")
