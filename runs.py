@@ -1,13 +1,14 @@
 """What every script shares and nobody ablates: flags from a dataclass, the run folder, records, checkpoints, seeds.
 
-Only the standard library is imported at the top, and scripts import torch inside `main`, so `--help` answers at once
-and a wrong flag costs nothing.
+Scripts name their heavy modules with `Lazy`, so that `--help` and a wrong flag answer before torch is imported.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -28,94 +29,127 @@ class UserError(Exception):
     """Something the user can mend: one message, exit 2, no traceback."""
 
 
+class Lazy:
+    """A module that is imported at its first use: `torch = Lazy("torch")`, then `torch.tensor(...)` as ever."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+numpy, safetensors_torch, torch = map(Lazy, ("numpy", "safetensors.torch", "torch"))
+
+
 # ------------------------------------------------------------------------------------------------- flags
 
 
 def option(default, help: str, *, pocket=MISSING, choices: tuple = ()):
-    """A field of a Config. `pocket` is the default where the model folder is a pocket (world.json), else `default`."""
+    """A field of a Config. `pocket` is the default where the model folder is a pocket (world.json), else `default`.
+
+    The type of `default` is the flag's: bool (`--flag` alone means true), int, float, str, or tuple (several words).
+    """
     return field(default=default, metadata={"help": help, "pocket": pocket, "choices": choices})
 
 
 def world_seed(model: str) -> int:
     """The seed of the pocket world that a model folder belongs to. Raises UserError for any other model."""
-    path = Path(model) / "world.json"
-    if not path.is_file():
+    if not is_pocket(model):
         raise UserError(f"{model} is not a pocket model: it has no world.json")
-    return json.loads(path.read_text())["seed"]
+    return json.loads((Path(model) / "world.json").read_text())["seed"]
 
 
 def is_pocket(model: str) -> bool:
     return (Path(model) / "world.json").is_file()
 
 
-def parse(config_class, arguments: list[str], description: str):
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def command_line(fields: dict, arguments: list[str], description: str) -> dict:
+    """{field name: text, or texts of a tuple} of the flags that were given."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
+    for name, entry in fields.items():
+        pocket, shown = entry.metadata["pocket"], repr(entry.default)
+        shown += f"; pocket {pocket!r}" if pocket is not MISSING else ""
+        words = {"nargs": "?", "const": "true"} if isinstance(entry.default, bool) else {}
+        words = {"nargs": "+"} if isinstance(entry.default, tuple) else words
+        text = f"{entry.metadata['help']} ({shown})".replace("%", "%%")
+        parser.add_argument(flag(name), dest=name, metavar=name.upper(), help=text, **words)
+    return {name: text for name, text in vars(parser.parse_args(arguments)).items() if text is not None}
+
+
+def convert(text, entry):
+    """The value of a flag's text. Raises ValueError saying what it should be."""
+    kind, choices = type(entry.default), entry.metadata["choices"]
+    if choices and text not in choices:
+        raise ValueError(f"not one of {', '.join(choices)}")
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError("neither true nor false")
+        return text == "true"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError({int: "not a whole number", float: "not a number"}[kind]) from None
+    if kind is float and not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+def parse(config_class, arguments: list[str], description: str = ""):
     """(config, {name: origin}) from the command line; origin is flag, pocket, or default.
 
-    Every wrong value is reported in one UserError. `--resume RUN` reads all settings from RUN/config.json.
+    Every wrong value is reported in one UserError: those that cannot be read, and what `config.problems()` finds.
+    `--resume RUN` reads all settings from RUN/config.json.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
-    for name, entry in fields.items():
-        pocket = entry.metadata["pocket"]
-        shown = entry.default if pocket is MISSING else f"{entry.default}; pocket {pocket}"
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, dest=name, metavar=name.upper(), help=f"{entry.metadata['help']} ({shown})")
-    given = {name: text for name, text in vars(parser.parse_args(arguments)).items() if text is not None}
+    given = command_line(fields, arguments, description)
     if given.get("resume"):
         return resumed(config_class, given)
-    values, origin, problems = {}, {}, []
+    values, problems = {}, []
     for name, text in given.items():
         try:
-            values[name], origin[name] = convert(text, type(fields[name].default)), "flag"
-        except ValueError:
-            problems.append(f"--{name.replace('_', '-')} {text}: not {type(fields[name].default).__name__}")
-        if (allowed := fields[name].metadata["choices"]) and text not in allowed:
-            problems.append(f"--{name.replace('_', '-')} {text}: one of {', '.join(allowed)}")
-    pocket_model = is_pocket(values.get("model", fields["model"].default)) if "model" in fields else False
+            values[name] = convert(text, fields[name])
+        except ValueError as error:
+            problems.append(f"{flag(name)} {text}: {error}")
+    origin = dict.fromkeys(values, "flag")
+    pocket_model = "model" in fields and is_pocket(values.get("model", fields["model"].default))
     for name, entry in fields.items():
         if name not in values:
             use_pocket = pocket_model and entry.metadata["pocket"] is not MISSING
             values[name] = entry.metadata["pocket"] if use_pocket else entry.default
             origin[name] = "pocket" if use_pocket else "default"
-    config = config_class(**values) if not problems else None
-    if config is not None and hasattr(config, "problems"):
-        problems += config.problems()
+    config = config_class(**values)
+    problems += config.problems() if hasattr(config, "problems") else []
     if problems:
         raise UserError("\n".join(problems))
-    return config, origin
-
-
-def convert(text: str, kind: type):
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError(text)
-        return text == "true"
-    return kind(text)
+    return config, {name: origin[name] for name in fields}
 
 
 def resumed(config_class, given: dict):
     """All settings of an earlier run; nothing else may be given with --resume."""
-    if set(given) != {"resume"}:
-        raise UserError(
-            f"--resume reads all settings from its run; remove --{', --'.join(sorted(set(given) - {'resume'}))}"
-        )
-    folder = Path(given["resume"])
+    if others := sorted(set(given) - {"resume"}):
+        raise UserError(f"--resume reads all settings from its run; remove {', '.join(map(flag, others))}")
+    folder, fields = Path(given["resume"]), dataclasses.fields(config_class)
     try:
         saved = json.loads((folder / "config.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        values, origin = saved["values"], saved["origin"]
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--resume {folder}: no readable config.json ({error})") from None
-    names = {f.name for f in dataclasses.fields(config_class)}
-    if set(saved["values"]) != names:
+    if set(values) != {f.name for f in fields}:
         raise UserError(f"--resume {folder}: config.json is of another script or version")
-    values = {**saved["values"], "resume": str(folder), "out": str(folder)}
-    return config_class(**values), saved["origin"]
+    values = {f.name: type(f.default)(values[f.name]) for f in fields}  # JSON has no tuples
+    return config_class(**{**values, "resume": str(folder), "out": str(folder)}), origin
 
 
-def main(config_class, run: Callable, description: str | None = None) -> None:
+def main(config_class, run: Callable) -> None:
     """Entry point of a script: parse, run, translate a UserError into exit 2 without a traceback."""
-    description = description or sys.modules["__main__"].__doc__
     try:
-        config, origin = parse(config_class, sys.argv[1:], description)
+        config, origin = parse(config_class, sys.argv[1:], sys.modules["__main__"].__doc__)
         code = run(config, origin)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -135,20 +169,20 @@ def show(config, origin: dict) -> None:
 # ------------------------------------------------------------------------------------------------- run folder
 
 
-def private(path: Path) -> None:
-    os.chmod(path, 0o600)
-
-
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one."""
+    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    private(temporary)
     os.replace(temporary, path)
+
+
+def private(path: str, flags: int) -> int:
+    """`opener` of files that only their owner reads: prompts, answers and settings are nobody else's business."""
+    return os.open(path, flags, 0o600)
 
 
 def write_json(path: Path, value) -> None:
@@ -156,15 +190,20 @@ def write_json(path: Path, value) -> None:
 
 
 def append_jsonl(path: Path, value: dict) -> None:
-    new = not path.exists()
-    with open(path, "a", encoding="utf-8") as file:
+    """Add one line. A number that is not finite becomes null, for JSON has no NaN."""
+    value = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    with open(path, "a", encoding="utf-8", opener=private) as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
-    if new:
-        private(path)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Cut a log of ours back to `step`, where the run goes on; the torn last line of a killed process goes too."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step).encode())
 
 
 def source() -> dict:
-    """Commit, uncommitted difference, versions and machine, as far as they can be known."""
+    """Commit, uncommitted changes, versions and device, as far as they can be known."""
 
     def git(*words: str) -> str | None:
         if not shutil.which("git"):
@@ -172,64 +211,86 @@ def source() -> dict:
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    packages = ("torch", "triton", "transformers", "safetensors", "numpy")
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
+    packages = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+    found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
+    cpu = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return {
+        "command": sys.argv,
         "commit": git("rev-parse", "HEAD"),
         "diff": git("diff", "HEAD"),
-        "versions": {"python": platform.python_version(), **installed},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "command": sys.argv,
+        "untracked": git("ls-files", "--others", "--exclude-standard"),
+        "versions": {"python": platform.python_version(), **found},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
     }
 
 
 def new_folder(config, origin: dict, script: str) -> Path:
-    """Make the run folder with config.json and source.json. A folder that holds another run is refused."""
-    folder = Path(config.out) if config.out else Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """The run folder, made with config.json and source.json, or the one of --resume. Refuses any other run's."""
     if getattr(config, "resume", ""):
+        folder = Path(config.resume)
+        if (folder / "result.json").exists():
+            raise UserError(f"{folder} is finished: it has a result.json")
+        if (of := json.loads((folder / "config.json").read_text())["script"]) != script:
+            raise UserError(f"{folder} is a run of {of}, not of {script}")
         return folder
+    folder = Path(config.out or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+    saved = {"script": script, "values": dataclasses.asdict(config), "origin": origin}
     if (folder / "config.json").exists():
-        raise UserError(f"{folder} already holds a run; name another folder, or --resume {folder}")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty; name another folder")
-    write_json(folder / "config.json", {"script": script, "values": dataclasses.asdict(config), "origin": origin})
+        same = json.loads((folder / "config.json").read_text())["values"] == json.loads(json.dumps(saved["values"]))
+        what = "this very run; go on with" if same else "a run with other settings; name another folder, or go on with"
+        raise UserError(f"{folder} holds {what} --resume {folder}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; name another")
+    write_json(folder / "config.json", saved)
     write_json(folder / "source.json", source())
     return folder
+
+
+def copy_world(model: str, target: Path) -> None:
+    """What makes a folder a pocket's travels with its fully trained model."""
+    for name in ("world.json", "candidates.jsonl"):
+        if (Path(model) / name).is_file():
+            shutil.copy(Path(model) / name, target / name)
 
 
 # ------------------------------------------------------------------------------------------------- records
 
 
 def read_jsonl(path: str, required: dict[str, dict[str, type]]) -> list[dict]:
-    """Records of a JSONL file, each checked against the fields of its kind. Raises UserError with file and line.
+    """Records of a JSONL file, each checked against the fields of its kind: `required` is {kind: {field: type}}.
 
-    `required` maps a record's "kind" to {field: type}.
+    Raises UserError with file and line. A torn last line is an error like any other: data are never dropped unsaid.
     """
     records = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-        kind = record.get("kind") if isinstance(record, dict) else None
-        if kind not in required:
-            raise UserError(f"{where}: kind is {kind!r}, not one of {', '.join(required)}")
-        for name, wanted in required[kind].items():
-            if not isinstance(record.get(name), wanted):
-                raise UserError(f"{where}: {name} must be {wanted.__name__}, is {type(record.get(name)).__name__}")
-        records.append(record)
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    records.append(check_record(line, f"{path}, line {number}", required))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable text file in UTF-8: {error}") from None
     if not records:
         raise UserError(f"{path} holds no record")
     return records
+
+
+def check_record(line: str, where: str, required: dict[str, dict[str, type]]) -> dict:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        cut = "" if line.endswith("\n") else "; the file ends in the middle of this line"
+        raise UserError(f"{where}: not JSON ({error}){cut}") from None
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(kind, str) or kind not in required:
+        raise UserError(f"{where}: kind is {kind!r}, not one of {', '.join(required)}")
+    wrong = [
+        f"{name} must be {wanted.__name__}, is {type(record[name]).__name__ if name in record else 'missing'}"
+        for name, wanted in required[kind].items()
+        if not isinstance(record.get(name), wanted)
+    ]
+    if wrong:
+        raise UserError(f"{where}: {'; '.join(wrong)}")
+    return record
 
 
 def file_sha256(path: str) -> str:
@@ -238,21 +299,36 @@ def file_sha256(path: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- device and seeds
 
+# Dense bf16 products with fp32 accumulators, FLOPs a second; the first name that the device's contains
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
+
 
 def pick_device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU")
-    return name
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def pick_dtype(name: str, device: str):
+    """The torch dtype; auto is bfloat16 on a GPU that has it (sm_80 and newer), float32 elsewhere."""
+    modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    if name == "bfloat16" and device == "cuda" and not modern:
+        raise UserError("--dtype bfloat16: this GPU is older than sm_80; use float32")
+    return getattr(torch, ("bfloat16" if modern else "float32") if name == "auto" else name)
+
+
+def peak_memory() -> float:
+    """GiB: the most that this process has held, of the GPU where there is one, else of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def seed_everything(seed: int) -> None:
-    import numpy
-    import torch
-
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -275,31 +351,31 @@ class Interruptible:
             signal.signal(number, handler)
 
 
-def copy_world(model: str, target: Path) -> None:
-    """What makes a folder a pocket's travels with its fully trained model."""
-    for name in ("world.json", "candidates.jsonl"):
-        if (Path(model) / name).is_file():
-            shutil.copy(Path(model) / name, target / name)
-
-
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict, state: dict) -> None:
-    """checkpoints/step-N: tensors.safetensors and state.json, whole or not at all; the last two are kept.
+def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
+    """checkpoints/step-N (N is state["step"]), whole or not at all: tensors, state and every random generator.
 
-    The folder is written under another name and renamed last, so a kill at any moment leaves the earlier ones intact.
+    Written under a hidden name, flushed, and renamed last: a kill at any moment leaves the earlier ones intact. The
+    last two are kept.
     """
-    from safetensors.torch import save_file
-
-    final = folder / "checkpoints" / f"step-{step}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    final = folder / "checkpoints" / f"step-{state['step']}"
+    for torn in final.parent.glob(".step-*"):
+        shutil.rmtree(torn)
+    temporary = final.with_name("." + final.name)
     temporary.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "tensors.safetensors")
-    private(temporary / "tensors.safetensors")
-    write_json(temporary / "state.json", {"step": step, **state})
-    shutil.rmtree(final, ignore_errors=True)
+    kind, keys, *rest = numpy.random.get_state()
+    rng = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    tensors = {**tensors, "rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    safetensors_torch.save_file(tensors, temporary / "tensors.safetensors")
+    with open(temporary / "tensors.safetensors", "rb+") as file:
+        os.fchmod(file.fileno(), 0o600)
+        os.fsync(file.fileno())
+    write_json(temporary / "state.json", {**state, "rng": rng})
     os.replace(temporary, final)
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old)
@@ -307,15 +383,21 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, state: dict) -> None
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("step-*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """(tensors, state) of the newest whole checkpoint. Raises UserError if there is none."""
-    from safetensors.torch import load_file
-
-    found = checkpoints(folder)
-    if not found:
-        raise UserError(f"{folder} has no whole checkpoint to resume from")
-    return load_file(found[-1] / "tensors.safetensors"), json.loads((found[-1] / "state.json").read_text())
+def load_checkpoint(folder: Path) -> tuple[dict, dict] | None:
+    """(tensors, state) of the newest checkpoint, its random generators put in force; None where there is none yet."""
+    if not (found := checkpoints(folder)):
+        return None
+    tensors = safetensors_torch.load_file(found[-1] / "tensors.safetensors")
+    state = json.loads((found[-1] / "state.json").read_text())
+    rng = state.pop("rng")
+    version, keys, gauss = rng["python"]
+    random.setstate((version, tuple(keys), gauss))
+    numpy.random.set_state(tuple(rng["numpy"]))
+    torch.set_rng_state(tensors.pop("rng/cpu"))
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    tensors.pop("rng/cuda", None)
+    return tensors, state

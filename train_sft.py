@@ -10,41 +10,50 @@ micro-batches. Rows are packed, documents never see one another. Simplifications
 data order a pure function of (seed, epoch) - so a resumed run is the uninterrupted run, bit by bit.
 """
 
+import functools
+import itertools
+import json
 import math
 import random
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 import runs
 from runs import UserError, option
+
+engine, kernels, model, safety, suites, torch = map(
+    runs.Lazy, ("engine", "kernels", "model", "safety", "suites", "torch")
+)
 
 
 @dataclass
 class Config:
     model: str = option("pocket/base", "model folder or hub id, Hugging Face format")
     data: str = option("pocket/data/verify.jsonl", "training records, JSONL of kind verify or answer")
-    target: str = option(
-        "both", "of verify records: both, critique or judgment", choices=("both", "critique", "judgment")
-    )
+    target: str = option("both", "of verify records", choices=("both", "critique", "judgment"))
     lora_r: int = option(16, "LoRA rank; 0 trains every weight")
     lora_alpha: float = option(32.0, "LoRA scale is alpha / r")
-    lr: float = option(2e-4, "peak learning rate", pocket=1e-3)
+    lr: float = option(2e-4, "peak learning rate", pocket=2e-3)
     epochs: int = option(2, "passes over the data")
+    minutes: float = option(0.0, "train by the clock instead, with the schedule driven by it; 0: by epochs")
     warmup: float = option(0.05, "share of the run with rising learning rate; then a cosine to zero")
-    weight_decay: float = option(0.0, "AdamW")
+    beta1: float = option(0.9, "AdamW, memory of the gradient")
+    beta2: float = option(0.95, "AdamW, memory of its square")
+    weight_decay: float = option(0.0, "AdamW, decoupled")
     clip: float = option(1.0, "largest gradient norm")
     max_len: int = option(8192, "longer records are dropped and counted", pocket=256)
     tokens_per_step: int = option(65536, "tokens an optimizer step", pocket=3072)
-    micro_tokens: int = option(16384, "tokens a forward pass", pocket=3072)
+    micro_tokens: int = option(16384, "tokens a forward pass: memory, not results", pocket=3072)
     held_out: float = option(0.05, "share of the prompts kept for validation")
-    minutes: float = option(0.0, "stop by the clock, the schedule driven by it; 0: by epochs")
     evaluate: bool = option(False, "run the pocket suites before and after", pocket=True)
     checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
-    dtype: str = option(
-        "bfloat16", "compute dtype; masters are fp32", pocket="float32", choices=("float32", "bfloat16")
-    )
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the products; masters are fp32", choices=("auto", "float32", "bfloat16"))
+    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "of LoRA, split and data order")
     out: str = option("", "run folder; default runs/train_sft-<time>")
     resume: str = option("", "run folder to go on with; takes all settings from it")
@@ -52,29 +61,32 @@ class Config:
     def problems(self) -> list[str]:
         """Every wrong setting, all at once."""
         checks = {
-            "--lora-r must be 0 or more": self.lora_r >= 0,
-            "--lr must be 0 or more": self.lr >= 0,
-            "--epochs must be at least 1": self.epochs >= 1,
-            "--warmup must be in [0, 1)": 0 <= self.warmup < 1,
-            "--clip must be positive": self.clip > 0,
-            "--held-out must be in [0, 0.5]": 0 <= self.held_out <= 0.5,
-            "--max-len must be at least 2": self.max_len >= 2,
-            "--tokens-per-step must be at least --max-len": self.tokens_per_step >= self.max_len,
-            "--micro-tokens must be at least --max-len": self.micro_tokens >= self.max_len,
-            "--minutes must be 0 or more": self.minutes >= 0,
+            f"--data {self.data}: no such file": Path(self.data).is_file(),
+            f"--lora-r {self.lora_r}: must be 0 or more": self.lora_r >= 0,
+            f"--lora-alpha {self.lora_alpha}: must be positive": self.lora_alpha > 0,
+            f"--lr {self.lr}: must be 0 or more": self.lr >= 0,
+            f"--epochs {self.epochs}: must be 1 or more": self.epochs >= 1,
+            f"--minutes {self.minutes}: must be 0 or more": self.minutes >= 0,
+            f"--warmup {self.warmup}: must be in [0, 1)": 0 <= self.warmup < 1,
+            f"--beta1 {self.beta1}: must be in [0, 1)": 0 <= self.beta1 < 1,
+            f"--beta2 {self.beta2}: must be in [0, 1)": 0 <= self.beta2 < 1,
+            f"--weight-decay {self.weight_decay}: must be 0 or more": self.weight_decay >= 0,
+            f"--clip {self.clip}: must be positive": self.clip > 0,
+            f"--max-len {self.max_len}: must be 2 or more": self.max_len >= 2,
+            f"--tokens-per-step {self.tokens_per_step}: less than --max-len": self.tokens_per_step >= self.max_len,
+            f"--micro-tokens {self.micro_tokens}: less than --max-len": self.micro_tokens >= self.max_len,
+            f"--held-out {self.held_out}: must be in [0, 0.5]": 0 <= self.held_out <= 0.5,
+            f"--evaluate needs a pocket model, {self.model} is none": not self.evaluate or runs.is_pocket(self.model),
         }
-        return [
-            f"{message} (max_len {self.max_len})" if "max-len" in message else message
-            for message, ok in checks.items()
-            if not ok
-        ]
+        return [message for message, fine in checks.items() if not fine]
 
 
 FIELDS = {
     "verify": {"id": str, "prompt": str, "answer": str, "spec": str, "critique": str, "verdict": str},
     "answer": {"id": str, "prompt": str, "reasoning": str, "answer": str},
 }
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16
+VALIDATION_SAMPLES = 64  # completions a validation, the first held-out records
+PATIENCE = 5  # steps in a row without a finite gradient before the run stops
 
 
 # ------------------------------------------------------------------------------------------------- records to rows
@@ -86,43 +98,51 @@ class Example:
     ids: list[int]
     trained: list[bool]
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.ids[: self.trained.index(True)]
+
 
 def build(tokenizer, record: dict, target: str) -> Example:
     """Token ids of one record and which of them are trained. Raises ValueError for text that cannot be a target."""
-    import safety
-
     if record["kind"] == "answer":
         prompt, thinking, answer = record["prompt"], record["reasoning"], record["answer"]
     else:
         if record["verdict"] not in ("safe", "unsafe"):
             raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
-        spec = safety.load_spec(record["spec"])
+        spec = load_spec(record["spec"])
+        if (known := (record.get("meta") or {}).get("spec_sha256", spec.sha256)) != spec.sha256:
+            raise ValueError(f"spec {spec.name} is not the record's (sha256 {spec.sha256}, not {known})")
         prompt = safety.verification_prompt(spec.text, record["prompt"], record["answer"])
         thinking, answer = safety.verify_target(record["critique"], record["verdict"], target)
     prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
     return Example(record, *safety.build_example(tokenizer, prompt_ids, thinking, answer))
 
 
-def prepare(tokenizer, records: list[dict], config: Config) -> tuple[list[Example], dict]:
+@functools.cache
+def load_spec(name: str):
+    return safety.load_spec(name)
+
+
+def prepare(tokenizer, records: list[dict], config: Config, context: int) -> tuple[list[Example], dict]:
     """(examples, accounting). Raises UserError if nothing, or everything, would be trained on."""
-    examples, dropped = [], {}
-    for record in records:
+    examples, dropped = [], Counter()
+    for record in tqdm(records, desc="tokenizing", leave=False):
         try:
             example = build(tokenizer, record, config.target)
         except ValueError as error:
             raise UserError(f"{config.data}, record {record['id']}: {error}") from None
         if len(example.ids) > config.max_len:
-            dropped[f"longer than {config.max_len} tokens"] = dropped.get(f"longer than {config.max_len} tokens", 0) + 1
+            dropped[f"longer than --max-len {config.max_len}"] += 1
+        elif len(example.ids) > context:
+            dropped[f"longer than the model's context {context}"] += 1
         else:
             examples.append(example)
     tokens, trained = sum(len(e.ids) for e in examples), sum(sum(e.trained) for e in examples)
+    account = {"records": len(examples), "dropped": dict(dropped), "tokens": tokens, "supervised": trained}
     if not 0 < trained < tokens:
-        raise UserError(
-            f"{config.data}: {trained} of {tokens} tokens would be trained on; dropped: {dropped or 'none'}"
-        )
-    longest = max(len(e.ids) for e in examples)
-    account = {"records": len(examples), "dropped": dropped, "tokens": tokens, "trained": trained, "longest": longest}
-    return examples, account
+        raise UserError(f"{config.data}: {trained} of {tokens} tokens are supervised; dropped: {dict(dropped)}")
+    return examples, account | {"longest": max(len(e.ids) for e in examples)}
 
 
 def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -134,7 +154,7 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
 
 
 def fill(examples: list[Example], limit: int) -> list[list[Example]]:
-    """Consecutive groups of at most `limit` tokens.
+    """Consecutive groups of at most `limit` tokens. A packed row has no padding: an unfilled one costs nothing.
 
     lengths 4 3 2 5, limit 7  ->  [4 3] [2 5]
     """
@@ -155,13 +175,18 @@ def epoch_steps(examples: list[Example], epoch: int, config: Config) -> list[lis
     return fill(order, config.tokens_per_step)
 
 
+def all_steps(examples: list[Example], config: Config) -> Iterator[tuple[list[Example], bool]]:
+    """(the examples of an optimizer step, whether it ends an epoch), without end where the clock decides."""
+    for epoch in itertools.count() if config.minutes else range(config.epochs):
+        steps = epoch_steps(examples, epoch, config)
+        yield from ((step, number == len(steps)) for number, step in enumerate(steps, 1))
+
+
 def pack(group: list[Example], device="cpu"):
     """(ids_T, labels_T, cu_seqlens): labels hold the *next* token where that is trained, else -100.
 
     ids 5 6 7 | 8 9, trained 0 0 1 | 0 1  ->  labels -100 7 -100 | 9 -100, offsets 0 3 5
     """
-    import torch
-
     ids, labels, offsets = [], [], [0]
     for example in group:
         following = zip(example.ids[1:], example.trained[1:], strict=True)
@@ -176,20 +201,31 @@ def pack(group: list[Example], device="cpu"):
 
 
 def nll_sum(transformer, group: list[Example], checkpointing: bool = False):
-    """(sum of -log p over the trained tokens of a packed row, their number)."""
-    import kernels
-
+    """Sum of -log p over the trained tokens of a packed row, a scalar tensor."""
     ids_T, labels_T, cu_seqlens = pack(group, transformer.head_weight.device)
     hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=checkpointing)
     logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T)
-    return -logp_T.sum(), int((labels_T != -100).sum())
+    return -logp_T.sum()
 
 
 def schedule(progress: float, config: Config) -> float:
-    """Learning rate at a progress in [0, 1): linear warm-up, then a cosine to zero."""
+    """Learning rate at a progress in [0, 1]: linear warm-up from zero, then a cosine to zero."""
     if progress < config.warmup:
         return config.lr * progress / config.warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
+
+
+def optimizer_step(transformer, trainee: "Trainee", examples: list[Example], lr: float, config: Config) -> dict:
+    """One update. The loss is a mean over the step's supervised tokens, however they fall into micro-batches."""
+    supervised = sum(sum(e.trained) for e in examples)
+    loss = 0.0
+    for group in fill(examples, config.micro_tokens):
+        mean_part = nll_sum(transformer, group, config.checkpointing) / supervised
+        mean_part.backward()
+        loss += mean_part.detach()
+    norm = trainee.step(lr, config.clip)
+    tokens = sum(len(e.ids) for e in examples)
+    return {"loss": float(loss), "lr": lr, "grad_norm": norm, "tokens": tokens, "supervised": supervised}
 
 
 # ------------------------------------------------------------------------------------------------- the trained weights
@@ -198,43 +234,36 @@ def schedule(progress: float, config: Config) -> float:
 class Trainee:
     """Trainable parameters, their fp32 masters and AdamW.
 
-    LoRA pairs and fp32 weights are their own masters. Full bf16 training keeps fp32 masters that collect the gradients
-    of the bf16 copies in fp32 and refresh the copies after each step: pure bf16 would lose most of a small update.
+    LoRA pairs and fp32 weights are their own masters. Full training in bf16 keeps the fp32 weights that the model was
+    loaded with as masters; they collect the gradients of their bf16 copies in fp32 and refresh the copies after each
+    step, for pure bf16 would lose most of a small update. 18 bytes a parameter: a copy's gradient goes as it comes.
     """
 
-    def __init__(self, transformer, config: Config):
-        import torch
-
+    def __init__(self, transformer, dtype, config: Config):
         named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
         self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
-        own = all(p.dtype == torch.float32 for p in self.parameters)
-        self.masters = self.parameters if own else [p.detach().float().requires_grad_() for p in self.parameters]
-        self.adam = torch.optim.AdamW(
-            self.masters, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=config.weight_decay
-        )
+        self.masters = self.parameters
+        if not config.lora_r and dtype != torch.float32:
+            self.masters = [p.detach().requires_grad_() for p in self.parameters]
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                parameter.data = parameter.data.to(dtype)
+                parameter.register_post_accumulate_grad_hook(functools.partial(collect, master))
+        betas = (config.beta1, config.beta2)
+        self.adam = torch.optim.AdamW(self.masters, betas=betas, weight_decay=config.weight_decay, fused=True)
 
-    def collect(self) -> None:
-        """Add the gradients of the compute copies to the masters', in fp32."""
-        if self.masters is self.parameters:
-            return
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            parameter.grad = None
+    def refresh(self) -> None:
+        """Round the masters into the compute copies."""
+        if self.masters is not self.parameters:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                parameter.data.copy_(master.data)
 
     def step(self, lr: float, clip: float) -> float:
         """Clip, update, clear; returns the gradient norm before clipping. A non-finite norm changes nothing."""
-        import torch
-
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip).item()
         if math.isfinite(norm):
-            for group in self.adam.param_groups:
-                group["lr"] = lr
+            self.adam.param_groups[0]["lr"] = lr
             self.adam.step()
-            if self.masters is not self.parameters:
-                with torch.no_grad():
-                    for master, parameter in zip(self.masters, self.parameters, strict=True):
-                        parameter.copy_(master)
+            self.refresh()
         self.adam.zero_grad()
         return norm
 
@@ -243,213 +272,244 @@ class Trainee:
         saved = {}
         for name, master in zip(self.names, self.masters, strict=True):
             saved[f"master/{name}"] = master
-            for key, value in self.adam.state.get(master, {}).items():
-                saved[f"{key}/{name}"] = value
+            saved |= {f"{key}/{name}": value for key, value in self.adam.state[master].items()}
         return saved
 
     def restore(self, saved: dict) -> None:
-        import torch
+        for name, master in zip(self.names, self.masters, strict=True):
+            master.data.copy_(saved[f"master/{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}/{name}" in saved:  # none before the first finite step
+                    self.adam.state[master][key] = saved[f"{key}/{name}"].to(master.device)
+        self.refresh()
 
-        with torch.no_grad():
-            for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
-                master.copy_(saved[f"master/{name}"])
-                parameter.copy_(master)
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in saved]
-                if keys:
-                    self.adam.state[master] = {
-                        key: saved[f"{key}/{name}"].to(master.device if key != "step" else "cpu").clone()
-                        for key in keys
-                    }
+
+def collect(master, parameter) -> None:
+    """Move the gradient of a compute copy to its master, in fp32, as soon as backward has made it."""
+    gradient = parameter.grad.to(master.dtype)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None
 
 
 # ------------------------------------------------------------------------------------------------- validation
 
 
-def validate(transformer, tokenizer, held_out: list[Example], config: Config) -> dict:
-    """Held-out loss a token, and how often the right verdict is likelier than the wrong one after the true critique."""
-    import torch
+def validate(transformer, tokenizer, held_out: list[Example], config: Config) -> tuple[dict, list[dict]]:
+    """(figures, samples): held-out loss a token; the share of right verdicts in the model's own greedy verifications.
 
+    The model writes the critique too. Verdicts after the given critique would be right nearly always: it gives them
+    away. A missing verdict counts as wrong.
+    """
     if not held_out:
-        return {}
-    total = count = 0
+        return {}, []
     with torch.no_grad():
-        for group in fill(held_out, config.micro_tokens):
-            nll, tokens = nll_sum(transformer, group)
-            total, count = total + nll.item(), count + tokens
-        result = {"held_out_loss": total / count}
-        verified = [e for e in held_out if e.record["kind"] == "verify" and config.target != "critique"]
-        if verified:
-            other = {"safe": "unsafe", "unsafe": "safe"}
-            right = 0
-            for example in verified:
-                flipped = {**example.record, "verdict": other[example.record["verdict"]]}
-                wrong = build(tokenizer, flipped, config.target)
-                right += bool(nll_sum(transformer, [example])[0] < nll_sum(transformer, [wrong])[0])
-            result["verdict_accuracy"] = right / len(verified)
-    return result
+        total = sum(nll_sum(transformer, group).item() for group in fill(held_out, config.micro_tokens))
+    figures = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}
+    samples = sample(transformer, tokenizer, held_out[:VALIDATION_SAMPLES])
+    verdicts = [s for s in samples if s["kind"] == "verify"] if config.target != "critique" else []
+    if verdicts:
+        figures["verdict_accuracy"] = sum(s["verdict"] == s["predicted"] for s in verdicts) / len(verdicts)
+    return figures, samples
+
+
+def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
+    """Greedy completions of the examples' prompts, at most half again as long as the longest target."""
+    context = transformer.config.max_position_embeddings
+    longest = max(sum(e.trained) for e in examples) * 3 // 2
+    limits = [min(longest, context - len(e.prompt_ids)) for e in examples]
+    room = max(len(e.prompt_ids) + limit for e, limit in zip(examples, limits, strict=True))
+    sampler = engine.Engine(transformer, {tokenizer.eos_token_id}, max_context=room)
+    drawn = sampler.generate([e.prompt_ids for e in examples], max_tokens=limits, temperature=0.0)
+    done = []
+    for example, (drawing,) in zip(examples, drawn, strict=True):
+        record, text = example.record, tokenizer.decode(drawing.ids)
+        line = {"id": record["id"], "kind": record["kind"], "prompt": record["prompt"], "completion": text}
+        if record["kind"] == "verify":
+            line |= {"verdict": record["verdict"], "predicted": safety.parse_verdict(text)}
+        done.append(line | {"finish_reason": drawing.finish_reason})
+    return done
+
+
+def evaluate(transformer, tokenizer, config: Config, path: Path) -> tuple[dict, list[dict]]:
+    """(figures, items) of the pocket's suites, kept in `path`; read from there if a resumed run has them already."""
+    if not path.exists():
+        from pocket import world as pocket
+
+        world = pocket.World(runs.world_seed(config.model))
+        items = suites.load(["pocket"], world, suites.candidates(config.model))
+        figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=config.seed + 1000)
+        runs.write_json(path, {"figures": figures, "items": labelled, "seconds": seconds})
+        print(f"{path.stem}: {len(labelled)} prompts in {seconds:.0f} s")
+    stored = json.loads(path.read_text())
+    return stored["figures"], stored["items"]
 
 
 # ------------------------------------------------------------------------------------------------- reports
 
 
-def show_row(tokenizer, example: Example, width: int = 110) -> None:
-    """One record as the model sees it; the supervised part after the mark."""
-    begin = example.trained.index(True)
-    shown = [tokenizer.decode(example.ids[:begin]), ">>> supervised >>>", tokenizer.decode(example.ids[begin:])]
-    for part in shown:
-        for line in part.split("\n"):
-            print("  | " + line[:width])
+def show_row(tokenizer, example: Example, width: int = 110, lines: int = 12) -> None:
+    """One record as the model sees it, the supervised part marked; long texts are cut in the middle."""
+    begin = len(example.prompt_ids)
+    for mark, ids in (("  ", example.ids[:begin]), (">>", example.ids[begin:])):
+        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in tokenizer.decode(ids)).split("\n")
+        if len(shown) > lines:
+            shown = [*shown[: lines // 2], f"... {len(shown) - lines} lines ...", *shown[-lines // 2 :]]
+        for line in shown:
+            print(f"  {mark} | {line[:width]}")
 
 
-def mfu(tokens_per_s: float, parameters: int, device_name: str, lora: bool) -> float | None:
-    """Share of the dense bf16 peak of a known GPU, at 6 (full) or 4 (LoRA) FLOPs a parameter and token; else None."""
-    for name, peak in PEAK_FLOPS.items():
-        if name in device_name:
-            return tokens_per_s * parameters * (4 if lora else 6) / peak
-    return None
+def report_plan(account: dict, training: list[Example], held_out: list[Example], config: Config) -> None:
+    """Everything that was derived, before step 0."""
+    share = account["supervised"] / account["tokens"]
+    print(f"{account['records']} records, {account['tokens']:,} tokens, {share:.1%} supervised (marked >> below)")
+    print(f"longest {account['longest']} tokens; dropped: {account['dropped'] or 'none'}")
+    print(f"{len(training)} records to train on, {len(held_out)} held out by prompt")
+    steps = epoch_steps(training, 0, config)
+    rows = [row for step in steps for row in fill(step, config.micro_tokens)]
+    tokens = sum(len(e.ids) for e in training)
+    print(
+        f"an epoch: {len(steps)} steps of {tokens // len(steps):,} tokens, {len(rows)} packed rows,"
+        f" {tokens / (len(rows) * config.micro_tokens):.0%} filled, no padding"
+    )
+    ends = f"{config.minutes} minutes" if config.minutes else f"{total_steps(training, config)} steps"
+    print(f"{ends}: lr 0 to {config.lr} in the first {config.warmup:.0%}, then a cosine to 0")
 
 
-# ------------------------------------------------------------------------------------------------- main
+def total_steps(training: list[Example], config: Config) -> int:
+    return sum(len(epoch_steps(training, epoch, config)) for epoch in range(config.epochs))
 
 
-def evaluate(transformer, tokenizer, config: Config, folder: Path, name: str):
-    """Run the pocket's suites; figures and items are kept in the run folder."""
-    import suites
-    from pocket import world as pocket
+def flops_a_token(transformer, lora: bool) -> float:
+    """Products with weights, forward and backward: 6 a parameter, 4 where the weights get no gradient."""
+    embedding = 0 if transformer.config.tie_word_embeddings else transformer.model.embed_tokens.weight.numel()
+    return (4 if lora else 6) * (sum(p.numel() for p in transformer.parameters()) - embedding)
 
-    world = pocket.World(runs.world_seed(config.model))
-    items = suites.load(["pocket"], world, suites.candidates(config.model))
-    figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=config.seed + 1000)
-    runs.write_json(folder / f"{name}.json", {"figures": figures, "items": labelled, "seconds": seconds})
-    print(f"{name}: {len(labelled)} prompts in {seconds:.0f} s")
-    return figures, labelled
+
+def mfu(flops_a_second: float) -> dict:
+    """{"mfu": share of the dense bf16 peak} on a known GPU, else nothing."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peaks = [peak for name, peak in runs.PEAK_FLOPS.items() if name in device]
+    return {"mfu": flops_a_second / peaks[0]} if peaks else {}
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def train(transformer, tokenizer, trainee, training, held_out, config: Config, folder: Path, state: dict) -> None:
+    """From `state` to the end of the run, changing it on the way.
+
+    state: step, seconds (of training steps alone), skipped (non-finite), in_a_row (of those), figures (validation).
+    """
+    total, flops = total_steps(training, config), flops_a_token(transformer, bool(config.lora_r))
+
+    def progress() -> float:
+        return state["seconds"] / 60 / config.minutes if config.minutes else state["step"] / total
+
+    steps = itertools.islice(all_steps(training, config), state["step"], None)
+    bar = tqdm(total=None if config.minutes else total, initial=state["step"], desc="training", unit="step")
+    with runs.Interruptible() as interrupt, bar:
+        while (begun := progress()) < 1:
+            examples, ends_epoch = next(steps)
+            started = time.perf_counter()
+            figures = optimizer_step(transformer, trainee, examples, schedule(begun, config), config)
+            seconds = time.perf_counter() - started
+            finite = math.isfinite(figures["grad_norm"])
+            state["step"] += 1
+            state["seconds"] += seconds
+            state["skipped"] += not finite
+            state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
+            speed = figures["tokens"] / seconds
+            line = {"step": state["step"], **figures, "tokens_per_s": speed, "seconds": seconds}
+            line |= {"peak_gib": runs.peak_memory(), **mfu(speed * flops)}
+            if ends_epoch or progress() >= 1:
+                state["figures"], samples = validate(transformer, tokenizer, held_out, config)
+                line |= state["figures"]
+                for entry in samples:
+                    runs.append_jsonl(folder / "samples.jsonl", {"step": state["step"], **entry})
+                tqdm.write(f"step {state['step']}: " + ", ".join(f"{k} {v:.3f}" for k, v in state["figures"].items()))
+            runs.append_jsonl(folder / "metrics.jsonl", line)
+            if config.minutes:
+                bar.total = max(state["step"], round(state["step"] / progress()))
+            bar.set_postfix_str(log_line(line, state["skipped"]))
+            bar.update()
+            if state["in_a_row"] == PATIENCE:
+                raise UserError(f"{PATIENCE} steps in a row without a finite gradient; try a smaller --lr")
+            if int(5 * progress()) > int(5 * begun) or interrupt.requested:
+                runs.save_checkpoint(folder, trainee.tensors(), state)
+            if interrupt.requested:
+                raise KeyboardInterrupt
+
+
+def log_line(line: dict, skipped: int) -> str:
+    """What a person watches."""
+    shown = (
+        f"loss {line['loss']:.3f} lr {line['lr']:.1e} norm {line['grad_norm']:.2f} {line['tokens_per_s']:,.0f} tok/s"
+    )
+    shown += f" {line['peak_gib']:.1f} GiB" + (f" MFU {line['mfu']:.0%}" if "mfu" in line else "")
+    return shown + (f" skipped {skipped}" if skipped else "")
+
+
+def load_model(config: Config, device: str, dtype):
+    """(transformer, tokenizer): LoRA's frozen weights in the compute dtype, weights to be trained in fp32."""
+    try:
+        return model.load(config.model, device=device, dtype=dtype if config.lora_r else torch.float32)
+    except model.ModelError as error:
+        raise UserError(str(error)) from None
+
+
+def resume(folder: Path, trainee: Trainee, data_sha256: str) -> dict:
+    """The state to go on from: that of the newest checkpoint, or of step 0 where there is none yet."""
+    state = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "figures": {}, "data_sha256": data_sha256}
+    if found := runs.load_checkpoint(folder):
+        tensors, state = found
+        trainee.restore(tensors)
+    if state["data_sha256"] != data_sha256:
+        raise UserError(f"{folder}: the data have changed since its last checkpoint")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        runs.rewind(folder / name, state["step"])
+    print(f"from step {state['step']}")
+    return state
 
 
 def main(config: Config, origin: dict) -> int:
-    import json
-
-    import torch
-    from tqdm import tqdm
-
-    import model
-
     begun = time.monotonic()
-    device = runs.pick_device(config.device)
     records = runs.read_jsonl(config.data, FIELDS)
-    try:
-        transformer, tokenizer = model.load(config.model, device=device, dtype=getattr(torch, config.dtype))
-    except model.ModelError as error:
-        raise UserError(str(error)) from None
-    if config.evaluate and not runs.is_pocket(config.model):
-        raise UserError("--evaluate true runs the pocket's suites; this model is not a pocket (no world.json)")
-    examples, account = prepare(tokenizer, records, config)
+    device = runs.pick_device(config.device)
+    dtype = runs.pick_dtype(config.dtype, device)
+    transformer, tokenizer = load_model(config, device, dtype)
+    examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
     training, held_out = split(examples, config.held_out, config.seed)
-    if not training:
-        raise UserError(f"{config.data}: no record is left for training after holding out {config.held_out:.0%}")
-    plan = [step for epoch in range(config.epochs) for step in epoch_steps(training, epoch, config)]
-    per_epoch = len(epoch_steps(training, 0, config))
     folder = runs.new_folder(config, origin, "train_sft")
-    runs.seed_everything(config.seed)
 
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
-    share = account["trained"] / account["tokens"]
-    print(
-        f"{account['records']} records, {account['tokens']:,} tokens, {share:.0%} supervised, longest {account['longest']}"
-    )
-    print(f"dropped: {account['dropped'] or 'none'}; {len(training)} to train on, {len(held_out)} held out")
-    filled = sum(len(e.ids) for step in plan for e in step) / (len(plan) * config.tokens_per_step)
-    print(f"{len(plan)} steps of at most {config.tokens_per_step:,} tokens, {filled:.0%} filled; one record:")
+    report_plan(account, training, held_out, config)
     show_row(tokenizer, training[0])
 
-    if config.resume:
-        before = None
-        if config.evaluate:
-            stored = json.loads((folder / "before.json").read_text())
-            before = stored["figures"], stored["items"]
-    else:
-        before = evaluate(transformer, tokenizer, config, folder, "before") if config.evaluate else None
+    runs.seed_everything(config.seed)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
-    trainee = Trainee(transformer, config)
-    step, elapsed, skipped = 0, 0.0, 0
-    if config.resume:
-        saved, state = runs.load_checkpoint(folder)
-        trainee.restore(saved)
-        step, elapsed, skipped = state["step"], state["elapsed"], state["skipped"]
+    trainee = Trainee(transformer, dtype, config)
+    before = evaluate(transformer, tokenizer, config, folder / "before.json") if config.evaluate else None
+    state = resume(folder, trainee, runs.file_sha256(config.data))
+    train(transformer, tokenizer, trainee, training, held_out, config, folder, state)
 
-    def checkpoint() -> None:
-        runs.save_checkpoint(folder, step, trainee.tensors(), {"elapsed": elapsed, "skipped": skipped})
-
-    parameters = sum(p.numel() for p in transformer.parameters())
-    every = max(1, len(plan) // 5)
-    failures = 0
-    bar = tqdm(total=len(plan), initial=step, desc="training", unit="step")
-    with runs.Interruptible() as interrupt:
-        while step < len(plan):
-            progress = min(elapsed / 60 / config.minutes, 1.0) if config.minutes else step / len(plan)
-            if progress >= 1.0:
-                break
-            started = time.monotonic()
-            groups = fill(plan[step], config.micro_tokens)
-            supervised = sum(sum(e.trained) for e in plan[step])
-            tokens = sum(len(e.ids) for e in plan[step])
-            loss = 0.0
-            for group in groups:
-                nll, _ = nll_sum(transformer, group, config.checkpointing)
-                (nll / supervised).backward()
-                trainee.collect()
-                loss += nll.item() / supervised
-            lr = schedule(progress + (0 if config.minutes else 1 / len(plan) * 0.5), config)
-            norm = trainee.step(lr, config.clip)
-            failures = 0 if math.isfinite(norm) else failures + 1
-            skipped += not math.isfinite(norm)
-            seconds = time.monotonic() - started
-            elapsed, step = elapsed + seconds, step + 1
-            line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
-            line |= {"tokens_per_s": tokens / seconds, "seconds": seconds}
-            if step % per_epoch == 0 or step == len(plan):
-                line |= validate(transformer, tokenizer, held_out, config)
-                tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float | int)))
-            if device == "cuda":
-                line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                line["mfu"] = mfu(line["tokens_per_s"], parameters, torch.cuda.get_device_name(), bool(config.lora_r))
-            runs.append_jsonl(folder / "metrics.jsonl", line)
-            bar.update()
-            bar.set_postfix(
-                {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "norm": f"{norm:.2f}", "tok/s": f"{tokens / seconds:.0f}"}
-            )
-            if failures == 5:
-                raise UserError(f"{failures} steps in a row had a non-finite gradient; try a smaller --lr")
-            if step % every == 0 or interrupt.requested or step == len(plan):
-                checkpoint()
-            if interrupt.requested:
-                raise KeyboardInterrupt
-    bar.close()
-
-    target = folder / "model"
     if config.lora_r:
-        model.save_adapter(transformer, target, base=config.model)
+        model.save_adapter(transformer, folder / "model", base=config.model)
     else:
-        model.save(transformer, tokenizer, target)
-        runs.copy_world(config.model, target)
-    result = {"steps": step, "skipped": skipped, "training_minutes": elapsed / 60}
+        model.save(transformer, tokenizer, folder / "model")
+        runs.copy_world(config.model, folder / "model")
+    result = {**state, **account, "training_minutes": state["seconds"] / 60}
     if before:
-        after = evaluate(transformer, tokenizer, config, folder, "after")
+        after = evaluate(transformer, tokenizer, config, folder / "after.json")
         result |= {"before": before[0], "after": after[0]}
-        report(before, after)
+        print("\n" + suites.table(before[0], after[0]))
+        print(suites.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
     result["minutes"] = (time.monotonic() - begun) / 60
     runs.write_json(folder / "result.json", result)
-    print(f"\n{elapsed:.0f} s of training, {result['minutes']:.1f} minutes in all; everything lies in {folder}")
-    print(f"{'the adapter (PEFT format)' if config.lora_r else 'the model (Hugging Face format)'} is {target}")
+    print(f"\n{state['seconds']:.0f} s of training, {result['minutes']:.1f} minutes in all; all files: {folder}")
+    print(f"{'the adapter (PEFT format)' if config.lora_r else 'the model (Hugging Face format)'}: {folder / 'model'}")
     return runs.EXIT_OK
-
-
-def report(before, after) -> None:
-    import suites
-
-    print("\n" + suites.table(before[0], after[0]))
-    print(suites.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
 
 
 if __name__ == "__main__":
