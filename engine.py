@@ -83,18 +83,23 @@ def inverse_cdf(p_BV: torch.Tensor, u_B: torch.Tensor):
     """
     p_BNC = F.pad(p_BV, (0, -p_BV.shape[1] % SPAN)).unflatten(1, (-1, SPAN))
     cdf_BN = p_BNC.sum(2).double().cumsum(1)
-    target_B1 = u_B[:, None] * cdf_BN[:, -1:]
-    span_B1 = torch.searchsorted(cdf_BN, target_B1, right=True)
-    below_B1 = cdf_BN.gather(1, (span_B1 - 1).clamp(min=0)).masked_fill(span_B1 == 0, 0)
-    share_B1 = ((target_B1 - below_B1) / (cdf_BN.gather(1, span_B1) - below_B1)).clamp(max=1 - 2**-52)
+    span_B1, share_B1 = _place(cdf_BN, u_B[:, None])
     cdf_BC = p_BNC.gather(1, span_B1[:, :, None].expand(-1, -1, SPAN)).squeeze(1).double().cumsum(1)
-    place_B1 = torch.searchsorted(cdf_BC, share_B1 * cdf_BC[:, -1:], right=True)
-    return (span_B1 * SPAN + place_B1).squeeze(1), cdf_BN[:, -1]
+    return (span_B1 * SPAN + _place(cdf_BC, share_B1)[0]).squeeze(1), cdf_BN[:, -1]
+
+
+def _place(cdf_BN: torch.Tensor, u_B1: torch.Tensor):
+    """The column where the cumulative sum passes u of its total, and how far into the column that is, in [0, 1)."""
+    target_B1 = u_B1 * cdf_BN[:, -1:]
+    place_B1 = torch.searchsorted(cdf_BN, target_B1, right=True).clamp(max=cdf_BN.shape[1] - 1)  # NaN ends there too
+    below_B1 = cdf_BN.gather(1, (place_B1 - 1).clamp(min=0)).masked_fill(place_B1 == 0, 0)
+    share_B1 = (target_B1 - below_B1) / (cdf_BN.gather(1, place_B1) - below_B1)
+    return place_B1, share_B1.clamp(max=1 - 2**-52)
 
 
 def nucleus(z_BV: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Logits, -inf outside the top_k likeliest tokens and outside the fewest that together reach top_p."""
-    sorted_BV, order_BV = z_BV.sort(1, descending=True, stable=True)
+    sorted_BV, order_BV = z_BV.sort(dim=1, descending=True, stable=True)
     p_BV = sorted_BV.softmax(1)
     dead_BV = (p_BV.cumsum(1) - p_BV >= top_p) | (torch.arange(z_BV.shape[1], device=z_BV.device) >= top_k)
     dead_BV[:, 0] = False
@@ -110,6 +115,7 @@ def draw(logits_BV: torch.Tensor, u_B: torch.Tensor, knobs, mode: str):
     token_B, total_B = inverse_cdf(z_BV.exp(), u_B)
     if mode == "greedy":
         token_B = z_BV.argmax(1)
+    token_B = token_B.clamp(max=z_BV.shape[1] - 1)
     return token_B, z_BV.gather(1, token_B[:, None]).squeeze(1) - total_B.log().float()
 
 
@@ -228,7 +234,7 @@ class Group:
     prompt: list[int]
     cached: int  # all but the last
     limit: int
-    waiting: list[int]
+    waiting: deque[int]
     pages: list[int] | None = None
 
 
@@ -281,7 +287,7 @@ class Rollout:
 
     def start(self, group: Group, copies: list[tuple[int, int]]) -> None:
         """Make the group's next sample a row: it shares the full pages and gets a copy of the partial one."""
-        k, full = group.waiting.pop(0), group.cached // PAGE
+        k, full = group.waiting.popleft(), group.cached // PAGE
         if group.waiting:
             pages = self.pages.share(group.pages[:full]) + self.pages.take(len(group.pages) - full)
             copies += zip(group.pages[full:], pages[full:], strict=True)
@@ -314,13 +320,13 @@ class Rollout:
             group.pages = None
         while len(self.pages.free) < need:
             row = min(self.rows, key=lambda row: len(row.ids))
-            self.waiting.appendleft(replace(row.group, waiting=[row.k], pages=None))
+            self.waiting.appendleft(replace(row.group, waiting=deque([row.k]), pages=None))
             self.end(row)
+            self.rows.remove(row)
 
     def end(self, row: Row) -> None:
         self.pages.drop(row.pages)
         row.pages = None
-        self.rows.remove(row)
         self.changed = True
 
     def upload(self) -> None:
@@ -339,7 +345,7 @@ class Rollout:
         """Read what the last steps drew; rows that ended leave."""
         s = self.engine.state.first(len(self.rows))
         drawn = [x.tolist() for x in (s.count, s.live, s.ids[:, :steps], s.logp[:, :steps])]
-        for row, count, live, ids, logp in zip(list(self.rows), *drawn, strict=True):
+        for row, count, live, ids, logp in zip(self.rows, *drawn, strict=True):
             new = count - len(row.ids)
             if not math.isfinite(sum(logp[:new])):
                 raise EngineError(f"prompt {row.group.index}, sample {row.k}: the model's logits are not finite")
@@ -350,6 +356,7 @@ class Rollout:
                 self.end(row)
                 reason = "stop" if found or row.ids[-1] in self.engine.eos_ids else "length"
                 self.on_done(row.group.index, row.k, Sample(row.ids, row.logprobs, reason))
+        self.rows = [row for row in self.rows if row.pages is not None]
 
     def cut(self, row: Row, new: int) -> bool:
         """Drop what follows the first token that completes a stop string; says whether there is one."""
@@ -411,7 +418,7 @@ class Engine:
             if on_done is not None:
                 on_done(index, k, sample)
 
-        groups = [Group(i, list(p), len(p) - 1, limits[i], list(range(n))) for i, p in enumerate(prompts)]
+        groups = [Group(i, list(p), len(p) - 1, limits[i], deque(range(n))) for i, p in enumerate(prompts)]
         mode = "greedy" if temperature == 0 else "filtered" if top_p < 1 or top_k > 0 else "sample"
         self._open(temperature or 1.0, top_p, top_k or self.transformer.config.vocab_size)
         with torch.inference_mode():

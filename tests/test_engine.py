@@ -1,0 +1,555 @@
+"""The sampler against transformers, against a sampler without a cache, and against itself in other batches."""
+
+import gc
+import json
+import math
+
+import pytest
+import scipy.stats
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import engine
+import kernels
+import model
+from engine import Engine, EngineError
+
+VOCAB = 160
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.15,
+}  # fmt: skip
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 128}  # fmt: skip
+FAMILIES = {
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 32},
+    "Llama": {"rope_parameters": LLAMA3_ROPE},
+    "Mistral": {"sliding_window": None},
+}
+
+
+def pair(family="Qwen2", seed=0):
+    """(transformers' model, ours) with the same random weights."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**(SHAPE | FAMILIES[family]))
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    raw = json.loads(theirs.config.to_json_string(use_diff=False)) | {"architectures": [f"{family}ForCausalLM"]}
+    ours = model.Transformer(model.Config.from_dict(raw))
+    weights = theirs.state_dict()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(weights[name])
+    return theirs, ours
+
+
+def prompts_of(*lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def greedy_of_transformers(theirs, prompt, limit, eos):
+    with torch.inference_mode():
+        ids = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+            max_new_tokens=limit, eos_token_id=eos, pad_token_id=0,
+        )  # fmt: skip
+    return ids[0, len(prompt) :].tolist()
+
+
+def packed_logprobs(transformer, prompts, samples, temperature):
+    """What the trainer would say: one packed forward of all prompts with their samples, linear_logp on the result."""
+    rows = [(p, s.ids) for p, group in zip(prompts, samples, strict=True) for s in group]
+    ids_T = torch.tensor([i for p, c in rows for i in p + c])
+    ends = torch.tensor([0] + [len(p) + len(c) for p, c in rows]).cumsum(0)
+    target_T = torch.cat([torch.tensor([-100] * (len(p) - 1) + c + [-100]) for p, c in rows])
+    with torch.no_grad():
+        x_TH = transformer(ids_T, ends.int())
+        logp_T, _ = kernels.linear_logp(x_TH, transformer.head_weight, target_T, temperature)
+    return logp_T[target_T != -100].float()
+
+
+def flat(samples):
+    return torch.tensor([x for group in samples for s in group for x in s.logprobs])
+
+
+# ------------------------------------------------------------------------------------------------- right tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_that_of_transformers(family):
+    """Prompts of one token, just under, at and over a page; several end ids; every copy of a group alike."""
+    theirs, ours = pair(family)
+    prompts = prompts_of(1, 2, 17, 63, 64, 65, 66, 130)
+    eos = [3, 5, 8, 13, 21, 34, 55, 89]
+    out = Engine(ours, eos).generate(prompts, n=2, max_tokens=40, temperature=0)
+    for prompt, group in zip(prompts, out, strict=True):
+        want = greedy_of_transformers(theirs, prompt, 40, eos)
+        assert [s.ids for s in group] == [want, want]
+        assert {s.finish_reason for s in group} == {"stop" if want[-1] in eos else "length"}
+    assert {s.finish_reason for group in out for s in group} == {"stop", "length"}
+
+
+def test_stop_at_the_first_token_and_limit_one():
+    theirs, ours = pair()
+    (prompt,) = prompts_of(20)
+    first, second = greedy_of_transformers(theirs, prompt, 2, [])
+    assert first != second
+    (stopped,) = Engine(ours, {first}).generate([prompt], max_tokens=9, temperature=0)[0]
+    assert (stopped.ids, stopped.finish_reason, len(stopped.logprobs)) == ([first], "stop", 1)
+    (limited,) = Engine(ours, {second}).generate([prompt], max_tokens=1, temperature=0)[0]
+    assert (limited.ids, limited.finish_reason) == ([first], "length")
+    (both,) = Engine(ours, {second}).generate([prompt], max_tokens=2, temperature=0)[0]
+    assert (both.ids, both.finish_reason) == ([first, second], "stop")  # an end token on the last place is an end
+
+
+def test_a_prompt_may_end_in_a_given_start_of_the_answer():
+    theirs, ours = pair()
+    (prompt,) = prompts_of(30)
+    whole = greedy_of_transformers(theirs, prompt, 20, [])
+    (rest,) = Engine(ours, ()).generate([prompt + whole[:7]], max_tokens=13, temperature=0)[0]
+    assert rest.ids == whole[7:]
+
+
+def test_limits_are_per_prompt_and_rows_that_never_end_say_so():
+    _, ours = pair()
+    out = Engine(ours, ()).generate(prompts_of(5, 6, 7), n=2, max_tokens=[3, 1, 30])
+    assert [[len(s.ids) for s in group] for group in out] == [[3, 3], [1, 1], [30, 30]]
+    assert all(s.finish_reason == "length" for group in out for s in group)
+    assert Engine(ours, ()).generate([], max_tokens=3) == []
+
+
+def sample_without_cache(ours, prompt, key, limit, temperature, eos):
+    """Whole forward for every token, softmax and cumulative sum in fp64; only the uniform numbers are the engine's."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + limit and (len(ids) == len(prompt) or ids[-1] not in eos):
+        with torch.no_grad():
+            z_V = ours.logits(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))[-1].double()
+        u = engine.uniform(torch.tensor([key]), torch.tensor([len(ids) - len(prompt)]))
+        ids.append(int(torch.searchsorted((z_V / temperature).softmax(0).cumsum(0), u, right=True)))
+    return ids[len(prompt) :]
+
+
+def test_samples_are_those_of_a_sampler_without_cache():
+    """So shared and copied pages, refill and packed prefill change nothing."""
+    _, ours = pair()
+    prompts, eos = prompts_of(1, 40, 64, 66, 129), {7, 70}
+    out = Engine(ours, eos, max_rows=16).generate(prompts, n=4, max_tokens=30, temperature=1.3, seed=11)
+    keys = engine.stream_keys(11, len(prompts), 4)
+    for i, prompt in enumerate(prompts):
+        for k in range(4):
+            assert out[i][k].ids == sample_without_cache(ours, prompt, keys[i][k], 30, 1.3, eos), (i, k)
+
+
+# ------------------------------------------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_logprobs_are_those_of_the_packed_forward(family, temperature):
+    _, ours = pair(family)
+    prompts = prompts_of(3, 64, 100)
+    out = Engine(ours, {9, 10}).generate(prompts, n=3, max_tokens=40, temperature=temperature)
+    assert (flat(out) - packed_logprobs(ours, prompts, out, temperature)).abs().max() < 1e-5
+
+
+def test_greedy_logprobs_are_at_temperature_one():
+    _, ours = pair()
+    prompts = prompts_of(9)
+    out = Engine(ours, ()).generate(prompts, max_tokens=20, temperature=0)
+    assert (flat(out) - packed_logprobs(ours, prompts, out, 1.0)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision(dtype, gap):
+    _, ours = pair()
+    ours = ours.to(dtype)
+    prompts = prompts_of(3, 70)
+    out = Engine(ours, {9}).generate(prompts, n=4, max_tokens=30)
+    assert (flat(out) - packed_logprobs(ours, prompts, out, 1.0)).abs().mean() < gap
+
+
+# ------------------------------------------------------------------------------------------------- distribution
+
+
+def chi_square(tokens, p_V):
+    """p-value; tokens that are expected less than 8 times are counted together."""
+    want_V = p_V * len(tokens)
+    got_V = torch.bincount(tokens, minlength=len(p_V)).double()
+    rare_V = want_V < 8
+    want = torch.cat([want_V[~rare_V], want_V[rare_V].sum()[None]])
+    got = torch.cat([got_V[~rare_V], got_V[rare_V].sum()[None]])
+    kept = want > 0
+    return scipy.stats.chisquare(got[kept].numpy(), want[kept].numpy()).pvalue
+
+
+def test_frequencies_of_generate(temperature=0.8):
+    """50k first tokens of one prompt."""
+    _, ours = pair()
+    (prompt,) = prompts_of(12)
+    out = Engine(ours, (), max_rows=2048).generate([prompt], n=50_000, max_tokens=1, temperature=temperature, seed=5)
+    first = torch.tensor([s.ids[0] for s in out[0]])
+    cu_seqlens = torch.tensor([0, len(prompt)], dtype=torch.int32)
+    p_V = (ours.logits(torch.tensor(prompt), cu_seqlens)[-1].detach().double() / temperature).softmax(0)
+    assert chi_square(first, p_V) > 1e-3
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 128, 129, 1000])
+def test_inverse_cdf_has_the_frequencies_at_every_vocabulary_size(vocab):
+    p_V = torch.randn(vocab).mul(2).exp()
+    p_V[::5] = 0 if vocab > 5 else p_V[::5]
+    keys = torch.tensor(engine.stream_keys(3, 50, 1000)).flatten()
+    u = engine.uniform(keys, torch.zeros_like(keys))
+    token, total = engine.inverse_cdf(p_V.expand(len(keys), vocab), u)
+    assert torch.allclose(total, p_V.double().sum().expand_as(total))
+    assert (p_V[token] > 0).all()
+    assert vocab == 1 or chi_square(token, p_V.double() / p_V.double().sum()) > 1e-3
+
+
+def test_inverse_cdf_at_the_ends_of_the_interval():
+    p_V = torch.zeros(300)
+    p_V[[5, 140, 250]] = torch.tensor([1e-30, 1.0, 1e-8])
+    u = torch.tensor([0.0, 1e-31, 0.5, 1 - 2**-52], dtype=torch.float64)
+    assert engine.inverse_cdf(p_V.expand(4, 300), u)[0].tolist() == [5, 5, 140, 250]
+
+
+def test_uniforms_do_not_repeat_and_are_uniform_in_each_key():
+    keys = torch.tensor(engine.stream_keys(0, 20, 20)).flatten()
+    u = engine.uniform(keys.repeat_interleave(200), torch.arange(200).repeat(400))
+    assert len(u.unique()) == len(u) and u.min() >= 0 and u.max() < 1
+    for view in (u, u.view(400, 200)[:, 0], u.view(400, 200)[0]):
+        assert scipy.stats.kstest(view.numpy(), "uniform").pvalue > 1e-3
+    u_KP = u.view(400, 200) - 0.5
+    assert abs((u_KP[1:] * u_KP[:-1]).mean() * 12) < 0.02 and abs((u_KP[:, 1:] * u_KP[:, :-1]).mean() * 12) < 0.02
+    assert engine.stream_keys(1, 2, 2) != engine.stream_keys(0, 2, 2)
+
+
+def test_mix_is_splitmix64():
+    """The generator's published first outputs for seed 1234567: state advanced by its constant, then mixed."""
+    state = torch.tensor(1234567)
+    got = []
+    for _ in range(3):
+        got.append(engine.mix(state).item() % 2**64)
+        state = state + (0x9E3779B97F4A7C15 - 2**64)
+    assert got == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (20, 0.5), (1, 1.0), (0, 1e-6)])
+def test_filters_are_those_of_transformers(top_k, top_p):
+    logits = torch.randn(50, VOCAB) * 3
+    want = logits
+    if top_k:
+        want = transformers.TopKLogitsWarper(top_k)(None, want)
+    if top_p < 1:
+        want = transformers.TopPLogitsWarper(top_p)(None, want)
+    got = engine.nucleus(logits, torch.tensor(top_k or VOCAB), torch.tensor(top_p))
+    if top_k and top_p < 1:  # theirs renormalises after top-k; ours keeps what both alone keep of the full distribution
+        assert ((got > -math.inf) <= (logits > -math.inf)).all() and (got > -math.inf).any(1).all()
+        assert ((want > -math.inf) <= (got > -math.inf)).all()
+    else:
+        assert torch.equal(got, want)
+
+
+def test_filtered_samples_stay_inside_and_carry_no_logprobs():
+    theirs, ours = pair()
+    prompts = prompts_of(10, 11)
+    out = Engine(ours, ()).generate(prompts, n=3, max_tokens=10, top_k=1, logprobs=False)
+    for prompt, group in zip(prompts, out, strict=True):
+        assert all(s.ids == greedy_of_transformers(theirs, prompt, 10, []) and s.logprobs is None for s in group)
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+def test_the_same_sample_in_any_batch():
+    """Bitwise, log-probs too: alone, among others, in narrow and wide batches, with another look, with two threads."""
+    _, ours = pair()
+    prompts, eos = prompts_of(1, 2, 40, 64, 70, 128, 140, 33), {4, 44}
+    limits = [20, 3, 60, 40, 21, 7, 30, 10]
+
+    def run(max_rows=256, look=4, only=None):
+        sampler = Engine(ours, eos, max_rows=max_rows)
+        sampler.look = look
+        if only is None:
+            return sampler.generate(prompts, n=3, max_tokens=limits, seed=2)
+        fillers = [[1]] * only
+        return sampler.generate(fillers + [prompts[only]], n=3, max_tokens=[1] * only + [limits[only]], seed=2)[only]
+
+    want = run()
+    assert run(max_rows=16) == want
+    assert run(max_rows=48, look=1) == want
+    assert run(look=13) == want
+    for i in range(len(prompts)):
+        assert run(only=i) == want[i]
+    torch.set_num_threads(2)
+    try:
+        assert run() == want
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_seeds_differ_and_repeat():
+    _, ours = pair()
+    sampler, prompts = Engine(ours, ()), prompts_of(8, 9)
+    a, b, c = (sampler.generate(prompts, n=2, max_tokens=12, seed=seed) for seed in (0, 1, 0))
+    assert a == c and a != b
+    assert a[0][0].ids != a[0][1].ids
+
+
+class Spy:
+    """Keeps what an engine prefills, and the schedulers it makes."""
+
+    def __init__(self, sampler, monkeypatch):
+        self.prefilled, self.rollouts = [], []
+        prefill, init = sampler.prefill, engine.Rollout.__init__
+
+        def spied_prefill(prompts):
+            self.prefilled += [tuple(ids) for ids, _ in prompts]
+            prefill(prompts)
+
+        def spied_init(rollout, *args):
+            init(rollout, *args)
+            self.rollouts.append(rollout)
+
+        monkeypatch.setattr(sampler, "prefill", spied_prefill)
+        monkeypatch.setattr(engine.Rollout, "__init__", spied_init)
+
+
+def test_a_prompt_is_prefilled_once_and_all_pages_come_back(monkeypatch):
+    """Even when the 24 samples of a group begin at different times."""
+    _, ours = pair()
+    sampler = Engine(ours, {3, 6, 9}, max_rows=16)
+    spy, prompts = Spy(sampler, monkeypatch), prompts_of(70, 1, 30)
+    sampler.generate(prompts, n=24, max_tokens=50)
+    assert spy.prefilled == [tuple(prompts[0][:-1]), tuple(prompts[2][:-1])]
+    (rollout,) = spy.rollouts
+    assert sorted(rollout.pages.free) == list(range(1, sampler.pages)) and not any(rollout.pages.references.values())
+
+
+def test_a_small_cache_starts_rows_over_and_changes_nothing(monkeypatch):
+    _, ours = pair()
+    prompts, eos = prompts_of(60, 130, 10, 64), {3}
+    want = Engine(ours, eos).generate(prompts, n=3, max_tokens=150)
+    probe = Engine(ours, eos)
+    for pages in (7, 14):  # the second prompt needs 5 and the copy of its partial page
+        sampler = Engine(ours, eos, cache_bytes=pages * probe.page_bytes)
+        spy = Spy(sampler, monkeypatch)
+        assert sampler.generate(prompts, n=3, max_tokens=150) == want
+        (rollout,) = spy.rollouts
+        assert sorted(rollout.pages.free) == list(range(1, pages))
+    with pytest.raises(EngineError, match=r"prompt 1: needs 6 pages of 32,768 bytes, the cache has 5"):
+        Engine(ours, eos, cache_bytes=6 * probe.page_bytes).generate(prompts, n=3, max_tokens=150)
+
+
+def test_long_prompts_are_prefilled_in_parts(monkeypatch):
+    _, ours = pair()
+    prompts = prompts_of(100, 30, 90, 200, 5)
+    want = Engine(ours, ()).generate(prompts, max_tokens=5)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 128)
+    assert Engine(ours, ()).generate(prompts, max_tokens=5) == want
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def test_an_update_of_the_weights_is_seen_by_the_next_rollout():
+    theirs, ours = pair()
+    prompts = prompts_of(40, 41)
+    sampler = Engine(ours, ())
+    before = sampler.generate(prompts, max_tokens=20, temperature=0)
+    with torch.no_grad():
+        for a, b in zip(ours.parameters(), pair(seed=1)[1].parameters(), strict=True):
+            a.copy_(b)
+    theirs = pair(seed=1)[0]
+    after = sampler.generate(prompts, max_tokens=20, temperature=0)
+    assert before != after
+    assert [g[0].ids for g in after] == [greedy_of_transformers(theirs, p, 20, []) for p in prompts]
+
+
+def test_lora_is_sampled_unmerged_and_the_backward_pass_still_works():
+    _, ours = pair()
+    prompts = prompts_of(20, 70)
+    base = Engine(ours, ()).generate(prompts, n=2, max_tokens=20)
+    pairs = model.add_lora(ours, r=4, alpha=8, seed=0)
+    with torch.no_grad():
+        for parameter in pairs[1::2]:
+            parameter.normal_(std=0.1)
+    out = Engine(ours, ()).generate(prompts, n=2, max_tokens=20)
+    assert out != base
+    assert (flat(out) - packed_logprobs(ours, prompts, out, 1.0)).abs().max() < 1e-5
+    ours(torch.tensor(prompts[0]), torch.tensor([0, 20], dtype=torch.int32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in pairs)
+
+
+def test_weights_that_give_no_distribution_are_an_error():
+    _, ours = pair()
+    with torch.no_grad():
+        ours.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    sampler = Engine(ours, ())
+    with pytest.raises(EngineError, match="prompt 0, sample 0: the model's logits are not finite"):
+        sampler.generate(prompts_of(5), max_tokens=3)
+    with torch.no_grad():
+        ours.model.layers[1].mlp.down_proj.weight[0, 0] = 0
+    want = Engine(ours, ()).generate(prompts_of(70, 5), max_tokens=3)
+    assert sampler.generate(prompts_of(70, 5), max_tokens=3) == want  # what the cache still holds does no harm
+
+
+# ------------------------------------------------------------------------------------------------- requests
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1: empty"),
+        ({"prompts": [[1] * 500], "max_tokens": 13}, "500 tokens and max_tokens=13 make 513, over the context of 512"),
+        ({"prompts": [[1, VOCAB]]}, "ids 1 to 160 for a vocabulary of 160"),
+        ({"prompts": [[-1]]}, "ids -1 to -1"),
+        ({"n": 0}, "n=0"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": [3, 3]}, "2 limits for 1 prompts"),
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_p": 0.9}, "logprobs=False"),
+        ({"top_k": 3}, "logprobs=False"),
+        ({"top_p": 0.0, "logprobs": False}, "top_p=0.0"),
+        ({"stop": ["x"]}, "decode"),
+        ({"prompts": [[]] * 5}, "prompt 2: empty; and 2 more prompts"),
+        ({"n": 0, "prompts": [[]]}, "n=0.*prompt 0: empty"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_runs(change, message, monkeypatch):
+    _, ours = pair()
+    sampler = Engine(ours, {3})
+    monkeypatch.setattr(ours, "forward", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(EngineError, match=message):
+        sampler.generate(**({"prompts": [[1, 2]], "max_tokens": 4} | change))
+    assert sampler.cache is None
+
+
+def test_stop_strings_end_a_sample_with_the_token_that_completes_one():
+    _, ours = pair()
+    prompts = prompts_of(10, 12)
+    free = Engine(ours, ()).generate(prompts, n=3, max_tokens=40)
+
+    def decode(ids):
+        return "".join(f"<{i}>" for i in ids)
+
+    stop = [decode(free[0][1].ids[9:11]), decode(free[1][2].ids[23:26])[1:]]
+    out = Engine(ours, ()).generate(prompts, n=3, max_tokens=40, stop=stop, decode=decode)
+    for i, group in enumerate(free):
+        for k, s in enumerate(group):
+            ends = [n for n in range(1, 41) if any(x in decode(s.ids[:n]) for x in stop)]
+            assert out[i][k].ids == s.ids[: min(ends, default=40)]
+            assert out[i][k].logprobs == s.logprobs[: min(ends, default=40)]
+            assert out[i][k].finish_reason == ("stop" if ends else "length")
+    assert len(out[0][1].ids) <= 11 and len(out[1][2].ids) <= 26
+
+
+def test_samples_are_reported_as_they_end():
+    _, ours = pair()
+    seen = {}
+    out = Engine(ours, {5}).generate(
+        prompts_of(3, 4), n=3, max_tokens=[2, 30], on_done=lambda i, k, sample: seen.update({(i, k): sample})
+    )
+    assert seen == {(i, k): out[i][k] for i in range(2) for k in range(3)}
+    assert [i for i, _ in seen][:3] == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------- the step, memory
+
+
+def test_the_step_keeps_its_buffers_and_leaves_ended_rows_alone():
+    _, ours = pair()
+    sampler = Engine(ours, {7})
+    sampler.generate(prompts_of(66), n=2, max_tokens=3)
+    s = sampler.state.rows
+    buffers = {name: t.data_ptr() for name, t in s.items()}
+    s["live"][:16] = torch.arange(16) % 2 == 0
+    s["limit"][:] = 100
+    s["length"][:16] = torch.arange(56, 72)
+    s["table"][:16, :2] = torch.arange(1, 33).view(16, 2)
+    before = {name: s[name].clone() for name in ("length", "count")}
+    sampler.cache.k_LPSKD.zero_()
+    for _ in range(3):
+        sampler.state.step.zero_()
+        engine.decode_step(ours, sampler.cache, sampler.state, 16, "sample")
+    assert {name: t.data_ptr() for name, t in s.items()} == buffers
+    ended = torch.arange(len(s["length"])) % 2 == 1
+    ended[16:] = True
+    assert all(torch.equal(s[name][ended], before[name][ended]) for name in before)
+    assert (s["length"][:16:2] > before["length"][:16:2]).all()
+    used = sampler.cache.k_LPSKD.flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    pages = [row * 2 + 1 + (56 + row) // 64 for row in range(0, 16, 2)]  # those that the live rows begin to write
+    assert used == sorted([0, *pages, 6 * 2 + 2])  # page 0; and row 6 goes on from its 62nd token into a second page
+
+
+def test_the_step_never_looks_at_a_value_on_the_host(monkeypatch):
+    """Fake tensors have no values: what reads one raises. Attention is a kernel of its own on a GPU."""
+    with FakeTensorMode():
+        ours = model.Transformer(pair_config())
+        cache, state = engine.Cache(ours, 9), engine.State(16, 8, 4, {1, 2}, "cpu")
+        monkeypatch.setattr(kernels, "decode_attention", lambda q, *_: torch.empty_like(q))
+        for mode in ("sample", "greedy", "filtered"):
+            engine.decode_step(ours, cache, state, 16, mode)
+
+
+def pair_config():
+    return pair()[1].config
+
+
+def test_fifty_rollouts_do_not_grow():
+    """Neither live tensors nor, where the system tells, resident memory; the arena stays where it is."""
+    _, ours = pair()
+    sampler, prompts = Engine(ours, {7}), prompts_of(5, 66, 20)
+
+    def measure():
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * 4096
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()), resident
+
+    marks = []
+    for i in range(55):
+        sampler.generate(prompts, n=4, max_tokens=12, seed=i)
+        if i in (4, 54):
+            marks.append((*measure(), sampler.cache.k_LPSKD.data_ptr()))
+    (tensors, resident, at), (tensors_after, resident_after, at_after) = marks
+    assert tensors_after <= tensors and at == at_after
+    assert resident_after - resident < 4 << 20
+
+
+def test_low_memory_gives_the_arena_back_and_says_what_it_cost(capsys):
+    _, ours = pair()
+    sampler = Engine(ours, {7}, low_memory=True, cache_bytes=1 << 24)
+    first = sampler.generate(prompts_of(5), max_tokens=5)
+    assert sampler.cache is None and sampler.state is None
+    assert "GiB allocated in" in capsys.readouterr().err
+    assert sampler.generate(prompts_of(5), max_tokens=5) == first
+
+
+# ------------------------------------------------------------------------------------------------- GPU
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: captures CUDA graphs")
+
+
+@cuda
+def test_graphs_give_what_the_eager_step_gives(monkeypatch):
+    """Same kernels, same random numbers; then the log-probs against the packed forward on the GPU."""
+    ours = pair("Qwen3")[1]
+    ours = model.Transformer(ours.config).cuda().to(torch.bfloat16)
+    prompts = prompts_of(3, 64, 100)
+    graphed = Engine(ours, {9}, max_context=256)
+    a = graphed.generate(prompts, n=8, max_tokens=60)
+    assert graphed.graphs
+    eager = Engine(ours, {9}, max_context=256)
+    monkeypatch.setattr(eager, "_capture", lambda what: type("Eager", (), {"replay": eager.step, "pool": None})())
+    assert eager.generate(prompts, n=8, max_tokens=60) == a
+
+
+@cuda
+def test_uniforms_are_the_same_on_both_devices():
+    keys = torch.tensor(engine.stream_keys(9, 7, 7)).flatten()
+    places = torch.arange(len(keys)) * 12345
+    assert torch.equal(engine.uniform(keys, places), engine.uniform(keys.cuda(), places.cuda()).cpu())
