@@ -99,7 +99,7 @@ def _attention_forward_kernel(
     top = tl.full([BM], float("-inf"), dtype=ACC)
     mass = tl.zeros([BM], dtype=ACC)
     o = tl.zeros([BM, D], dtype=ACC)
-    below = first // BN * BN  # keys before this are visible to every query of the block
+    below = first // BN * BN  # keys before this are visible to every query of the block, whole tiles of them
     top, mass, o = _attend(
         q, K, V, top, mass, o, start, 0, below, first, n, kv_head, KV_HEADS, SCALE, D, BM, BN, False, DESCRIPTORS, ACC
     )
@@ -165,14 +165,14 @@ def _attention_dkdv_kernel(
     col = first + tl.arange(0, BN)
     group = H // KV_HEADS
     for head in range(kv_head * group, (kv_head + 1) * group):
-        for query in range(first // BM * BM, n, BM):
+        for query in range(first, n, BM):
             row = query + tl.arange(0, BM)
             q = _rows(Q, start, query, n, head, H, D, BM, False)
             g_o = _rows(G_O, start, query, n, head, H, D, BM, False)
             at = tl.full([BM], head, tl.int64) * T + start + row
             lse = tl.load(LSE + at, mask=row < n, other=0)
             delta = tl.load(DELTA + at, mask=row < n, other=0)
-            seen = (row[None, :] >= col[:, None]) & (row < n)[None, :]
+            seen = row[None, :] >= col[:, None]  # rows behind the document are zeros and add nothing
             score = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC) * SCALE
             p = tl.where(seen, tl.exp2(score - lse[None, :]), 0)
             g_v = tl.dot(p.to(g_o.dtype), g_o, g_v, input_precision="ieee", out_dtype=ACC)

@@ -120,13 +120,17 @@ def test_hopper_tiles_and_descriptors(monkeypatch, dtype, dim):
     assert torch.equal(kernels.attention(q, k, v, cu_seqlens, 30)[20:50], clean[20:50])
 
 
-@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_89", marks=pytest.mark.slow)])
-def test_ampere_tiles(monkeypatch, arch):
+TILES = [("sm_80", torch.bfloat16), ("sm_80", torch.float32), ("sm_89", torch.bfloat16), ("sm_89", torch.float32)]
+
+
+@pytest.mark.parametrize("arch, chosen_for", TILES)
+def test_ampere_tiles(monkeypatch, arch, chosen_for):
+    """The tiles that a GPU gets, whatever they are; the arithmetic here is fp32."""
     monkeypatch.setattr(dispatch, "architecture", lambda device: arch)
     tile = ATTENTION._tile
-    monkeypatch.setattr(ATTENTION, "_tile", lambda arch, kernel, _, dim: tile(arch, kernel, torch.bfloat16, dim))
+    monkeypatch.setattr(ATTENTION, "_tile", lambda arch, kernel, _, dim: tile(arch, kernel, chosen_for, dim))
     for dim in (64, 128):
-        check([9, 150], 2, 1, dim, torch.float32)
+        check([9, 50 if chosen_for == torch.float32 else 150], 2, 1, dim, torch.float32)
 
 
 def test_gradcheck_in_fp64():
@@ -205,6 +209,15 @@ def test_decode_row_does_not_depend_on_its_batch():
     for b in range(3):
         alone = kernels.decode_attention(q[b : b + 1], k, v, table[b : b + 1, :5].contiguous(), lengths[b : b + 1])
         assert torch.equal(together[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("heaviest", [0, 4, 9])
+def test_decode_combines_parts_of_any_weight(heaviest):
+    """The largest score in the first, second or last of three parts of 256 tokens."""
+    q, k, v, table, lengths = cache([600], 4, 2, 64)
+    k[table[0, heaviest], :20] *= 8
+    ours, theirs = kernels.decode_attention(q, k, v, table, lengths), one_by_one(q, k, v, table, lengths)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_decode_agrees_with_the_packed_row():

@@ -56,7 +56,7 @@ def test_hard_logits_keep_fp32_precision(kind, dtype):
     if kind == "peaky":
         w[y] = x  # the target's logit stands far above the rest
     if kind == "negative":
-        x, w = x.abs(), -w.abs()
+        x, w = x.abs(), -100 * w.abs()  # a padded word's 0 would stand far above all words
     if kind == "huge":
         x = x * 1000
     if kind == "equal":
@@ -67,7 +67,7 @@ def test_hard_logits_keep_fp32_precision(kind, dtype):
     scale = z.abs().max().clamp_min(1)
     assert logp.dtype == entropy.dtype == torch.float32
     assert (logp - exact.gather(1, y[:, None]).squeeze(1)).abs().max() <= 2e-7 * scale
-    assert (entropy + (exact.exp() * exact).sum(1)).abs().max() <= 2e-7 * scale * (kind == "huge") + 5e-6
+    assert (entropy + (exact.exp() * exact).sum(1)).abs().max() <= 2e-7 * scale * (kind in ("huge", "negative")) + 5e-6
     assert logp.max() <= 1e-6 and entropy.min() >= -1e-6 and entropy.max() <= torch.tensor(70.0).log() + 1e-5
 
 
@@ -150,10 +150,10 @@ def test_scoring_has_no_logits_in_memory(monkeypatch):
     assert max(sizes) <= 3 * 64 * 512 // 64  # three numbers a token and split of 64 words
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_descriptor_path_gives_the_same(monkeypatch, dtype):
     """Hopper's loads, with Hopper's tiles: 128 x 128 x 64, 8 tiles a program, ragged at every end."""
-    x, w, y = problem(130, 80, 1100, dtype)
+    x, w, y = problem(20, 80, 1100, dtype)
     expected = kernels.linear_logp(x, w, y)
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     tile = HEAD._score_tile("sm_90", torch.bfloat16)
