@@ -38,7 +38,7 @@ class Config:
     target: str = option("both", "of verify records", choices=("both", "critique", "judgment"))
     lora_r: int = option(16, "LoRA rank; 0 trains every weight")
     lora_alpha: float = option(32.0, "LoRA scale is alpha / r")
-    lr: float = option(2e-4, "peak learning rate", pocket=2e-3)
+    lr: float = option(2e-4, "peak learning rate", pocket=1e-3)
     epochs: int = option(2, "passes over the data")
     minutes: float = option(0.0, "train by the clock instead, with the schedule driven by it; 0: by epochs")
     warmup: float = option(0.05, "share of the run with rising learning rate; then a cosine to zero")
