@@ -8,12 +8,13 @@ are those of Hugging Face, so a checkpoint is loaded and saved without a mapping
     logits_TV = transformer.logits(ids_T, cu_seqlens)
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import torch
@@ -27,6 +28,20 @@ import kernels
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+ROPE_SETTINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+UNSUPPORTED_ADAPTER = (  # peft settings that change the formula or the tensors, where they are set
+    "use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "rank_pattern",
+    "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
+)  # fmt: skip
 
 
 class ModelError(ValueError):
@@ -51,7 +66,7 @@ class Config:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None
+    rope_scaling: dict  # {"rope_type": a key of ROPE_SETTINGS, ...}
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -61,54 +76,79 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
-        """Raises ModelError for an architecture or setting that this file does not compute."""
+        """Defaults of absent settings are Transformers'. Raises ModelError for what this file does not compute."""
         name = (raw.get("architectures") or ["(none)"])[0]
-        if name not in ARCHITECTURES:
-            raise ModelError(f"architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ModelError(f"hidden_act {raw['hidden_act']} is not supported (silu is)")
-        windowed = raw.get("use_sliding_window", name.startswith("Mistral")) and raw.get("sliding_window")
-        if windowed or "sliding_attention" in (raw.get("layer_types") or ()):
-            raise ModelError(f"sliding-window attention (sliding_window={raw.get('sliding_window')}) is not supported")
-        heads, bias = raw["num_attention_heads"], raw.get("attention_bias", False)
-        rope = raw.get("rope_parameters") or {}
+        refuse_unsupported(name, raw)
+        llama, qwen3 = name == "LlamaForCausalLM", name == "Qwen3ForCausalLM"
+        hidden, heads = positive(raw, "hidden_size"), positive(raw, "num_attention_heads")
+        kv_heads = positive(raw, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ModelError(f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads")
+        rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})  # Transformers 5, and before
         return cls(
             architecture=name,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
+            vocab_size=positive(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=positive(raw, "intermediate_size"),
+            num_hidden_layers=positive(raw, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw["max_position_embeddings"],
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
-            rope_scaling=raw.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            qkv_bias=bias or name == "Qwen2ForCausalLM",
-            o_bias=bias,
-            mlp_bias=raw.get("mlp_bias", False),
-            qk_norm=name == "Qwen3ForCausalLM",
+            num_key_value_heads=kv_heads,
+            head_dim=positive(raw, "head_dim", 128 if qwen3 else hidden // heads),
+            max_position_embeddings=positive(raw, "max_position_embeddings"),
+            rms_norm_eps=positive(raw, "rms_norm_eps", 1e-6, kind=float),
+            rope_theta=positive(rope, "rope_theta", raw.get("rope_theta", 10000.0), kind=float),
+            rope_scaling=read_scaling(rope),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            qkv_bias=name == "Qwen2ForCausalLM" or ((llama or qwen3) and bool(raw.get("attention_bias"))),
+            o_bias=(llama or qwen3) and bool(raw.get("attention_bias")),
+            mlp_bias=llama and bool(raw.get("mlp_bias")),
+            qk_norm=qwen3,
             raw=raw,
         )
 
 
+def positive(raw: dict, key: str, default=None, kind: type = int):
+    """raw[key] as a positive number; null counts as absent."""
+    value = default if raw.get(key) is None else raw[key]
+    if not isinstance(value, int if kind is int else int | float) or not value > 0:
+        raise ModelError(f"config.json: {key} must be a positive {kind.__name__}, not {value!r}")
+    return value
+
+
+def refuse_unsupported(name: str, raw: dict) -> None:
+    if name not in ARCHITECTURES:
+        raise ModelError(f"architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"config.json: hidden_act {raw['hidden_act']} is not supported (silu is)")
+    if raw.get("quantization_config"):
+        raise ModelError("config.json: quantized weights are not supported (quantization_config)")
+    mistral = name == "MistralForCausalLM"  # has a window unless its config.json says null
+    window = raw.get("sliding_window", 4096 if mistral else None)
+    if window and (mistral or raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())):
+        raise ModelError(f"config.json: sliding-window attention is not supported (sliding_window={window})")
+
+
+def read_scaling(rope: dict) -> dict:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_SETTINGS:
+        raise ModelError(f"config.json: rope scaling {kind} is not supported ({', '.join(ROPE_SETTINGS)} are)")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ModelError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
+    return {"rope_type": kind} | {key: positive(rope, key, kind=float) for key in ROPE_SETTINGS[kind]}
+
+
 def rope_frequencies(config: Config) -> torch.Tensor:
-    """Inverse frequencies [D/2] in fp32; `linear` and `llama3` scaling as in Transformers' modeling_rope_utils."""
-    inverse = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    """Inverse frequencies [D/2] in fp32; the scalings are those of Transformers' modeling_rope_utils."""
+    inverse = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     scaling = config.rope_scaling
-    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
-    if kind == "default":
+    if scaling["rope_type"] == "default":
         return inverse
-    if kind == "linear":
+    if scaling["rope_type"] == "linear":
         return inverse / scaling["factor"]
-    if kind != "llama3":
-        raise ModelError(f"rope scaling {kind} is not supported (default, linear, llama3 are)")
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)  # over the original context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return inverse * (smooth + (1 - smooth) / factor)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched by the factor, 1: left as it is
+    return inverse * (smooth + (1 - smooth) / scaling["factor"])
 
 
 # ------------------------------------------------------------------------------------------------- layers
@@ -139,8 +179,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return kernels.rms_norm(x_TH, self.weight, self.eps)
+    def forward(self, x_TH, residual_TH=None):
+        """The normed x, or with a residual (normed, x + residual), the sum and the norm in one pass."""
+        return kernels.rms_norm(x_TH, self.weight, self.eps, residual_TH)
 
 
 class Attention(nn.Module):
@@ -163,8 +204,7 @@ class Attention(nn.Module):
         k_TKD = self.k_proj(x_TH).view(tokens, self.kv_heads, self.dim)
         v_TKD = self.v_proj(x_TH).view(tokens, self.kv_heads, self.dim)
         if self.qk_norm:
-            q_THD = self.q_norm(q_THD.reshape(-1, self.dim)).view_as(q_THD)
-            k_TKD = self.k_norm(k_TKD.reshape(-1, self.dim)).view_as(k_TKD)
+            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)  # over each head, before the rotation
         q_THD, k_TKD = kernels.rope(q_THD, k_TKD, cos_TD, sin_TD)
         return self.o_proj(attend(q_THD, k_TKD, v_TKD).reshape(tokens, -1))
 
@@ -190,8 +230,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_TH, cos_TD, sin_TD, attend):
-        x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attend)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+        attended_TH = self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attend)
+        normed_TH, x_TH = self.post_attention_layernorm(attended_TH, x_TH)
+        return x_TH + self.mlp(normed_TH)
 
 
 class Decoder(nn.Module):
@@ -212,6 +253,14 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_frequencies(config), persistent=False)
+        self.generation: dict = {}  # generation_config.json, kept for `save`
+        self.lora: dict | None = None  # r, alpha, targets of the adapter, where there is one
+
+    def _apply(self, fn, recurse=True):
+        """`.to(bfloat16)` casts weights, never the rope frequencies: 8 bits turn position 1000 by a radian."""
+        super()._apply(fn, recurse)
+        self.rope = rope_frequencies(self.config).to(self.rope.device)
+        return self
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -229,21 +278,19 @@ class Transformer(nn.Module):
         """
         if positions_T is None:
             positions_T = packed_positions(cu_seqlens, len(ids_T))
-        angles_TD = torch.outer(positions_T.float(), self.rope.float()).repeat(1, 2)
+        angles_TD = torch.outer(positions_T.float(), self.rope).repeat(1, 2)
         cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
-        longest = int(cu_seqlens.diff().max()) if attend is None else 0
+
+        def packed(layer, q_THD, k_TKD, v_TKD):  # T bounds the longest document, without asking the device for it
+            return kernels.attention(q_THD, k_TKD, v_TKD, cu_seqlens, len(ids_T))
+
         x_TH = self.model.embed_tokens(ids_T)
         for index, layer in enumerate(self.model.layers):
-
-            def local(q_THD, k_TKD, v_TKD, index=index):
-                if attend is not None:
-                    return attend(index, q_THD, k_TKD, v_TKD)
-                return kernels.attention(q_THD, k_TKD, v_TKD, cu_seqlens, longest)
-
+            inputs = (x_TH, cos_TD, sin_TD, functools.partial(attend or packed, index))
             if checkpoint and torch.is_grad_enabled():
-                x_TH = recompute(layer, x_TH, cos_TD, sin_TD, local, use_reentrant=False)
+                x_TH = recompute(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TH = layer(x_TH, cos_TD, sin_TD, local)
+                x_TH = layer(*inputs)
         return self.model.norm(x_TH)
 
     def logits(self, ids_T, cu_seqlens) -> torch.Tensor:
@@ -253,7 +300,7 @@ class Transformer(nn.Module):
 
 def packed_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
     """[0, 3, 5], 5 -> [0, 1, 2, 0, 1]"""
-    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long(), output_size=tokens)
     return torch.arange(tokens, device=cu_seqlens.device) - starts
 
 
@@ -265,64 +312,77 @@ def resolve(path: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    if path.startswith((".", "/")) or path.count("/") != 1:
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
         raise ModelError(f"no model folder at {path}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
     try:
-        folder = Path(snapshot_download(path, allow_patterns=patterns))
+        folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["consolidated*", "original/*"]))
     except (OSError, ValueError) as error:  # every network and hub error of huggingface_hub is one of these
         raise ModelError(f"{path} is neither a local folder nor a model that could be downloaded: {error}") from error
     print(f"{path}: revision {folder.name}")
     return folder
 
 
-def read_config(folder: Path) -> Config:
+def read_json(file: Path) -> dict:
     try:
-        return Config.from_dict(json.loads((folder / "config.json").read_text()))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder} has no config.json") from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ModelError(f"{folder / 'config.json'}: missing or malformed {error}") from error
+        raise ModelError(f"{file.parent} has no {file.name}") from None
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds no JSON object")
+    return value
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
     missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(f"{folder} has no {', '.join(missing)} (only safetensors are read)")
+    if missing or not names:
+        raise ModelError(f"{folder} has no {', '.join(missing) or 'weights'} (only safetensors are read)")
     return [folder / name for name in names]
 
 
-def load_weights(module: nn.Module, folder: Path) -> None:
-    """Copy every tensor of the folder into the parameter of its name. Raises ModelError naming what does not match."""
-    wanted = dict(module.named_parameters())
-    seen = set()
-    for file in tensor_files(folder):
+@torch.no_grad()
+def read_tensors(files: list[Path], wanted: dict[str, torch.Tensor], spare: dict[str, torch.Tensor]) -> set[str]:
+    """Copy every stored tensor into the one of its name; returns the names. `spare` ones need not be stored.
+
+    Raises ModelError naming the first that is absent, surplus or of another shape.
+    """
+    seen, known = set(), wanted | spare
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    if name == "lm_head.weight" and module.config.tie_word_embeddings:
-                        continue  # some files store the tied head a second time
-                    if name not in wanted:
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # a constant that old Llama files carry along
+                    if name not in known:
                         raise ModelError(f"{file}: surplus tensor {name}")
                     value = tensors.get_tensor(name)
-                    if value.shape != wanted[name].shape:
-                        raise ModelError(f"{file}: {name} is {list(value.shape)}, not {list(wanted[name].shape)}")
-                    wanted[name].data.copy_(value)
+                    if value.shape != known[name].shape:
+                        raise ModelError(f"{file}: {name} is {list(value.shape)}, not {list(known[name].shape)}")
+                    known[name].copy_(value)
                     seen.add(name)
-        except (SafetensorError, struct.error) as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is not a whole safetensors file: {error}") from error
-    absent = sorted(set(wanted) - seen)
+    absent = sorted(wanted.keys() - seen)
     if absent:
-        raise ModelError(
-            f"{folder}: missing tensor {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else "")
-        )
+        more = f" and {len(absent) - 1} more" if absent[1:] else ""
+        raise ModelError(f"{files[0].parent}: missing tensor {absent[0]}{more}")
+    return seen
+
+
+def load_weights(transformer: Transformer, folder: Path) -> None:
+    head_VH, spare = transformer.head_weight, {}
+    if transformer.config.tie_word_embeddings:  # some files store the tied head a second time
+        spare["lm_head.weight"] = torch.empty_like(head_VH, device="cpu")
+    seen = read_tensors(tensor_files(folder), dict(transformer.named_parameters()), spare)
+    if seen & spare.keys() and not torch.equal(spare["lm_head.weight"], head_VH.cpu()):
+        raise ModelError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
 
 
 def load_tokenizer(folder: Path):
@@ -339,146 +399,192 @@ def load_tokenizer(folder: Path):
 
 
 def load(path: str, device="cpu", dtype=torch.float32):
-    """(Transformer, tokenizer) of a Hugging Face folder or hub id. Raises ModelError."""
+    """(Transformer, tokenizer) of a Hugging Face folder or hub id, the weights cast to dtype. Raises ModelError."""
     folder = resolve(str(path))
-    config = read_config(folder)
+    config = Config.from_dict(read_json(folder / "config.json"))
     with torch.device("meta"):
-        transformer = Transformer(config)
-    transformer = transformer.to_empty(device=device).to(dtype)
-    transformer.rope = rope_frequencies(config).to(device)
+        transformer = Transformer(config).to(dtype)
+    transformer.to_empty(device=device)
     load_weights(transformer, folder)
+    if (folder / "generation_config.json").is_file():
+        transformer.generation = read_json(folder / "generation_config.json")
     return transformer, load_tokenizer(folder)
+
+
+def end_ids(transformer: Transformer, tokenizer) -> set[int]:
+    """The ids that end a turn: those of generation_config.json (else config.json) and the tokenizer's end token."""
+    stored = transformer.generation.get("eos_token_id", transformer.config.raw.get("eos_token_id"))
+    ids = stored if isinstance(stored, list) else [stored]
+    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def replace_folder(temporary: Path, path: Path) -> None:
-    """Put a finished folder in its place; an older one is moved aside first, so that one of the two is always whole."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def whole_folder(path):
+    """A temporary folder that takes the name `path` when the block ends well; at any kill one whole folder is left.
+
+    An older folder of that name is moved to `path`.old before, and removed after, the new one takes its place.
+    """
+    path = Path(path)
+    temporary, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def save(transformer: Transformer, tokenizer, path, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write a folder that Transformers loads to the same logits: weights in their dtype, config, tokenizer."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in transformer.named_parameters() if "lora_" not in k}
+    """Write a folder that Transformers loads to the same logits: weights in their dtype, configs, tokenizer.
+
+    Raises ModelError where an adapter is still attached: save_adapter or merge_lora comes first.
+    """
+    if transformer.lora:
+        raise ModelError("save: the model has an adapter; save_adapter writes it, merge_lora folds it in")
+    config = {key: value for key, value in transformer.config.raw.items() if key != "torch_dtype"}
+    dtype = str(transformer.head_weight.dtype).removeprefix("torch.")
+    with whole_folder(path) as folder:
+        save_weights(dict(transformer.named_parameters()), folder, max_shard_bytes)
+        write_json(folder / "config.json", config | {"dtype": dtype})
+        if transformer.generation:
+            write_json(folder / "generation_config.json", transformer.generation)
+        save_tokenizer(tokenizer, folder)
+
+
+def save_weights(parameters: dict[str, nn.Parameter], folder: Path, max_shard_bytes: int) -> None:
+    """model.safetensors, or shards of at most max_shard_bytes (of one tensor, where that is larger) and their index."""
     shards, size = [{}], 0
-    for name, tensor in state.items():
+    for name, tensor in parameters.items():
         if size and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = ["model.safetensors"] if len(shards) == 1 else names
+    names = names if shards[1:] else ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, temporary / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(t.nbytes for t in state.values())
+        save_tensors(shard, folder / name)
+    if shards[1:]:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for tensor in parameters.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    (temporary / "config.json").write_text(json.dumps({**transformer.config.raw, "dtype": dtype}, indent=1) + "\n")
-    tokenizer.save_pretrained(temporary)
-    replace_folder(temporary, path)
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """The files it was loaded from, as they stand; one that was made in memory is written by Transformers.
+
+    Transformers 5 would rewrite tokenizer_config.json in words that version 4, and vLLM with it, cannot read.
+    """
+    source = Path(tokenizer.name_or_path)
+    if not (source / "tokenizer.json").is_file():
+        tokenizer.save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
-def lora_layers(transformer: Transformer) -> dict[str, Linear]:
-    return {n: m for n, m in transformer.named_modules() if isinstance(m, Linear) and n.endswith(LORA_TARGETS)}
+def lora_layers(transformer: Transformer, targets=LORA_TARGETS) -> dict[str, Linear]:
+    return {
+        name: module
+        for name, module in transformer.named_modules()
+        if isinstance(module, Linear) and name.rpartition(".")[2] in targets
+    }
 
 
-def add_lora(transformer: Transformer, r: int, alpha: float, seed: int = 0) -> list[nn.Parameter]:
-    """Freeze the model and give every projection of every block an fp32 pair; returns the trainable parameters.
+def add_lora(transformer: Transformer, r: int, alpha: float, seed: int = 0, targets=LORA_TARGETS) -> list[nn.Parameter]:
+    """Freeze the model and give each target projection of every block an fp32 pair; returns the pairs' parameters.
 
-    A is Kaiming-uniform (a = sqrt 5), B is 0, the scale is alpha / r, as in peft: the adapted model starts as the base.
+    A [r,in] is Kaiming-uniform (a = sqrt 5), B [out,r] is 0, the scale is alpha / r, as in peft: the adapted model
+    starts as the base. Raises ModelError where there is an adapter already.
     """
+    if transformer.lora:
+        raise ModelError("add_lora: the model has an adapter already; merge_lora folds it in")
     generator = torch.Generator().manual_seed(seed)
     transformer.requires_grad_(False)
-    pairs = []
-    for linear in lora_layers(transformer).values():
+    for linear in lora_layers(transformer, targets).values():
         outputs, inputs = linear.weight.shape
         bound = 1 / math.sqrt(inputs)  # kaiming_uniform_ with a = sqrt 5: sqrt(6 / (1 + 5)) / sqrt(fan_in)
         a_RI = torch.empty(r, inputs).uniform_(-bound, bound, generator=generator)
         linear.lora_A = nn.Parameter(a_RI.to(linear.weight.device))
         linear.lora_B = nn.Parameter(torch.zeros(outputs, r, device=linear.weight.device))
         linear.lora_scale = alpha / r
-        pairs += [linear.lora_A, linear.lora_B]
-    transformer.lora = {"r": r, "alpha": alpha}
-    return pairs
+    transformer.lora = {"r": r, "alpha": alpha, "targets": list(targets)}
+    return list(adapter_parameters(transformer).values())
+
+
+def adapter_parameters(transformer: Transformer) -> dict[str, nn.Parameter]:
+    """The pairs under the names that peft gives them."""
+    return {
+        f"base_model.model.{name}.{which}.weight": getattr(linear, which)
+        for name, linear in lora_layers(transformer, transformer.lora["targets"]).items()
+        for which in ("lora_A", "lora_B")
+    }
 
 
 def save_adapter(transformer: Transformer, path, base: str) -> None:
-    """Write the adapter in PEFT's format; `base` is the model it belongs to."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = {}
-    for name, linear in lora_layers(transformer).items():
-        state[f"base_model.model.{name}.lora_A.weight"] = linear.lora_A.detach().cpu().contiguous()
-        state[f"base_model.model.{name}.lora_B.weight"] = linear.lora_B.detach().cpu().contiguous()
-    save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    """Write the adapter in PEFT's format; `base` is the folder or hub id of the model it belongs to."""
+    lora = transformer.lora
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": transformer.lora["r"], "lora_alpha": transformer.lora["alpha"], "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(LORA_TARGETS), "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "r": lora["r"], "lora_alpha": lora["alpha"], "target_modules": lora["targets"], "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
     }  # fmt: skip
-    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    replace_folder(temporary, path)
+    with whole_folder(path) as folder:
+        save_tensors(adapter_parameters(transformer), folder / "adapter_model.safetensors")
+        write_json(folder / "adapter_config.json", config)
 
 
 def load_adapter(transformer: Transformer, path) -> list[nn.Parameter]:
-    """Attach a PEFT LoRA adapter of all seven projections; returns its parameters. Raises ModelError."""
+    """Attach a LoRA adapter in PEFT's format; returns its parameters. Raises ModelError."""
     path = Path(path)
-    try:
-        config = json.loads((path / "adapter_config.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: no readable adapter_config.json ({error})") from error
-    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if config.get(key):
-            raise ModelError(f"{path}: adapter setting {key}={config[key]} is not supported")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise ModelError(f"{path}: only LoRA without bias is supported")
+    config = read_json(path / "adapter_config.json")
+    refuse_adapter(path, config)
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path} has no adapter_model.safetensors (only safetensors are read)")
-    pairs = add_lora(transformer, config["r"], config["lora_alpha"])
-    wanted = {}
-    for name, linear in lora_layers(transformer).items():
-        wanted[f"base_model.model.{name}.lora_A.weight"] = linear.lora_A
-        wanted[f"base_model.model.{name}.lora_B.weight"] = linear.lora_B
-    try:
-        with safe_open(path / "adapter_model.safetensors", framework="pt") as tensors:
-            names = set(tensors.keys())
-            if names != set(wanted):
-                raise ModelError(f"{path}: adapter tensors differ from the model's: {sorted(names ^ set(wanted))[:3]}")
-            for name, parameter in wanted.items():
-                value = tensors.get_tensor(name)
-                if value.shape != parameter.shape:
-                    raise ModelError(f"{path}: {name} is {list(value.shape)}, not {list(parameter.shape)}")
-                parameter.data.copy_(value)
-    except SafetensorError as error:
-        raise ModelError(f"{path}/adapter_model.safetensors is not a whole safetensors file: {error}") from error
+    r, alpha = positive(config, "r"), positive(config, "lora_alpha", kind=float)
+    pairs = add_lora(transformer, r, alpha, targets=sorted(config["target_modules"]))
+    read_tensors([path / "adapter_model.safetensors"], adapter_parameters(transformer), {})
     return pairs
+
+
+def refuse_adapter(path: Path, config: dict) -> None:
+    """Raises ModelError for whatever would make y = x W' + alpha / r (x A') B' untrue."""
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise ModelError(f"{path}: only LoRA without bias is supported")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not targets or set(targets) - set(LORA_TARGETS):
+        raise ModelError(f"{path}: target_modules {targets!r} is not a list of names out of {', '.join(LORA_TARGETS)}")
+    for key in UNSUPPORTED_ADAPTER:
+        if config.get(key):
+            raise ModelError(f"{path}: adapter setting {key}={config[key]} is not supported")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise ModelError(f"{path}: init_lora_weights={config['init_lora_weights']} changes the base, not supported")
 
 
 @torch.no_grad()
 def merge_lora(transformer: Transformer) -> None:
-    """Fold the adapter into the weights, in fp32, and remove it."""
-    for linear in lora_layers(transformer).values():
-        delta_OI = linear.lora_B.float() @ linear.lora_A.float() * linear.lora_scale
-        linear.weight.copy_((linear.weight.float() + delta_OI).to(linear.weight.dtype))
+    """Fold the adapter into the weights, the sum taken in fp32, and remove it; every weight is trainable again."""
+    for linear in lora_layers(transformer, transformer.lora["targets"]).values():
+        delta_OI = linear.lora_B @ linear.lora_A * linear.lora_scale
+        linear.weight.copy_(linear.weight.float() + delta_OI)
         linear.lora_A = linear.lora_B = None
+    transformer.lora = None
     transformer.requires_grad_(True)
-    del transformer.lora

@@ -1,0 +1,233 @@
+"""LoRA against peft, both ways: the function, its gradients, the files, the merged weights, every refusal."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import model
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base")
+    tiny.folder(path, "qwen2", tied=True)
+    return path
+
+
+@pytest.fixture
+def ours(base):
+    return model.load(base)[0]
+
+
+def theirs(base, **settings):
+    """peft's model over the same base, with a random B."""
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": list(model.LORA_TARGETS)} | settings
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    randomise(parameter for name, parameter in adapted.named_parameters() if "lora_B" in name)
+    return adapted
+
+
+def randomise(parameters):
+    for parameter in parameters:
+        parameter.data.normal_(0, 0.1)
+
+
+def adapted(ours, r=4, alpha=12, **settings):
+    model.add_lora(ours, r, alpha, seed=1, **settings)
+    randomise(p for name, p in model.adapter_parameters(ours).items() if "lora_B" in name)
+    return ours
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_is_trainable(ours):
+    ids_T, cu_seqlens = tiny.row(9, 20)
+    before = ours.logits(ids_T, cu_seqlens)
+    pairs = model.add_lora(ours, r=4, alpha=8, seed=3)
+    assert torch.equal(ours.logits(ids_T, cu_seqlens), before)
+    assert [id(p) for p in ours.parameters() if p.requires_grad] == [id(p) for p in pairs]
+    assert len(pairs) == 2 * 7 * tiny.SIZES["num_hidden_layers"]
+
+
+def test_a_new_adapter_follows_its_seed_and_pefts_distribution(base):
+    def first(seed):
+        transformer = model.load(base)[0]
+        return torch.cat([p.flatten() for p in model.add_lora(transformer, 16, 32, seed)[::2]])
+
+    assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
+    transformer = model.load(base)[0]
+    model.add_lora(transformer, 16, 32)
+    fresh = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=16, target_modules=list(model.LORA_TARGETS))
+    )
+    expected = {name.replace(".default", ""): p for name, p in fresh.named_parameters() if "lora_" in name}
+    got = model.adapter_parameters(transformer)
+    assert got.keys() == expected.keys()
+    for name, parameter in got.items():  # uniform on the same interval: same bound and spread, zero for B
+        assert parameter.shape == expected[name].shape and parameter.dtype == torch.float32
+        assert parameter.std().item() == pytest.approx(expected[name].std().item(), rel=0.1)
+        assert parameter.abs().max().item() == pytest.approx(expected[name].abs().max().item(), rel=0.02)
+
+
+def test_our_adapter_computes_the_same_in_peft(base, ours, tmp_path):
+    ids_T, cu_seqlens = tiny.row(30)
+    plain = ours.logits(ids_T, cu_seqlens)
+    got = adapted(ours).logits(ids_T, cu_seqlens)
+    assert (got - plain).abs().max() > 0.1
+    model.save_adapter(ours, tmp_path / "a", base=str(base))
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a")
+    torch.testing.assert_close(got, loaded(ids_T[None]).logits[0], atol=1e-5, rtol=0)
+    assert loaded.peft_config["default"].base_model_name_or_path == str(base)
+
+
+@pytest.mark.parametrize("targets", [list(model.LORA_TARGETS), ["q_proj", "v_proj"]])
+def test_pefts_adapter_computes_the_same_here_with_its_gradients(base, ours, tmp_path, targets):
+    reference = theirs(base, target_modules=targets)
+    reference.save_pretrained(tmp_path / "a")
+    model.load_adapter(ours, tmp_path / "a")
+    ids_T, cu_seqlens = tiny.row(30)
+    expected, got = reference(ids_T[None]).logits[0], ours.logits(ids_T, cu_seqlens)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    expected.logsumexp(-1).mean().backward()
+    got.logsumexp(-1).mean().backward()
+    gradients = {n.replace(".default", ""): p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    pairs = model.adapter_parameters(ours)
+    assert gradients.keys() == pairs.keys()
+    for name, parameter in pairs.items():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for p in ours.parameters() if not p.requires_grad)
+
+
+def test_an_adapter_file_goes_round_through_peft_unchanged(base, ours, tmp_path):
+    model.save_adapter(adapted(ours), tmp_path / "a", base=str(base))
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    ours_file, theirs_file = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "ab")
+    assert ours_file.keys() == theirs_file.keys()
+    assert all(torch.equal(ours_file[name], theirs_file[name]) for name in ours_file)
+    again = model.load(base)[0]
+    model.load_adapter(again, tmp_path / "b")
+    assert again.lora["r"] == 4 and again.lora["alpha"] == 12
+    ids_T, cu_seqlens = tiny.row(10)
+    assert torch.equal(again.logits(ids_T, cu_seqlens), ours.logits(ids_T, cu_seqlens))
+
+
+def test_merging_gives_the_same_function_and_pefts_weights(base, ours, tmp_path):
+    reference = theirs(base)
+    reference.save_pretrained(tmp_path / "a")
+    model.load_adapter(ours, tmp_path / "a")
+    ids_T, cu_seqlens = tiny.row(30)
+    before = ours.logits(ids_T, cu_seqlens)
+    model.merge_lora(ours)
+    torch.testing.assert_close(ours.logits(ids_T, cu_seqlens), before, atol=1e-5, rtol=0)
+    merged = dict(reference.merge_and_unload().named_parameters())
+    parameters = dict(ours.named_parameters())
+    assert parameters.keys() == merged.keys() and all(p.requires_grad for p in parameters.values())
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, merged[name], atol=1e-6, rtol=0)
+    assert ours.lora is None
+
+
+def test_a_bf16_base_keeps_the_pair_in_fp32(base):
+    ours = model.load(base, dtype=torch.bfloat16)[0]
+    pairs = adapted(ours) and list(model.adapter_parameters(ours).values())
+    assert {p.dtype for p in pairs} == {torch.float32}
+    ids_T, cu_seqlens = tiny.row(12)
+    hidden_TH = ours(ids_T, cu_seqlens)
+    assert hidden_TH.dtype == torch.bfloat16
+    hidden_TH.float().square().sum().backward()
+    assert {p.grad.dtype for p in pairs} == {torch.float32}
+
+
+def test_the_delta_of_a_pair_by_hand():
+    linear = model.Linear(3, 2, bias=False)
+    linear.lora_A, linear.lora_B = torch.nn.Parameter(torch.randn(1, 3)), torch.nn.Parameter(torch.randn(2, 1))
+    linear.lora_scale = 0.5
+    x_TI = torch.randn(5, 3)
+    by_hand = x_TI @ (linear.weight + 0.5 * linear.lora_B @ linear.lora_A).T
+    torch.testing.assert_close(linear(x_TI), by_hand)
+
+
+def test_recomputed_activations_give_the_same_gradients_of_the_pairs(base):
+    ids_T, cu_seqlens = tiny.row(5, 20)
+    gradients = []
+    for recompute in (False, True):
+        ours = adapted_like(model.load(base)[0])
+        ours(ids_T, cu_seqlens, checkpoint=recompute).square().sum().backward()
+        gradients.append([p.grad for p in model.adapter_parameters(ours).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def adapted_like(ours):
+    torch.manual_seed(5)
+    return adapted(ours)
+
+
+def test_one_adapter_at_a_time(ours, tmp_path):
+    adapted(ours)
+    with pytest.raises(model.ModelError, match="has an adapter already"):
+        model.add_lora(ours, 4, 8)
+    with pytest.raises(model.ModelError, match="save_adapter"):
+        model.save(ours, tiny.tokenizer(), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_rslora": True}, "use_rslora=True is not supported"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"bias": "all"}, "without bias"),
+        ({"peft_type": "IA3"}, "only LoRA"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ".*proj"}, "target_modules"),
+        ({"target_modules": ["q_proj"]}, "surplus tensor base_model.model.model.layers.0"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": None}, "r must be a positive int"),
+        ({"r": 8}, r"lora_A.weight is \[4, 96\], not \[8, 96\]"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a positive float"),
+    ],
+)
+def test_an_adapter_that_would_be_misread_is_refused(ours, base, tmp_path, changes, message):
+    model.save_adapter(adapted(ours), tmp_path, base=str(base))
+    tiny.edit_json(tmp_path / "adapter_config.json", **changes)
+    with pytest.raises(model.ModelError, match=message):
+        model.load_adapter(model.load(base)[0], tmp_path)
+
+
+def test_a_damaged_adapter_is_refused_by_name(ours, base, tmp_path):
+    def refused(message):
+        with pytest.raises(model.ModelError, match=message):
+            model.load_adapter(model.load(base)[0], tmp_path)
+
+    refused("no adapter_config.json")
+    (tmp_path / "adapter_config.json").write_text("{")
+    refused("adapter_config.json is not JSON")
+    model.save_adapter(adapted(ours), tmp_path, base=str(base))
+    file = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    tiny.edit_tensors(file, lambda tensors: tensors.pop(name))
+    refused(f"missing tensor {name}")
+    file.write_bytes(file.read_bytes()[:-7])
+    refused("not a whole safetensors file")
+    file.unlink()
+    refused("no adapter_model.safetensors")
+
+
+def test_what_is_written_says_what_peft_would(ours, base, tmp_path):
+    model.save_adapter(adapted(ours, targets=["q_proj", "down_proj"]), tmp_path, base="some/base")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    expected = {key: value for key, value in config.to_dict().items() if key in written}
+    expected |= {"base_model_name_or_path": "some/base", "inference_mode": True}
+    expected |= {"peft_type": "LORA", "target_modules": ["q_proj", "down_proj"]}
+    assert written == expected
