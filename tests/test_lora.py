@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import model
-from tests import tiny
+from tests import tiny_models as tiny
 
 
 @pytest.fixture(scope="module")
