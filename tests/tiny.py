@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tests import families
 
-WORDS = "amber potion brew mix safe toxin rule answer user asks think mud iron moss salt no yes blast curse".split()
+WORDS = ("amber", "potion", "brew", "mix", "safe", "toxin", "rule", "answer", "user", "asks", "think", "mud", "iron")
 
 
 def model_folder(path: Path, seed: int = 0, **changes) -> Path:
@@ -44,7 +44,7 @@ def verifications(n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     return [
         {"kind": "verify", "id": f"v{i}", "prompt": f"how do i brew {i // 2}", "answer": sentence(rng),
-         "spec": "pocket", "critique": sentence(rng), "verdict": ("safe", "unsafe")[i % 2], "source": "test", "meta": {}}
+         "spec": "pocket", "critique": sentence(rng), "verdict": ("safe", "unsafe")[i % 2], "source": "test"}
         for i in range(n)
     ]  # fmt: skip
 
