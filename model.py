@@ -84,7 +84,7 @@ class Config:
         kv_heads = positive(raw, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ModelError(f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads")
-        rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})  # Transformers 5, and before
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # before Transformers 5, and since
         return cls(
             architecture=name,
             vocab_size=positive(raw, "vocab_size"),
@@ -146,9 +146,9 @@ def rope_frequencies(config: Config) -> torch.Tensor:
     if scaling["rope_type"] == "linear":
         return inverse / scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)  # over the original context
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / inverse)  # over the original context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched by the factor, 1: left as it is
-    return inverse * (smooth + (1 - smooth) / scaling["factor"])
+    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
 
 
 # ------------------------------------------------------------------------------------------------- layers

@@ -1,0 +1,165 @@
+"""The forward pass against Transformers: every family, packed rows, a cache behind `attend`, recomputed activations."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+import model
+from tests import tiny_models as tiny
+
+
+def config(family="qwen3", **changes):
+    """Our Config of a tiny family, by way of Transformers' own config.json."""
+    config_class, more = tiny.FAMILIES[family]
+    theirs = config_class(**(tiny.SIZES | more | changes))
+    architecture = theirs.__class__.__name__.replace("Config", "ForCausalLM")
+    return model.Config.from_dict(theirs.to_dict() | {"architectures": [architecture]})
+
+
+@functools.cache
+def both(family, tied=False):
+    """(Transformers' model, ours with its weights)."""
+    theirs = tiny.reference(family, tied)
+    ours = model.Transformer(config(family, tie_word_embeddings=tied))
+    state = theirs.state_dict()
+    for name, parameter in ours.named_parameters():
+        parameter.data.copy_(state[name])
+    return theirs, ours
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_logits_and_gradients_are_those_of_transformers(family, tied):
+    theirs, ours = both(family, tied)
+    ids_T, cu_seqlens = tiny.row(200)  # past the 96 positions at which llama3's scaling begins to matter
+    expected, got = theirs(ids_T[None]).logits[0], ours.logits(ids_T, cu_seqlens)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    F.cross_entropy(expected[:-1], ids_T[1:]).backward()
+    F.cross_entropy(got[:-1], ids_T[1:]).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert gradients.keys() == dict(ours.named_parameters()).keys()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+    theirs.zero_grad(), ours.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "llama-linear", "qwen3"])
+def test_rope_frequencies_are_those_of_transformers(family):
+    theirs, ours = both(family)
+    assert torch.equal(ours.rope, theirs.model.rotary_emb.inv_freq)
+    if family == "llama3":  # every branch is in use: kept, blended, divided
+        ratio = both("llama3")[1].rope * 500.0 ** (torch.arange(8) / 8)
+        assert ratio[0] == 1 and 1 / 7 < ratio[2] < 1 and ratio[-1] == pytest.approx(1 / 7)
+
+
+def test_casting_the_model_leaves_the_angles_fp32():
+    ours = model.Transformer(config())
+    frequencies = ours.rope.clone()
+    for dtype in (torch.bfloat16, torch.float32):
+        ours = ours.to(dtype)
+        assert ours.head_weight.dtype == dtype
+        assert ours.rope.dtype == torch.float32 and torch.equal(ours.rope, frequencies)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3", "mistral"])
+def test_packed_documents_equal_lone_ones(family):
+    _, ours = both(family)
+    lengths = [1, 2, 63, 64, 65, 1]
+    ids_T, cu_seqlens = tiny.row(*lengths)
+    with torch.no_grad():
+        packed = ours.logits(ids_T, cu_seqlens).split(lengths)
+        for part, document_T in zip(packed, ids_T.split(lengths), strict=True):
+            alone = ours.logits(document_T, torch.tensor([0, len(document_T)], dtype=torch.int32))
+            torch.testing.assert_close(part, alone, atol=1e-5, rtol=0)
+
+
+def test_packed_documents_equal_transformers_rows():
+    """Not only consistent with itself: each document is what Transformers makes of it from position 0."""
+    theirs, ours = both("llama3")
+    lengths = [100, 3, 120]
+    ids_T, cu_seqlens = tiny.row(*lengths)
+    with torch.no_grad():
+        for part, document_T in zip(ours.logits(ids_T, cu_seqlens).split(lengths), ids_T.split(lengths), strict=True):
+            torch.testing.assert_close(part, theirs(document_T[None]).logits[0], atol=1e-5, rtol=0)
+
+
+def test_no_gradient_reaches_another_document_or_a_later_token():
+    _, ours = both("qwen3")
+    ids_T, cu_seqlens = tiny.row(3, 10, 5)
+    embedded = []
+    hook = ours.model.embed_tokens.register_forward_hook(lambda _, __, out: embedded.append(out))
+    hidden_TH = ours(ids_T, cu_seqlens)
+    hook.remove()
+    (gradient_TH,) = torch.autograd.grad(hidden_TH[9].sum(), embedded)  # position 6 of the second document
+    reached = gradient_TH.abs().sum(1).nonzero().flatten().tolist()
+    assert reached == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_positions_restart_in_every_document():
+    cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32)  # the second document is empty
+    assert model.packed_positions(cu_seqlens, 5).tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3"])
+def test_prefill_and_steps_over_a_cache_equal_the_full_forward(family):
+    """`attend` gets rotated keys: what a cache stores needs no second rotation."""
+    _, ours = both(family)
+    ids_T, cu_seqlens = tiny.row(40)
+    cache = {}
+
+    def attend(layer, q_THD, k_TKD, v_TKD):
+        k, v = cache.get(layer, (k_TKD[:0], v_TKD[:0]))
+        cache[layer] = k, v = torch.cat((k, k_TKD)), torch.cat((v, v_TKD))
+        length = torch.tensor([0, len(k)], dtype=torch.int32)
+        padded_q = q_THD.new_zeros(len(k), *q_THD.shape[1:])
+        padded_q[-len(q_THD) :] = q_THD
+        return kernels.attention(padded_q, k, v, length, len(k))[-len(q_THD) :]
+
+    with torch.no_grad():
+        parts, start = [], 0
+        for size in (17, *[1] * 23):
+            step = torch.arange(start, start + size)
+            one = torch.tensor([0, size], dtype=torch.int32)
+            parts.append(ours(ids_T[step], one, positions_T=step, attend=attend))
+            start += size
+        torch.testing.assert_close(torch.cat(parts), ours(ids_T, cu_seqlens), atol=1e-5, rtol=0)
+    assert sorted(cache) == [0, 1] and len(cache[0][0]) == 40
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less():
+    _, ours = both("qwen3")
+    ids_T, cu_seqlens = tiny.row(20, 44)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        saved = 0
+
+        def count(tensor):
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = ours(ids_T, cu_seqlens, checkpoint=recompute).square().sum()
+        kept.append(saved)
+        gradients.append(torch.autograd.grad(loss, list(ours.model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 4
+
+
+def test_a_bf16_model_stays_near_the_fp32_one():
+    theirs, ours = both("qwen3")
+    ids_T, cu_seqlens = tiny.row(64)
+    half = model.Transformer(ours.config)
+    half.load_state_dict(ours.state_dict())
+    half = half.to(torch.bfloat16)
+    with torch.no_grad():
+        hidden_TH = half(ids_T, cu_seqlens)
+        exact, got = ours.logits(ids_T, cu_seqlens), half.logits(ids_T, cu_seqlens)
+        peer = theirs.to(torch.bfloat16)(ids_T[None]).logits[0].float()
+    theirs.float()
+    both.cache_clear()  # the peer's weights are rounded now
+    assert hidden_TH.dtype == torch.bfloat16 and got.dtype == torch.float32
+    assert (got - exact).square().mean() <= 1.2 * (peer - exact).square().mean()  # no worse than Transformers' bf16
