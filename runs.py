@@ -5,7 +5,6 @@ Scripts name their heavy modules with `Lazy`, so that `--help` and a wrong flag 
 
 import argparse
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -39,7 +38,7 @@ class Lazy:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-numpy, safetensors_torch, torch = map(Lazy, ("numpy", "safetensors.torch", "torch"))
+safetensors_torch, torch = map(Lazy, ("safetensors.torch", "torch"))
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -87,12 +86,10 @@ def convert(text, entry):
     kind, choices = type(entry.default), entry.metadata["choices"]
     if choices and text not in choices:
         raise ValueError(f"not one of {', '.join(choices)}")
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError("neither true nor false")
-        return text == "true"
+    if kind is bool and text not in ("true", "false"):
+        raise ValueError("neither true nor false")
     try:
-        value = kind(text)
+        value = text == "true" if kind is bool else kind(text)
     except ValueError:
         raise ValueError({int: "not a whole number", float: "not a number"}[kind]) from None
     if kind is float and not math.isfinite(value):
@@ -234,14 +231,12 @@ def new_folder(config, origin: dict, script: str) -> Path:
             raise UserError(f"{folder} is a run of {of}, not of {script}")
         return folder
     folder = Path(config.out or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
-    saved = {"script": script, "values": dataclasses.asdict(config), "origin": origin}
     if (folder / "config.json").exists():
-        same = json.loads((folder / "config.json").read_text())["values"] == json.loads(json.dumps(saved["values"]))
-        what = "this very run; go on with" if same else "a run with other settings; name another folder, or go on with"
-        raise UserError(f"{folder} holds {what} --resume {folder}")
+        raise UserError(f"{folder} holds another run; name another folder, or go on with that one: --resume {folder}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; name another")
-    write_json(folder / "config.json", saved)
+    values = dataclasses.asdict(config)
+    write_json(folder / "config.json", {"script": script, "values": values, "origin": origin})
     write_json(folder / "source.json", source())
     return folder
 
@@ -277,6 +272,7 @@ def read_jsonl(path: str, required: dict[str, dict[str, type]]) -> list[dict]:
 def check_record(line: str, where: str, required: dict[str, dict[str, type]]) -> dict:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is not text
     except (ValueError, RecursionError) as error:
         cut = "" if line.endswith("\n") else "; the file ends in the middle of this line"
         raise UserError(f"{where}: not JSON ({error}){cut}") from None
@@ -291,10 +287,6 @@ def check_record(line: str, where: str, required: dict[str, dict[str, type]]) ->
     if wrong:
         raise UserError(f"{where}: {'; '.join(wrong)}")
     return record
-
-
-def file_sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- device and seeds
@@ -329,8 +321,8 @@ def peak_memory() -> float:
 
 
 def seed_everything(seed: int) -> None:
+    """The generators that a checkpoint keeps: Python's and torch's. Nothing here draws from NumPy's."""
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -365,17 +357,15 @@ def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
         shutil.rmtree(torn)
     temporary = final.with_name("." + final.name)
     temporary.mkdir(parents=True)
-    kind, keys, *rest = numpy.random.get_state()
-    rng = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
-    tensors = {**tensors, "rng/cpu": torch.get_rng_state()}
+    generators = {"rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    safetensors_torch.save_file(tensors, temporary / "tensors.safetensors")
+        generators["rng/cuda"] = torch.cuda.get_rng_state()
+    whole = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **generators}.items()}
+    safetensors_torch.save_file(whole, temporary / "tensors.safetensors")
     with open(temporary / "tensors.safetensors", "rb+") as file:
         os.fchmod(file.fileno(), 0o600)
         os.fsync(file.fileno())
-    write_json(temporary / "state.json", {**state, "rng": rng})
+    write_json(temporary / "state.json", {**state, "rng": random.getstate()})
     os.replace(temporary, final)
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old)
@@ -392,12 +382,10 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict] | None:
         return None
     tensors = safetensors_torch.load_file(found[-1] / "tensors.safetensors")
     state = json.loads((found[-1] / "state.json").read_text())
-    rng = state.pop("rng")
-    version, keys, gauss = rng["python"]
+    version, keys, gauss = state.pop("rng")
     random.setstate((version, tuple(keys), gauss))
-    numpy.random.set_state(tuple(rng["numpy"]))
     torch.set_rng_state(tensors.pop("rng/cpu"))
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    tensors.pop("rng/cuda", None)
+    cuda = tensors.pop("rng/cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
     return tensors, state

@@ -11,6 +11,7 @@ data order a pure function of (seed, epoch) - so a resumed run is the uninterrup
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -52,6 +53,7 @@ class Config:
     held_out: float = option(0.05, "share of the prompts kept for validation")
     evaluate: bool = option(False, "run the pocket suites before and after", pocket=True)
     checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
+    kernels: str = option("auto", "auto is triton on a GPU", choices=("auto", "triton", "reference"))
     dtype: str = option("auto", "of the products; masters are fp32", choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "of LoRA, split and data order")
@@ -111,7 +113,9 @@ def build(tokenizer, record: dict, target: str) -> Example:
         if record["verdict"] not in ("safe", "unsafe"):
             raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
         spec = load_spec(record["spec"])
-        if (known := (record.get("meta") or {}).get("spec_sha256", spec.sha256)) != spec.sha256:
+        if not isinstance(meta := record.get("meta", {}), dict):
+            raise ValueError("meta is not an object")
+        if (known := meta.get("spec_sha256", spec.sha256)) != spec.sha256:
             raise ValueError(f"spec {spec.name} is not the record's (sha256 {spec.sha256}, not {known})")
         prompt = safety.verification_prompt(spec.text, record["prompt"], record["answer"])
         thinking, answer = safety.verify_target(record["critique"], record["verdict"], target)
@@ -457,6 +461,14 @@ def load_model(config: Config, device: str, dtype):
         raise UserError(str(error)) from None
 
 
+def pick_kernels(name: str, device: str) -> None:
+    try:
+        kernels.force(None if name == "auto" else name)
+        kernels.backend(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def resume(folder: Path, trainee: Trainee, data_sha256: str) -> dict:
     """The state to go on from: that of the newest checkpoint, or of step 0 where there is none yet."""
     state = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "figures": {}, "data_sha256": data_sha256}
@@ -476,6 +488,7 @@ def main(config: Config, origin: dict) -> int:
     records = runs.read_jsonl(config.data, FIELDS)
     device = runs.pick_device(config.device)
     dtype = runs.pick_dtype(config.dtype, device)
+    pick_kernels(config.kernels, device)
     transformer, tokenizer = load_model(config, device, dtype)
     examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
     training, held_out = split(examples, config.held_out, config.seed)
@@ -491,7 +504,7 @@ def main(config: Config, origin: dict) -> int:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
     trainee = Trainee(transformer, dtype, config)
     before = evaluate(transformer, tokenizer, config, folder / "before.json") if config.evaluate else None
-    state = resume(folder, trainee, runs.file_sha256(config.data))
+    state = resume(folder, trainee, hashlib.sha256(Path(config.data).read_bytes()).hexdigest())
     train(transformer, tokenizer, trainee, training, held_out, config, folder, state)
 
     if config.lora_r:

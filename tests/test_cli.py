@@ -1,0 +1,191 @@
+"""The scripts as a user meets them: --help at once; wrong input gives one message, exit 2, no traceback, no file."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import make_data
+import runs
+import train_sft
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "runs.main(Config, main)" in path.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.model_folder(tmp_path_factory.mktemp("model") / "base")
+
+
+def shell(script: str, *flags, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=cwd)
+
+
+def refused(done: subprocess.CompletedProcess, message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once(script, tmp_path):
+    begun = time.monotonic()
+    done = shell(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--seed" in done.stdout and "--out" in done.stdout
+    assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_flag_is_refused(script, tmp_path):
+    refused(shell(script, "--nonsense", "1", cwd=tmp_path), "--nonsense")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_wrong_flag_is_in_one_message(tmp_path):
+    wrong = {"--lr": "fast", "--epochs": "0", "--target": "all", "--held-out": "0.9", "--data": "nothing.jsonl"}
+    wrong |= {"--dtype": "float16", "--max-len": "9000000", "--evaluate": "perhaps"}
+    done = shell("train_sft.py", *[word for pair in wrong.items() for word in pair], cwd=tmp_path)
+    for name in wrong:
+        refused(done, name)
+    assert not list(tmp_path.iterdir())
+
+
+RECORD = json.dumps(tiny.answers(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("", "holds no record"),
+        (RECORD + "\n{oops\n", "line 2: not JSON"),
+        (RECORD + "\n" + RECORD[:40], "line 2: not JSON"),
+        (RECORD.replace('"a0"', "7") + "\n", "line 1: id must be str, is int"),
+        ('{"prompt": "x"}\n', "line 1: kind is None"),
+    ],
+)
+def test_wrong_records_are_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "d.jsonl").write_text(text)
+    refused(shell("train_sft.py", "--data", "d.jsonl", "--evaluate", "false", cwd=tmp_path), message)
+    assert {path.name for path in tmp_path.iterdir()} <= {"d.jsonl"}
+
+
+# In this process from here on: the same entry point, without starting torch anew for every case.
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Runs a script's entry point: (flags) -> (exit code, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, **flags):
+        words = [word for name, value in flags.items() for word in (runs.flag(name), str(value))]
+        monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+        with pytest.raises(SystemExit) as end:
+            runs.main(module.Config, module.main)
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
+def flags(folder, tmp_path, **changes) -> dict:
+    data = tiny.write(tmp_path / "d.jsonl", tiny.answers(8))
+    base = {"model": folder, "data": data, "out": tmp_path / "run", "max_len": 300, "device": "cpu", "epochs": 1}
+    return base | {"tokens_per_step": 300, "micro_tokens": 300} | changes
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "model.safetensors is not a whole safetensors file"),
+        (lambda f: change_config(f, architectures=["BertModel"]), "architecture BertModel is not supported"),
+        (lambda f: change_config(f, hidden_size=64), "not [390, 64]"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    ],
+)
+def test_a_broken_model_folder_is_named(script, tmp_path, spoil, message):
+    folder = tiny.model_folder(tmp_path / "model")
+    spoil(folder)
+    code, shown = script(train_sft, **flags(folder, tmp_path))
+    assert code == 2 and message in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_nowhere_is_named(script, tmp_path):
+    code, shown = script(train_sft, **flags("./nothing", tmp_path))
+    assert code == 2 and "nothing" in shown
+    code, shown = script(make_data, model="./nothing")
+    assert code == 2 and "nothing" in shown
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({**tiny.verifications(1)[0], "verdict": "dunno"}, "record v0: verdict is 'dunno'"),
+        ({**tiny.answers(1)[0], "answer": "a <think> b"}, "record a0: a think tag"),
+        ({**tiny.answers(1)[0], "prompt": "\ud800"}, "line 1: not JSON"),
+        ({**tiny.verifications(1)[0], "meta": [1]}, "record v0: meta is not an object"),
+    ],
+)
+def test_a_record_that_cannot_be_trained_on_is_named(script, folder, tmp_path, record, message):
+    data = tiny.write(tmp_path / "bad.jsonl", [record])
+    code, shown = script(train_sft, **flags(folder, tmp_path, data=data))
+    assert code == 2 and message in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_small_run_its_refusals_and_its_default_folder(script, folder, tmp_path):
+    settings = flags(folder, tmp_path)
+    assert script(train_sft, **settings)[0] == 0
+    code, shown = script(train_sft, **settings)
+    assert code == 2 and "holds another run" in shown
+    code, shown = script(train_sft, resume=tmp_path / "run")
+    assert code == 2 and "is finished" in shown
+    del settings["out"]
+    assert script(train_sft, **settings)[0] == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.startswith("train_sft-") and (made / "result.json").exists()
+
+
+def test_kernels_that_cannot_run_here_are_named(script, folder, tmp_path):
+    code, shown = script(train_sft, **flags(folder, tmp_path, kernels="triton"))
+    assert code == 2 and "cannot run on cpu" in shown
+    assert not (tmp_path / "run").exists()
+    assert script(train_sft, **flags(folder, tmp_path, kernels="auto"))[0] == 0
+
+
+def test_data_that_changed_are_not_gone_on_with(script, folder, tmp_path):
+    settings = flags(folder, tmp_path)
+    assert script(train_sft, **settings)[0] == 0
+    (tmp_path / "run" / "result.json").unlink()
+    tiny.write(tmp_path / "d.jsonl", tiny.answers(9))
+    code, shown = script(train_sft, resume=tmp_path / "run")
+    assert code == 2 and "data have changed" in shown
+
+
+@pytest.mark.slow
+def test_the_pockets_run_ends_with_its_tables(tmp_path):
+    lines = (ROOT / "pocket/data/verify.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(lines[:80]))
+    done = shell("train_sft.py", "--data", tmp_path / "some.jsonl", "--out", tmp_path / "run", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["before"].keys() == result["after"].keys() >= {"pocket:role", "pocket:benign", "pocket:verify"}
+    for part in ("mean of 4 wrappers", "thinks:", "answers:", str(tmp_path / "run")):
+        assert part in done.stdout

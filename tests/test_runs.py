@@ -1,0 +1,309 @@
+"""runs.py: flags, run folder, records, checkpoints."""
+
+import json
+import os
+import random
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import runs
+from runs import UserError, option
+
+
+@dataclass
+class Config:
+    model: str = option("base", "a folder")
+    lr: float = option(2e-4, "a rate, 100 % a number", pocket=1e-3)
+    steps: int = option(3, "a count")
+    greedy: bool = option(True, "a switch")
+    dtype: str = option("float32", "a choice", choices=("float32", "bfloat16"))
+    compare: tuple = option((), "several words")
+    out: str = option("", "run folder")
+    resume: str = option("", "run folder")
+
+    def problems(self):
+        return [] if self.steps > 0 else [f"--steps {self.steps}: must be positive"]
+
+
+@pytest.fixture
+def pocket(tmp_path):
+    (tmp_path / "world.json").write_text('{"seed": 7}')
+    return str(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- flags
+
+
+def test_a_flag_beats_the_pockets_default_which_beats_the_papers(pocket):
+    config, origin = runs.parse(Config, [])
+    assert (config.lr, origin["lr"]) == (2e-4, "default")
+    config, origin = runs.parse(Config, ["--model", pocket])
+    assert (config.lr, origin["lr"], origin["model"], origin["steps"]) == (1e-3, "pocket", "flag", "default")
+    config, origin = runs.parse(Config, ["--model", pocket, "--lr", "5"])
+    assert (config.lr, origin["lr"]) == (5.0, "flag")
+
+
+def test_types_follow_the_defaults():
+    words = ["--greedy", "false", "--steps", "9", "--compare", "a", "b", "--dtype", "bfloat16"]
+    config, _ = runs.parse(Config, words)
+    assert config == Config(greedy=False, steps=9, compare=("a", "b"), dtype="bfloat16")
+    assert runs.parse(Config, ["--greedy"])[0].greedy is True
+
+
+def test_every_wrong_value_is_in_one_message():
+    words = ["--lr", "fast", "--greedy", "maybe", "--dtype", "int8", "--steps", "-1"]
+    with pytest.raises(UserError) as error:
+        runs.parse(Config, words)
+    assert str(error.value).split("\n") == [
+        "--lr fast: not a number",
+        "--greedy maybe: neither true nor false",
+        "--dtype int8: not one of float32, bfloat16",
+        "--steps -1: must be positive",
+    ]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf"])
+def test_a_number_must_be_finite(text):
+    with pytest.raises(UserError, match="not finite"):
+        runs.parse(Config, ["--lr", text])
+
+
+def test_help_shows_both_defaults(capsys):
+    with pytest.raises(SystemExit) as end:
+        runs.parse(Config, ["--help"], "what it is")
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "what it is" in shown and "100 % a number (0.0002; pocket 0.001)" in shown
+
+
+@pytest.mark.parametrize("words", [["--l", "1"], ["--nope", "1"], ["--steps"]])
+def test_unknown_and_shortened_flags_are_errors(words):
+    with pytest.raises(SystemExit) as end:
+        runs.parse(Config, words)
+    assert end.value.code == 2
+
+
+def test_main_turns_errors_into_exit_codes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script", "--steps", "2"])
+    for result, code in (
+        (lambda c, o: 3, 3),
+        (raising(UserError("no such thing")), 2),
+        (raising(KeyboardInterrupt), 130),
+    ):
+        with pytest.raises(SystemExit) as end:
+            runs.main(Config, result)
+        assert end.value.code == code
+    assert "error: no such thing" in capsys.readouterr().err
+
+
+def raising(error):
+    def run(config, origin):
+        raise error
+
+    return run
+
+
+def test_only_pockets_have_a_world(pocket, tmp_path):
+    assert runs.world_seed(pocket) == 7
+    with pytest.raises(UserError, match="not a pocket model"):
+        runs.world_seed(str(tmp_path / "other"))
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+
+
+def made(tmp_path, script="one", **changes):
+    config = Config(out=str(tmp_path / "run"), **changes)
+    return config, runs.new_folder(config, {}, script)
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path):
+    config, folder = made(tmp_path)
+    assert json.loads((folder / "config.json").read_text())["values"]["lr"] == 2e-4
+    for lr in (2e-4, 1.0):
+        with pytest.raises(UserError, match="holds another run.*--resume"):
+            made(tmp_path, lr=lr)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="not an empty folder"):
+        runs.new_folder(Config(out=str(tmp_path / "mine")), {}, "one")
+
+
+def test_resume_takes_every_setting_from_the_run(tmp_path):
+    config, folder = made(tmp_path, lr=7.0, compare=("a", "b"))
+    again, _ = runs.parse(Config, ["--resume", str(folder)])
+    assert again == Config(**{**vars(config), "resume": str(folder)})
+    assert runs.new_folder(again, {}, "one") == folder
+    with pytest.raises(UserError, match="remove --lr, --steps"):
+        runs.parse(Config, ["--resume", str(folder), "--lr", "1", "--steps", "2"])
+    with pytest.raises(UserError, match="is a run of one, not of two"):
+        runs.new_folder(again, {}, "two")
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="is finished"):
+        runs.new_folder(again, {}, "one")
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"script": "one", "values": {"lr": 1}, "origin": {}}'])
+def test_resume_needs_a_run_of_this_script(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json"):
+        runs.parse(Config, ["--resume", str(tmp_path)])
+
+
+def test_the_source_is_recorded(tmp_path):
+    _, folder = made(tmp_path)
+    source = json.loads((folder / "source.json").read_text())
+    assert source["versions"]["torch"] == torch.__version__
+    assert source.keys() >= {"commit", "diff", "device", "command"}
+
+
+def test_files_are_the_users_own(tmp_path):
+    _, folder = made(tmp_path)
+    runs.append_jsonl(folder / "metrics.jsonl", {"step": 1})
+    runs.save_checkpoint(folder, {"w": torch.zeros(2)}, {"step": 1})
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert len(files) == 5 and all(p.stat().st_mode & 0o777 == 0o600 for p in files)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    runs.write_json(path, {"x": 1})
+    monkeypatch.setattr(os, "fsync", raising_os)
+    with pytest.raises(OSError):
+        runs.write_json(path, {"x": 2})
+    assert json.loads(path.read_text()) == {"x": 1}
+
+
+def raising_os(handle):
+    raise OSError("disk full")
+
+
+def test_logs_hold_json_and_can_be_cut_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.25)):
+        runs.append_jsonl(path, {"step": step, "loss": loss, "text": "ä\u2028"})
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # killed while it wrote
+    runs.rewind(path, 2)
+    with open(path, encoding="utf-8") as file:
+        assert [json.loads(line)["loss"] for line in file] == [0.5, None]
+    runs.rewind(tmp_path / "nothing.jsonl", 0)
+    assert (tmp_path / "nothing.jsonl").read_text() == ""
+
+
+# ------------------------------------------------------------------------------------------------- records
+
+KINDS = {"note": {"id": str, "n": int}}
+NOTE = '{"kind": "note", "id": "a", "n": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (NOTE + '{"kind": "note", "id": 3}\n', "line 2: id must be str, is int; n must be int, is missing"),
+        (NOTE + '\n{"kind": "no', "line 3: not JSON.*ends in the middle of this line"),
+        ('{"kind": "note",}\n', "line 1: not JSON"),
+        (NOTE.replace('"a"', '"\\ud800"'), "line 1: not JSON"),
+        ('["kind"]\n', "line 1: kind is None"),
+        ('{"kind": ["note"]}\n', "line 1: kind is"),
+        ('{"kind": "other"}\n', "line 1: kind is 'other', not one of note"),
+        ("\n\n", "holds no record"),
+        ("[" * 100_000 + "\n", "line 1: not JSON"),
+    ],
+)  # fmt: skip
+def test_a_bad_record_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "d.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        runs.read_jsonl(str(tmp_path / "d.jsonl"), KINDS)
+
+
+def test_files_that_are_not_text_are_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "d.jsonl", tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match="not a readable text file"):
+            runs.read_jsonl(str(path), KINDS)
+
+
+def test_good_records_come_as_they_are(tmp_path):
+    text = '{"kind": "note", "id": "ä\\u2028", "n": 1, "more": [1]}\n\n{"kind": "note", "id": "b", "n": 2}'
+    (tmp_path / "d.jsonl").write_text(text)
+    assert [r["id"] for r in runs.read_jsonl(str(tmp_path / "d.jsonl"), KINDS)] == ["ä\u2028", "b"]
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def draw():
+    return random.random(), random.gauss(0, 1), torch.rand(1).item()
+
+
+def test_a_checkpoint_brings_tensors_state_and_random_generators_back(tmp_path):
+    runs.seed_everything(3)
+    draw()
+    torch.randn(3)
+    tensors = {"w": torch.randn(4, 5).T, "step": torch.tensor(3.0)}
+    runs.save_checkpoint(tmp_path, tensors, {"step": 3, "seconds": 0.1})
+    wanted = draw()
+    runs.seed_everything(99)
+    loaded, state = runs.load_checkpoint(tmp_path)
+    assert state == {"step": 3, "seconds": 0.1}
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+    assert draw() == wanted
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    assert runs.load_checkpoint(tmp_path) is None
+    for step in (8, 9, 10, 11):
+        runs.save_checkpoint(tmp_path, {"w": torch.tensor(step)}, {"step": step})
+    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-10", "step-11"]
+    assert runs.load_checkpoint(tmp_path)[0]["w"] == 11
+
+
+@pytest.mark.parametrize("broken", ["save_file", "write_json", "replace"])
+def test_a_save_that_dies_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
+    runs.save_checkpoint(tmp_path, {"w": torch.tensor(1)}, {"step": 1})
+    with monkeypatch.context() as patch:
+        owner = {"save_file": runs.safetensors_torch, "write_json": runs, "replace": os}[broken]
+        patch.setattr(owner, broken, lambda *a, **k: raising_os(0), raising=False)
+        with pytest.raises(OSError):
+            runs.save_checkpoint(tmp_path, {"w": torch.tensor(2)}, {"step": 2})
+    assert runs.load_checkpoint(tmp_path)[0]["w"] == 1
+    runs.save_checkpoint(tmp_path, {"w": torch.tensor(3)}, {"step": 3})
+    assert runs.load_checkpoint(tmp_path)[0]["w"] == 3
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not():
+    with pytest.raises(KeyboardInterrupt), runs.Interruptible() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+        os.kill(os.getpid(), signal.SIGINT)
+    with runs.Interruptible() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.requested
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ------------------------------------------------------------------------------------------------- device
+
+
+def test_dtypes_follow_the_device(monkeypatch):
+    assert runs.pick_dtype("auto", "cpu") is torch.float32
+    assert runs.pick_dtype("bfloat16", "cpu") is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert runs.pick_dtype("auto", "cuda") is torch.float32
+    with pytest.raises(UserError, match="older than sm_80"):
+        runs.pick_dtype("bfloat16", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert runs.pick_dtype("auto", "cuda") is torch.bfloat16
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs.pick_device("auto") == "cpu"
+    with pytest.raises(UserError, match="no usable GPU"):
+        runs.pick_device("cuda")
+    assert 0.01 < runs.peak_memory() < 1000
