@@ -381,7 +381,7 @@ class Engine:
     max_rows contexts need); low_memory gives both back after each call and prints what that costs.
     """
 
-    def __init__(self, transformer, eos_ids, *, max_rows=256, max_context=None, cache_bytes=None, low_memory=False):
+    def __init__(self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None, low_memory=False):
         config, weight = transformer.config, transformer.head_weight
         self.transformer, self.eos_ids, self.low_memory = transformer, frozenset(eos_ids), low_memory
         self.device, self.cpu, self.look = weight.device, weight.device.type == "cpu", LOOK[weight.device.type]

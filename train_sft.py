@@ -49,7 +49,7 @@ class Config:
     clip: float = option(1.0, "largest gradient norm")
     max_len: int = option(8192, "longer records are dropped and counted", pocket=256)
     tokens_per_step: int = option(65536, "tokens an optimizer step", pocket=3072)
-    micro_tokens: int = option(16384, "tokens a forward pass: memory, not results", pocket=3072)
+    micro_tokens: int = option(16384, "tokens a forward pass: speed and memory, not results", pocket=1536)
     held_out: float = option(0.05, "share of the prompts kept for validation")
     evaluate: bool = option(False, "run the pocket suites before and after", pocket=True)
     checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")

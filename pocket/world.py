@@ -452,13 +452,13 @@ def verify_document(world: World, rng: random.Random, verification_prompt) -> Do
     return Document(question, thought, boxed(guess), "verify", item=item)
 
 
-def documents(world: World, seed: int, verification_prompt):
+def documents(world: World, seed: int | str, verification_prompt):
     """Endless pretraining documents. `verification_prompt(spec, prompt, answer)` is the one of safety.py."""
     rng = random.Random(f"documents-{world.seed}-{seed}")
     makers = (
-        (0.13, fact_document),
+        (0.17, fact_document),
         (0.05, spelling_document),
-        (0.44, request_document),
+        (0.40, request_document),
         (0.12, sum_document),
         (0.03, sumcheck_document),
         (0.06, recipecheck_document),
