@@ -15,6 +15,8 @@ from pathlib import Path
 import runs
 from runs import UserError, option
 
+scores, torch = map(runs.Lazy, ("scores", "torch"))
+
 
 @dataclass
 class Config:
@@ -38,18 +40,8 @@ class Config:
 
 
 def load_model(config: Config):
-    import torch
-
-    import model
-
-    device = runs.pick_device(config.device)
-    try:
-        transformer, tokenizer = model.load(config.model, device=device, dtype=getattr(torch, config.dtype))
-        if config.adapter:
-            model.load_adapter(transformer, config.adapter)
-    except model.ModelError as error:
-        raise UserError(str(error)) from None
-    return transformer, tokenizer
+    dtype = getattr(torch, config.dtype)
+    return runs.load_model(config.model, runs.pick_device(config.device), dtype, config.adapter)
 
 
 def first_of_each_suite(items: list[dict], limit: int) -> list[dict]:
@@ -76,13 +68,13 @@ def evaluate(config: Config, origin: dict) -> int:
     folder = runs.new_folder(config, origin, "evaluate")
     figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=config.seed)
     result = {"sampled": figures, "seconds": seconds}
-    print(suites.table(figures))
+    print(scores.table(figures))
     if config.greedy:
         greedy, greedy_items, more = suites.run(transformer, tokenizer, items, world, seed=config.seed, temperature=0.0)
         result |= {"greedy": greedy, "seconds": seconds + more}
-        print("\ngreedy decoding:\n" + suites.table(greedy))
+        print("\ngreedy decoding:\n" + scores.table(greedy))
         write_items(folder / "items_greedy.jsonl", greedy_items)
-    print("\n" + suites.details(figures))
+    print("\n" + scores.details(figures))
     write_items(folder / "items.jsonl", labelled)
     runs.write_json(folder / "result.json", result)
     print(f"\n{result['seconds']:.0f} s; everything lies in {folder}")
@@ -95,8 +87,6 @@ def write_items(path: Path, items: list[dict]) -> None:
 
 def compare(config: Config) -> int:
     """Two evaluations on the same items: flips and an exact McNemar test a suite."""
-    import suites
-
     tables = []
     for folder in config.compare.split(","):
         path = Path(folder) / "items.jsonl"
@@ -105,7 +95,7 @@ def compare(config: Config) -> int:
         tables.append({item["id"]: item for item in map(json.loads, path.read_text().splitlines())})
     if tables[0].keys() != tables[1].keys():
         raise UserError(f"the two evaluations hold different items ({len(tables[0])} and {len(tables[1])})")
-    print(suites.paired_table(*tables))
+    print(scores.paired_table(*tables))
     return runs.EXIT_OK
 
 

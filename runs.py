@@ -38,7 +38,7 @@ class Lazy:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-safetensors_torch, torch = map(Lazy, ("safetensors.torch", "torch"))
+kernels, model, safetensors_torch, torch = map(Lazy, ("kernels", "model", "safetensors.torch", "torch"))
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -308,6 +308,26 @@ def pick_dtype(name: str, device: str):
     if name == "bfloat16" and device == "cuda" and not modern:
         raise UserError("--dtype bfloat16: this GPU is older than sm_80; use float32")
     return getattr(torch, ("bfloat16" if modern else "float32") if name == "auto" else name)
+
+
+def pick_kernels(name: str, device: str) -> None:
+    """Settle which kernels run; auto is triton on a GPU that can."""
+    try:
+        kernels.force(None if name == "auto" else name)
+        kernels.backend(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def load_model(path: str, device: str, dtype, adapter: str = ""):
+    """(transformer, tokenizer) of a folder or hub id, with a PEFT adapter on it where one is named."""
+    try:
+        transformer, tokenizer = model.load(path, device=device, dtype=dtype)
+        if adapter:
+            model.load_adapter(transformer, adapter)
+    except model.ModelError as error:
+        raise UserError(str(error)) from None
+    return transformer, tokenizer
 
 
 def peak_memory() -> float:

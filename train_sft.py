@@ -27,8 +27,8 @@ from tqdm import tqdm
 import runs
 from runs import UserError, option
 
-engine, kernels, model, safety, suites, torch = map(
-    runs.Lazy, ("engine", "kernels", "model", "safety", "suites", "torch")
+engine, kernels, model, optim, safety, scores, suites, torch = map(
+    runs.Lazy, ("engine", "kernels", "model", "optim", "safety", "scores", "suites", "torch")
 )
 
 
@@ -219,7 +219,7 @@ def schedule(progress: float, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
 
 
-def optimizer_step(transformer, trainee: "Trainee", examples: list[Example], lr: float, config: Config) -> dict:
+def optimizer_step(transformer, trainee, examples: list[Example], lr: float, config: Config) -> dict:
     """One update. The loss is a mean over the step's supervised tokens, however they fall into micro-batches."""
     supervised = sum(sum(e.trained) for e in examples)
     loss = 0.0
@@ -230,69 +230,6 @@ def optimizer_step(transformer, trainee: "Trainee", examples: list[Example], lr:
     norm = trainee.step(lr, config.clip)
     tokens = sum(len(e.ids) for e in examples)
     return {"loss": float(loss), "lr": lr, "grad_norm": norm, "tokens": tokens, "supervised": supervised}
-
-
-# ------------------------------------------------------------------------------------------------- the trained weights
-
-
-class Trainee:
-    """Trainable parameters, their fp32 masters and AdamW.
-
-    LoRA pairs and fp32 weights are their own masters. Full training in bf16 keeps the fp32 weights that the model was
-    loaded with as masters; they collect the gradients of their bf16 copies in fp32 and refresh the copies after each
-    step, for pure bf16 would lose most of a small update. 18 bytes a parameter: a copy's gradient goes as it comes.
-    """
-
-    def __init__(self, transformer, dtype, config: Config):
-        named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-        self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
-        self.masters = self.parameters
-        if not config.lora_r and dtype != torch.float32:
-            self.masters = [p.detach().requires_grad_() for p in self.parameters]
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                parameter.data = parameter.data.to(dtype)
-                parameter.register_post_accumulate_grad_hook(functools.partial(collect, master))
-        betas = (config.beta1, config.beta2)
-        self.adam = torch.optim.AdamW(self.masters, betas=betas, weight_decay=config.weight_decay, fused=True)
-
-    def refresh(self) -> None:
-        """Round the masters into the compute copies."""
-        if self.masters is not self.parameters:
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                parameter.data.copy_(master.data)
-
-    def step(self, lr: float, clip: float) -> float:
-        """Clip, update, clear; returns the gradient norm before clipping. A non-finite norm changes nothing."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip).item()
-        if math.isfinite(norm):
-            self.adam.param_groups[0]["lr"] = lr
-            self.adam.step()
-            self.refresh()
-        self.adam.zero_grad()
-        return norm
-
-    def tensors(self) -> dict:
-        """Masters and moments by name: everything that a checkpoint needs."""
-        saved = {}
-        for name, master in zip(self.names, self.masters, strict=True):
-            saved[f"master/{name}"] = master
-            saved |= {f"{key}/{name}": value for key, value in self.adam.state[master].items()}
-        return saved
-
-    def restore(self, saved: dict) -> None:
-        for name, master in zip(self.names, self.masters, strict=True):
-            master.data.copy_(saved[f"master/{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}/{name}" in saved:  # none before the first finite step
-                    self.adam.state[master][key] = saved[f"{key}/{name}"].to(master.device)
-        self.refresh()
-
-
-def collect(master, parameter) -> None:
-    """Move the gradient of a compute copy to its master, in fp32, as soon as backward has made it."""
-    gradient = parameter.grad.to(master.dtype)
-    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-    parameter.grad = None
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -383,19 +320,6 @@ def total_steps(training: list[Example], config: Config) -> int:
     return sum(len(epoch_steps(training, epoch, config)) for epoch in range(config.epochs))
 
 
-def flops_a_token(transformer, lora: bool) -> float:
-    """Products with weights, forward and backward: 6 a parameter, 4 where the weights get no gradient."""
-    embedding = 0 if transformer.config.tie_word_embeddings else transformer.model.embed_tokens.weight.numel()
-    return (4 if lora else 6) * (sum(p.numel() for p in transformer.parameters()) - embedding)
-
-
-def mfu(flops_a_second: float) -> dict:
-    """{"mfu": share of the dense bf16 peak} on a known GPU, else nothing."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peaks = [peak for name, peak in runs.PEAK_FLOPS.items() if name in device]
-    return {"mfu": flops_a_second / peaks[0]} if peaks else {}
-
-
 # ------------------------------------------------------------------------------------------------- the loop
 
 
@@ -404,7 +328,7 @@ def train(transformer, tokenizer, trainee, training, held_out, config: Config, f
 
     state: step, seconds (of training steps alone), skipped (non-finite), in_a_row (of those), figures (validation).
     """
-    total, flops = total_steps(training, config), flops_a_token(transformer, bool(config.lora_r))
+    total, flops = total_steps(training, config), optim.flops_a_token(transformer, bool(config.lora_r))
 
     def progress() -> float:
         return state["seconds"] / 60 / config.minutes if config.minutes else state["step"] / total
@@ -424,7 +348,7 @@ def train(transformer, tokenizer, trainee, training, held_out, config: Config, f
             state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
             speed = figures["tokens"] / seconds
             line = {"step": state["step"], **figures, "tokens_per_s": speed, "seconds": seconds}
-            line |= {"peak_gib": runs.peak_memory(), **mfu(speed * flops)}
+            line |= {"peak_gib": runs.peak_memory(), **optim.mfu(speed * flops)}
             if ends_epoch or progress() >= 1:
                 state["figures"], samples = validate(transformer, tokenizer, held_out, config)
                 line |= state["figures"]
@@ -453,23 +377,7 @@ def log_line(line: dict, skipped: int) -> str:
     return shown + (f" skipped {skipped}" if skipped else "")
 
 
-def load_model(config: Config, device: str, dtype):
-    """(transformer, tokenizer): LoRA's frozen weights in the compute dtype, weights to be trained in fp32."""
-    try:
-        return model.load(config.model, device=device, dtype=dtype if config.lora_r else torch.float32)
-    except model.ModelError as error:
-        raise UserError(str(error)) from None
-
-
-def pick_kernels(name: str, device: str) -> None:
-    try:
-        kernels.force(None if name == "auto" else name)
-        kernels.backend(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def resume(folder: Path, trainee: Trainee, data_sha256: str) -> dict:
+def resume(folder: Path, trainee, data_sha256: str) -> dict:
     """The state to go on from: that of the newest checkpoint, or of step 0 where there is none yet."""
     state = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "figures": {}, "data_sha256": data_sha256}
     if found := runs.load_checkpoint(folder):
@@ -488,8 +396,9 @@ def main(config: Config, origin: dict) -> int:
     records = runs.read_jsonl(config.data, FIELDS)
     device = runs.pick_device(config.device)
     dtype = runs.pick_dtype(config.dtype, device)
-    pick_kernels(config.kernels, device)
-    transformer, tokenizer = load_model(config, device, dtype)
+    runs.pick_kernels(config.kernels, device)
+    loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
+    transformer, tokenizer = runs.load_model(config.model, device, loaded)
     examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
     training, held_out = split(examples, config.held_out, config.seed)
     folder = runs.new_folder(config, origin, "train_sft")
@@ -502,7 +411,7 @@ def main(config: Config, origin: dict) -> int:
     runs.seed_everything(config.seed)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
-    trainee = Trainee(transformer, dtype, config)
+    trainee = optim.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
     before = evaluate(transformer, tokenizer, config, folder / "before.json") if config.evaluate else None
     state = resume(folder, trainee, hashlib.sha256(Path(config.data).read_bytes()).hexdigest())
     train(transformer, tokenizer, trainee, training, held_out, config, folder, state)
@@ -516,8 +425,8 @@ def main(config: Config, origin: dict) -> int:
     if before:
         after = evaluate(transformer, tokenizer, config, folder / "after.json")
         result |= {"before": before[0], "after": after[0]}
-        print("\n" + suites.table(before[0], after[0]))
-        print(suites.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
+        print("\n" + scores.table(before[0], after[0]))
+        print(scores.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
     result["minutes"] = (time.monotonic() - begun) / 60
     runs.write_json(folder / "result.json", result)
     print(f"\n{state['seconds']:.0f} s of training, {result['minutes']:.1f} minutes in all; all files: {folder}")

@@ -21,7 +21,7 @@ import runs
 import train_sft
 from runs import UserError, option
 
-engine, model, torch = map(runs.Lazy, ("engine", "model", "torch"))
+engine, model, optim, torch = map(runs.Lazy, ("engine", "model", "optim", "torch"))
 
 
 @dataclass
@@ -91,7 +91,7 @@ def ours(config: Config, steps: list[list[train_sft.Example]], transformer, devi
     dtype = runs.pick_dtype("auto", device)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, sft.lora_alpha, config.seed)
-    trainee = train_sft.Trainee(transformer, dtype, sft)
+    trainee = optim.Trainee(transformer, dtype, (sft.beta1, sft.beta2), sft.weight_decay)
     lines = []
     for number, examples in enumerate(steps):
         clock = Clock(device)
@@ -148,7 +148,8 @@ def trl(config: Config, steps: list[list[train_sft.Example]], folder: str, devic
 def measure(config: Config) -> dict:
     """Real tokens a second and peak memory of one side, in this process."""
     device = runs.pick_device(config.device)
-    transformer, tokenizer = train_sft.load_model(sft_config(config), device, runs.pick_dtype("auto", device))
+    dtype = runs.pick_dtype("auto", device) if config.lora_r else torch.float32
+    transformer, tokenizer = runs.load_model(config.model, device, dtype)
     steps = batches(config, tokenizer)
     if config.only == "ours":
         lines = ours(config, steps, transformer, device)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 import engine
 import kernels
 import model
+import optim
 import runs
 import safety
 import train_sft
@@ -47,10 +48,10 @@ def fresh(folder, **settings):
     """(transformer, trainee, config) of a run that has not begun."""
     config = Config(**{**SMALL, "model": str(folder), **settings})
     dtype = runs.pick_dtype(config.dtype, "cpu")
-    transformer, _ = train_sft.load_model(config, "cpu", dtype)
+    transformer, _ = runs.load_model(config.model, "cpu", dtype if config.lora_r else torch.float32)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
-    return transformer, train_sft.Trainee(transformer, dtype, config), config
+    return transformer, optim.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay), config
 
 
 # ------------------------------------------------------------------------------------------------- rows and labels
@@ -296,14 +297,14 @@ def test_bf16_training_learns_like_fp32(folder, examples):
 
 
 def test_the_check_notices_missing_masters(folder, examples, monkeypatch):
-    honest = train_sft.Trainee.__init__
+    honest = optim.Trainee.__init__
 
-    def pure_bf16(self, transformer, dtype, config):
+    def pure_bf16(self, transformer, dtype, *rest):
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
-        honest(self, transformer, torch.float32, config)
+        honest(self, transformer, torch.float32, *rest)
 
-    monkeypatch.setattr(train_sft.Trainee, "__init__", pure_bf16)
+    monkeypatch.setattr(optim.Trainee, "__init__", pure_bf16)
     with pytest.raises(AssertionError):
         bf16_learns_like_fp32(folder, examples)
 
@@ -528,6 +529,6 @@ def test_non_finite_steps_are_counted_and_several_in_a_row_stop_the_run(folder, 
 def test_mfu_needs_a_known_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert train_sft.mfu(989e12 / 2) == {"mfu": 0.5}
+    assert optim.mfu(989e12 / 2) == {"mfu": 0.5}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Unheard-of 1")
-    assert train_sft.mfu(1e12) == {}
+    assert optim.mfu(1e12) == {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-import train_sft
+import runs
 from bench import sft as bench
 from tests import tiny
 
@@ -14,7 +14,7 @@ def test_fifty_steps_are_those_of_trl(tmp_path, micro):
     folder = tiny.model_folder(tmp_path / "model")
     data = tiny.write(tmp_path / "data.jsonl", tiny.answers(120))
     config = bench.Config(model=str(folder), data=str(data), lora_r=0, batch=4, micro=micro, steps=50, device="cpu")
-    transformer, tokenizer = train_sft.load_model(bench.sft_config(config), "cpu", bench.torch.float32)
+    transformer, tokenizer = runs.load_model(str(folder), "cpu", bench.torch.float32)
     steps = bench.batches(config, tokenizer)
     mine = bench.ours(config, steps, transformer, "cpu")
     theirs = bench.trl(config, steps, str(folder), "cpu")

@@ -1,0 +1,258 @@
+"""The sampler's speed: beside transformers' generate on a CPU, against the memory's limit on a GPU.
+
+    python -m bench.engine               the CPU comparison, and the GPU tables where there is a GPU
+    python -m bench.engine --tiny        the same code on toy shapes in seconds (the tests run it)
+    python -m bench.engine --write       also renew bench/results/engine.json
+
+CPU: 64 pocket prompts x 8 samples at temperature 1 with the model's own end token, limit 96; the two samplers take
+turns in one process with one thread each, the ratio is the median over the pairs. A token counts up to and with its
+row's end token. transformers gets all 512 rows at once, left-padded.
+
+GPU: random weights in the shapes of R1-Distill-Qwen-1.5B, bf16. A step cannot take less than the weights and the
+cached keys and values take to be read, or than its products take:
+
+    limit = max(W / bandwidth, 2 P B / flops) + B S k / bandwidth      W bytes of weights read, P of them used a token,
+                                                                       S mean context, k cache bytes a token
+
+The bandwidth is that of a large copy on this device, measured here; the share is limit / measured step. Then the
+protocol of nano-vllm's bench.py in the shape of Qwen3-0.6B: seed 0, 256 prompts of 100-1024 ids, 100-1024 new tokens.
+"""
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import kernels
+import model
+import safety
+from engine import Engine
+
+RESULTS = Path(__file__).parent / "results" / "engine.json"
+R1_DISTILL_1_5B = {
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+TOY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 64,
+       "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, vendor's figure
+
+
+# ------------------------------------------------------------------------------------------------- beside transformers
+
+
+def pocket_prompts(tokenizer, count: int) -> list[list[int]]:
+    """Token ids of the first `count` different requests of the pocket's training data."""
+    lines = Path("pocket/data/verify.jsonl").read_text().splitlines()
+    texts = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))[:count]
+    return [safety.render(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+
+
+def until_end(ids: list[int], eos_ids: set[int]) -> int:
+    """Tokens up to and with the first end token: [5, 2, 0, 0], {2} -> 2"""
+    return next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+
+
+def transformers_sampler(folder: str, prompts, n: int, limit: int, eos_ids: set[int]):
+    """A function that draws once and returns the number of generated tokens."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows, width = [prompt for prompt in prompts for _ in range(n)], max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+    def sample() -> int:
+        with torch.inference_mode():
+            out = theirs.generate(
+                ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                eos_token_id=sorted(eos_ids), pad_token_id=0,
+            )  # fmt: skip
+        return sum(until_end(row, eos_ids) for row in out[:, width:].tolist())
+
+    return sample
+
+
+def beside_transformers(folder: str, count=64, n=8, limit=96, repeats=5) -> dict:
+    ours, tokenizer = model.load(folder)
+    prompts, eos_ids = pocket_prompts(tokenizer, count), {tokenizer.eos_token_id}
+    sampler, theirs = Engine(ours, eos_ids), transformers_sampler(folder, prompts, n, limit, eos_ids)
+    seeds = iter(range(repeats + 1))
+
+    def sample() -> int:
+        groups = sampler.generate(prompts, n=n, max_tokens=limit, seed=next(seeds))
+        return sum(len(s.ids) for group in groups for s in group)
+
+    sample(), theirs()
+    pairs = [(rate(sample), rate(theirs)) for _ in range(repeats)]
+    return {
+        "model": folder, "prompts": count, "samples": n, "limit": limit, "threads": torch.get_num_threads(),
+        "tokens_per_s": [round(a["rate"]) for a, _ in pairs],
+        "transformers_tokens_per_s": [round(b["rate"]) for _, b in pairs],
+        "mean_length": round(statistics.mean(a["tokens"] for a, _ in pairs) / count / n, 1),
+        "transformers_mean_length": round(statistics.mean(b["tokens"] for _, b in pairs) / count / n, 1),
+        "ratio": round(statistics.median(a["rate"] / b["rate"] for a, b in pairs), 2),
+    }  # fmt: skip
+
+
+def rate(sample) -> dict:
+    begun = time.perf_counter()
+    tokens = sample()
+    return {"tokens": tokens, "rate": tokens / (time.perf_counter() - begun)}
+
+
+# ------------------------------------------------------------------------------------------------- against the limit
+
+
+def random_model(raw: dict, device: str, dtype: torch.dtype) -> model.Transformer:
+    with torch.device(device):
+        transformer = model.Transformer(model.Config.from_dict(raw)).to(dtype)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else None
+    return transformer.requires_grad_(False)
+
+
+def bandwidth(device: str, megabytes: int) -> float:
+    """Bytes read and written a second by a copy of that size, the best of 20."""
+    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(20):
+        seconds = timed(lambda: target.copy_(source), device)
+        best = min(best, seconds)
+    return 2 * source.numel() / best
+
+
+def timed(call, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begun = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begun
+
+
+def step_limit(transformer, rows: int, context: float, bytes_per_s: float, flops: float) -> float:
+    """Seconds that a decode step takes at least: the formula of this file's docstring."""
+    config, size = transformer.config, transformer.head_weight.element_size()
+    used = sum(p.numel() for p in transformer.parameters())
+    used -= 0 if config.tie_word_embeddings else transformer.head_weight.numel()  # the input embedding is looked up
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    return max(used * size / bytes_per_s, 2 * used * rows / flops) + rows * context * cached / bytes_per_s
+
+
+def cell(transformer, rows: int, context: int, new: int, device: str, speeds: dict, repeats: int) -> dict:
+    """One batch size at one context: contexts grow from `context - new / 2` to `context + new / 2`."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = transformer.config.vocab_size
+    prompts = torch.randint(0, vocab, (rows, context - new // 2), generator=generator).tolist()
+    sampler = Engine(transformer, (), max_rows=rows, max_context=context + new)
+    first = [timed(lambda: sampler.generate(prompts, max_tokens=1), device) for _ in range(repeats + 1)][1:]
+    whole = [timed(lambda: sampler.generate(prompts, max_tokens=1 + new), device) for _ in range(repeats + 1)][1:]
+    seconds = (statistics.median(whole) - statistics.median(first)) / new
+    limit = step_limit(transformer, rows, context, **speeds)
+    return {
+        "rows": rows, "context": context, "ms_a_step": round(seconds * 1e3, 3), "limit_ms": round(limit * 1e3, 3),
+        "tokens_per_s": round(rows / seconds), "share_of_limit": round(limit / seconds, 3),
+        "first_token_ms": round(statistics.median(first) * 1e3, 1),
+    }  # fmt: skip
+
+
+def against_the_limit(raw: dict, rows, contexts, new: int, device: str, dtype, megabytes=2048, repeats=5) -> dict:
+    transformer = random_model(raw, device, dtype)
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    flops = next((peak for part, peak in PEAK_FLOPS.items() if part in name), float("inf"))
+    speeds = {"bytes_per_s": bandwidth(device, megabytes), "flops": flops}
+    cells = []
+    for context in contexts:
+        for count in rows:
+            cells.append(cell(transformer, count, context, new, device, speeds, repeats))
+            print("  ", cells[-1], flush=True)
+    return {"device": name, "gb_per_s": round(speeds["bytes_per_s"] / 1e9), "cells": cells}
+
+
+def nano_vllm_lengths(count: int, longest: int, vocab: int = 10_000):
+    """Prompts and limits that nano-vllm's bench.py draws from random.seed(0)."""
+    rng = random.Random(0)
+    prompts = [[rng.randint(0, vocab) for _ in range(rng.randint(100, longest))] for _ in range(count)]
+    return prompts, [rng.randint(100, longest) for _ in range(count)]
+
+
+def nano_vllm_protocol(raw: dict, count: int, longest: int, device: str, dtype, vocab: int = 10_000) -> dict:
+    """Tokens a second over the whole list, after one short call; its temperature 0.6, no end token."""
+    prompts, limits = nano_vllm_lengths(count, longest, vocab)
+    sampler = Engine(random_model(raw, device, dtype), ())
+    sampler.generate(prompts, max_tokens=2, temperature=0.6)
+    sampler.generate(prompts, max_tokens=limits, temperature=0.6)  # captures the graphs of a shrinking batch
+    seconds = timed(lambda: sampler.generate(prompts, max_tokens=limits, temperature=0.6), device)
+    return {"prompt_tokens": sum(map(len, prompts)), "tokens": sum(limits), "seconds": round(seconds, 2),
+            "tokens_per_s": round(sum(limits) / seconds)}  # fmt: skip
+
+
+def sampler_trainer_gap(raw: dict, device: str, dtype, prompts=32, new=256) -> dict:
+    """Mean and largest |log-prob of the sampler - log-prob of the packed forward| in nats, tokens drawn at T 1."""
+    transformer = random_model(raw, device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    asked = torch.randint(0, transformer.config.vocab_size, (prompts, 64), generator=generator).tolist()
+    gaps = []
+    for prompt, (sample,) in zip(asked, Engine(transformer, ()).generate(asked, max_tokens=new), strict=True):
+        ids = torch.tensor(prompt + sample.ids, device=device)
+        with torch.inference_mode():
+            x_TH = transformer(ids, torch.tensor([0, len(ids)], dtype=torch.int32, device=device))
+            logp_T, _ = kernels.linear_logp(x_TH[:-1], transformer.head_weight, ids[1:])
+        gaps.append((logp_T[len(prompt) - 1 :].cpu() - torch.tensor(sample.logprobs)).abs())
+    gap = torch.cat(gaps)
+    return {"tokens": len(gap), "mean": round(gap.mean().item(), 5), "max": round(gap.max().item(), 4)}
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+
+def gpu_tables(tiny: bool) -> dict:
+    if tiny:
+        toy, device, dtype = {**R1_DISTILL_1_5B, **TOY}, "cpu", torch.float32
+        table = against_the_limit(toy, (1, 3), (96,), 8, device, dtype, megabytes=4, repeats=2)
+        nano = nano_vllm_protocol({**QWEN3_0_6B, **TOY}, 4, 120, device, dtype, vocab=500)
+        return {"table": table, "nano_vllm": nano, "gap": sampler_trainer_gap(toy, device, dtype, 2, 8)}
+    device, dtype = "cuda", torch.bfloat16
+    table = against_the_limit(R1_DISTILL_1_5B, (1, 8, 64, 256), (512, 2048, 4096), 128, device, dtype)
+    gc.collect()
+    return {
+        "table": table,
+        "nano_vllm": nano_vllm_protocol(QWEN3_0_6B, 256, 1024, device, dtype),
+        "gap": sampler_trainer_gap(R1_DISTILL_1_5B, device, dtype),
+    }
+
+
+def main(argv=None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="pocket/base", help="folder of the CPU comparison")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of the CPU comparison")
+    parser.add_argument("--tiny", action="store_true", help="toy shapes, seconds")
+    parser.add_argument("--write", action="store_true", help=f"renew {RESULTS.name}")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    shape = {"count": 4, "n": 2, "limit": 8, "repeats": 2} if args.tiny else {"repeats": args.repeats}
+    result = {"torch": torch.__version__, "cpu": beside_transformers(args.model, **shape)}
+    print(json.dumps(result["cpu"], indent=1))
+    if args.tiny or torch.cuda.is_available():
+        result["gpu"] = gpu_tables(args.tiny)
+        print(json.dumps(result["gpu"], indent=1))
+    else:
+        print("no CUDA device: the GPU tables are not measured here")
+    if args.write:
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
