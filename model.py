@@ -412,10 +412,18 @@ def load(path: str, device="cpu", dtype=torch.float32):
 
 
 def end_ids(transformer: Transformer, tokenizer) -> set[int]:
-    """The ids that end a turn: those of generation_config.json (else config.json) and the tokenizer's end token."""
+    """The ids that end a turn: those of generation_config.json (else config.json) and the tokenizer's end token.
+
+    One id or a list there (Qwen3, Llama 3); training teaches the tokenizer's, so it always counts. What every sampler
+    is given:  engine.Engine(transformer, model.end_ids(transformer, tokenizer)). Raises ModelError for what is no id.
+    """
     stored = transformer.generation.get("eos_token_id", transformer.config.raw.get("eos_token_id"))
-    ids = stored if isinstance(stored, list) else [stored]
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    ids = [*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id]
+    ids = [i for i in ids if i is not None]
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < transformer.config.vocab_size]
+    if wrong:
+        raise ModelError(f"eos_token_id {wrong[0]!r} is no id of a vocabulary of {transformer.config.vocab_size}")
+    return set(ids)
 
 
 # ------------------------------------------------------------------------------------------------- saving

@@ -68,6 +68,13 @@ def test_end_ids_without_generation_settings_are_those_of_config_and_tokenizer(f
     assert model.end_ids(*model.load(folder)) == {7, 159}
 
 
+@pytest.mark.parametrize("stored", ["159", [3, 160], -1, True, [[3]], {"a": 3}])
+def test_end_ids_that_are_no_ids_are_refused(folder, stored):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
+    with pytest.raises(model.ModelError, match="eos_token_id .* is no id of a vocabulary of 160"):
+        model.end_ids(*model.load(folder))
+
+
 def test_a_tokenizer_made_in_memory_is_saved_too(folder, tmp_path):
     model.save(model.load(folder)[0], tiny.tokenizer(), tmp_path / "out")
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
