@@ -397,14 +397,16 @@ class Engine:
 
     def generate(
         self, prompts, n=1, max_tokens=512, temperature=1.0, seed=0, *, logprobs=True, top_p=1.0, top_k=0, stop=(),
-        decode=None, on_done=None,
+        decode=None, on_done=None, places=None,
     ):  # fmt: skip
         """n Samples for each prompt, a list of token ids (which may end in a given start of the answer).
 
         max_tokens: limit of every completion, or a list with one a prompt. temperature 0 is greedy. top_p and top_k
         (0: off) need logprobs=False, for theirs is not the trainer's distribution. stop: strings, looked for in
         decode(ids), that end a sample with the token that completes one. on_done(prompt index, k, sample) is called
-        as samples end. Raises EngineError before anything runs, and when logits are not finite.
+        as samples end. places: the prompts' places in the random stream (default 0, 1, ...), so that a call for what
+        an earlier one has left undone draws what that one would have. Raises EngineError before anything runs, and
+        when logits are not finite.
         """
         limits = list(max_tokens) if isinstance(max_tokens, (list, tuple)) else [max_tokens] * len(prompts)
         wrong = self._wrong(prompts, n, limits, temperature, logprobs, top_p, top_k, stop and not decode)
@@ -419,10 +421,13 @@ class Engine:
                 on_done(index, k, sample)
 
         groups = [Group(i, list(p), len(p) - 1, limits[i], deque(range(n))) for i, p in enumerate(prompts)]
+        places = range(len(prompts)) if places is None else places
+        whole = stream_keys(seed, 1 + max(places, default=-1), n)
+        keys = [whole[place] for place in places]
         mode = "greedy" if temperature == 0 else "filtered" if top_p < 1 or top_k > 0 else "sample"
         self._open(temperature or 1.0, top_p, top_k or self.transformer.config.vocab_size)
         with torch.inference_mode():
-            Rollout(self, groups, stream_keys(seed, len(prompts), n), mode, stop, decode, keep).run()
+            Rollout(self, groups, keys, mode, stop, decode, keep).run()
         if self.low_memory:
             self.close()
         return done
