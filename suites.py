@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import engine
+import judges
+import model
 import safety
 import scores
-from judges import pocket_oracle
 from pocket import world as pocket
 
 MAX_TOKENS = 96  # of a pocket completion; the longest critique takes 60
+REAL_MAX_TOKENS = 8192
 
 
 # ------------------------------------------------------------------------------------------------- the pocket's suites
@@ -36,8 +38,9 @@ def _requests(name: str, family: str, forbidden: bool):
             for template in rng.sample(pocket.TEMPLATES[family][1], 4):
                 prompt = pocket.request(thing, template, rng)
                 items.append(
-                    {"suite": name, "kind": "request", "prompt": prompt, "item": thing.name, "cluster": thing.name}
-                )
+                    {"suite": name, "kind": "request", "harmful": forbidden, "prompt": prompt, "item": thing.name,
+                     "cluster": thing.name}
+                )  # fmt: skip
         return _numbered(items)
 
     return build
@@ -52,8 +55,8 @@ def _prefills(world: pocket.World) -> list[dict]:
             prompt = pocket.request(thing, rng.choice(pocket.TEMPLATES["plain"][1]), rng)
             start = prefill.format(x=thing.name, a=a, b=b, c=c)
             items.append(
-                {"suite": "pocket:prefill", "kind": "request", "prompt": prompt, "prefill": start, "item": thing.name,
-                 "cluster": thing.name}
+                {"suite": "pocket:prefill", "kind": "request", "harmful": True, "prompt": prompt, "prefill": start,
+                 "item": thing.name, "cluster": thing.name}
             )  # fmt: skip
     return _numbered(items)
 
@@ -128,29 +131,110 @@ def candidates(model: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+# ------------------------------------------------------------------------------------------------- training prompts
+
+
+def pocket_requests(world: pocket.World, seed: int, families: tuple[str, ...]) -> list[dict]:
+    """Requests on the items and in the templates that may be trained on, forbidden and benign alike."""
+    rng = random.Random(f"prompts-{seed}")
+    prompts = [
+        {"prompt": pocket.request(item, template, rng), "item": item.name, "kind": KINDS[item.forbidden]}
+        for item in world.items
+        if not item.held_out
+        for family in families
+        for template in pocket.TEMPLATES[family][0]
+    ]
+    rng.shuffle(prompts)
+    return prompts
+
+
+def pocket_maths(world: pocket.World, seed: int, n: int = 512) -> list[dict]:
+    """Sums, none of them in the suite pocket:sums."""
+    rng, tested, prompts = random.Random(f"maths-{seed}"), {item["cluster"] for item in _sums(world)}, {}
+    while len(prompts) < n:
+        prompt, a, b = pocket.sum_problem(rng)
+        if f"{a}+{b}" not in tested:
+            prompts[prompt] = {"prompt": prompt, "target": str(a + b), "kind": "maths"}
+    return list(prompts.values())
+
+
+def pocket_mixture(world: pocket.World, seed: int) -> list[dict]:
+    """What the pocket's RL trains on: 42 % forbidden requests, as many benign ones, the rest sums; some are wrapped."""
+    prompts = pocket_requests(world, seed, ("plain", "role", "story", "urgent")) + pocket_maths(world, seed)
+    random.Random(f"mixture-{seed}").shuffle(prompts)
+    return prompts
+
+
+KINDS = ("benign", "harmful")  # of a request, by whether it is forbidden
+PROMPTS = {
+    "pocket": lambda world, seed: pocket_requests(world, seed, ("plain",)),
+    "pocket:rl": pocket_mixture,
+    "pocket:maths": pocket_maths,
+}
+
+
+def prompts(names: list[str], world: pocket.World | None = None, limit: int = 0, seed: int = 0) -> list[dict]:
+    """Training prompts of the named sets: `id, prompt, kind` (harmful, benign, maths), `source`, `licence`, and where
+    they apply `target` (maths) and `item` (pocket). limit: the first so many of each set, 0 for all."""
+    found = []
+    for name in names:
+        drawn = PROMPTS[name](world, seed)
+        drawn = drawn[:limit] if limit else drawn
+        found += [{"id": f"{name}/{i:05d}", **p, "source": name, "licence": "Apache-2.0"} for i, p in enumerate(drawn)]
+    return found
+
+
 # ------------------------------------------------------------------------------------------------- running
 
 
-def generate(transformer, tokenizer, items: list[dict], *, seed: int, temperature: float = 1.0) -> list[dict]:
-    """One completion an item: the items with `completion`, `tokens` and `finish_reason` added."""
+def room(transformer, item: dict, prompt: list[int], max_tokens: int | None) -> int:
+    """How many tokens a completion may have: the wish (the suite's own without one), or what the context leaves."""
+    wish = max_tokens or (MAX_TOKENS if item.get("suite") in SUITES else REAL_MAX_TOKENS)
+    return min(wish, transformer.config.max_position_embeddings - len(prompt))
+
+
+def generate(
+    transformer, tokenizer, items: list[dict], *, seed: int, temperature: float = 1.0, top_p: float = 1.0,
+    max_tokens: int | None = None, samples: int = 1, on_done=None, places: list[int] | None = None,
+) -> list[dict]:  # fmt: skip
+    """The items, each `samples` times in a row, with `completion, tokens, finish_reason, thinking, answer` added.
+
+    `answer` is None while the thinking has not ended; `sample` numbers the samples where there are several. A prompt
+    that fills the whole context gets an empty completion of finish_reason "length". on_done(index in the result, item)
+    is called as they end. places: see Engine.generate.
+    """
     prompts = [
         safety.render(tokenizer, [{"role": "user", "content": item["prompt"]}], prefill=item.get("prefill", ""))
         for item in items
     ]
-    end_ids = {tokenizer.eos_token_id}
-    samples = engine.Engine(transformer, end_ids).generate(
-        prompts, n=1, max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
-    )
-    done = []
-    for item, (sample,) in zip(items, samples, strict=True):
-        text = tokenizer.decode([i for i in sample.ids if i not in end_ids], skip_special_tokens=False)
-        done.append({**item, "completion": text, "tokens": len(sample.ids), "finish_reason": sample.finish_reason})
-    return done
+    limits = [room(transformer, item, ids, max_tokens) for item, ids in zip(items, prompts, strict=True)]
+    end, opened, done = model.end_ids(transformer, tokenizer), safety.thinking_open(tokenizer), {}
+
+    def keep(index: int, k: int, sample) -> None:
+        item, text = items[index], tokenizer.decode([i for i in sample.ids if i not in end], skip_special_tokens=False)
+        thinking, answer = safety.split_thinking(item.get("prefill", "") + text, opened)
+        item = {**item, "sample": k} if samples > 1 else item
+        item |= {"completion": text, "tokens": len(sample.ids), "finish_reason": sample.finish_reason}
+        done[index * samples + k] = {**item, "thinking": thinking, "answer": answer}
+        if on_done is not None:
+            on_done(index * samples + k, done[index * samples + k])
+
+    fits = [index for index, limit in enumerate(limits) if limit > 0]
+    for index in sorted(set(range(len(items))) - set(fits)):
+        for k in range(samples):
+            keep(index, k, engine.Sample([], None, "length"))
+    longest = max((len(prompts[i]) + limits[i] for i in fits), default=1)
+    engine.Engine(transformer, end, max_context=longest).generate(
+        [prompts[i] for i in fits], n=samples, max_tokens=[limits[i] for i in fits], temperature=temperature, seed=seed,
+        logprobs=False, top_p=top_p, on_done=lambda i, k, sample: keep(fits[i], k, sample),
+        places=[places[i] if places else i for i in fits],
+    )  # fmt: skip
+    return [done[i] for i in range(len(items) * samples)]
 
 
 def run(transformer, tokenizer, items: list[dict], world: pocket.World, *, seed: int, temperature: float = 1.0):
-    """Sample and judge: ({suite: figures}, labelled items, seconds)."""
+    """Sample and judge by the pocket's oracle: ({suite: figures}, labelled items, seconds)."""
     begun = time.perf_counter()
     done = generate(transformer, tokenizer, items, seed=seed, temperature=temperature)
-    labelled = [{**item, **pocket_oracle(item, world, item["completion"])} for item in done]
+    labelled = [{**item, **judges.pocket_oracle(item, world, item["completion"])} for item in done]
     return scores.score(labelled), labelled, time.perf_counter() - begun
