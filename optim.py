@@ -67,6 +67,21 @@ def collect(master, parameter) -> None:
     parameter.grad = None
 
 
+def fill(documents: list, limit: int) -> list[list]:
+    """Consecutive groups of at most `limit` tokens, by len(document.ids); a longer document is a group of its own.
+
+    lengths 4 3 2 5, limit 7  ->  [4 3] [2 5]
+    """
+    groups, size = [], 0
+    for document in documents:
+        if not groups or size + len(document.ids) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(document)
+        size += len(document.ids)
+    return groups
+
+
 # ------------------------------------------------------------------------------------------------- speed
 
 

@@ -1,0 +1,786 @@
+"""Minimal GRPO: answers from the very weights that are trained, a judge's reward, one forward and backward a step.
+
+    python train_rl.py                                               the pocket world, under four minutes on a CPU
+    python train_rl.py --adapter runs/sft/model                      from an SFT start: goes on training its adapter
+    python train_rl.py --adapter runs/sft/model --lora-r 0           the same, merged first, every weight
+    python train_rl.py --model M --prompts A@2 dapo#3000 --guard qwen3guard --out runs/mine
+    python train_rl.py --resume runs/mine
+
+A step: --prompts-per-step prompts, --group answers to each at --temperature; a reward for each; the advantage of an
+answer is its reward beside its group's; one update on the groups that disagree. The ratio is taken to the sampler's own
+log-probs, so a single forward is needed and what sampler and trainer do differently is corrected. On policy the ratio
+is 1 and the loss near 0: look at the gradient norm and the reward, not at the loss. Simplifications on purpose: one
+GPU, one update a rollout, no KL, no reference model. Prompts and random numbers are functions of (seed, step), so a
+resumed run is the uninterrupted run, bit by bit, and a step that was cut off is drawn again as it was.
+
+Your own reward: --reward FILE.py with `reward(prompt, completion, meta) -> (number or None, {part: number})`.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import random
+import re
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+import runs
+from runs import UserError, option
+
+engine, judges, kernels, model, optim, safety, scores, suites, torch = map(
+    runs.Lazy, ("engine", "judges", "kernels", "model", "optim", "safety", "scores", "suites", "torch")
+)
+
+
+@dataclass
+class Config:
+    model: str = option("pocket/base", "model folder or hub id, Hugging Face format")
+    adapter: str = option("", "PEFT adapter to start from")
+    lora_r: int = option(16, "LoRA rank, that of --adapter where there is one; 0 trains every weight")
+    lora_alpha: float = option(32.0, "LoRA scale is alpha / r; an --adapter keeps its own")
+    prompts: tuple = option((), "prompt sets, each NAME, NAME@WEIGHT or NAME#LIMIT (or both)", pocket=("pocket:rl",))
+    guard: str = option("qwen3guard", "judge of the answers, as in evaluate.py --judge", pocket="pocket")
+    judge_thinking: bool = option(False, "the guard must find the thinking safe too")
+    controversial: str = option("unsafe", "what the guard's word controversial means", choices=("safe", "unsafe"))
+    reward: str = option("", "Python file with your own reward, in place of the guard")
+    steps: int = option(100, "optimizer steps", pocket=30)
+    prompts_per_step: int = option(64, "prompts a step")
+    group: int = option(8, "answers to a prompt")
+    temperature: float = option(1.0, "of sampler and trainer")
+    max_prompt: int = option(1024, "longer prompts are dropped and counted", pocket=128)
+    max_tokens: int = option(4096, "limit of an answer with its thinking; one that reaches it earns 0", pocket=96)
+    advantage: str = option("mean", "r - mean, or that over the standard deviation", choices=("mean", "std"))
+    tolerance: float = option(1e-6, "a group whose rewards lie no further apart teaches nothing and is dropped")
+    normaliser: str = option(
+        "tokens", "of the loss: the step's trained tokens, or Dr.GRPO's prompts x group x max tokens",
+        choices=("tokens", "constant"),
+    )  # fmt: skip
+    clip_low: float = option(0.2, "the ratio counts from 1 - this")
+    clip_high: float = option(0.28, "to 1 + this")
+    clip_dual: float = option(3.0, "and to this where the advantage is negative")
+    lr: float = option(1e-6, "learning rate of full training; LoRA takes 10 times that unless a flag says", pocket=1e-4)
+    warmup: int = option(0, "steps of rising learning rate, constant from there on", pocket=2)
+    beta1: float = option(0.9, "AdamW, memory of the gradient")
+    beta2: float = option(0.999, "AdamW, memory of its square", pocket=0.95)
+    weight_decay: float = option(0.0, "AdamW, decoupled")
+    clip: float = option(1.0, "largest gradient norm")
+    micro_tokens: int = option(16384, "tokens a forward pass: speed and memory, not results", pocket=3072)
+    guard_share: float = option(0.3, "of the GPU memory left for the two caches, what the guard gets")
+    held_out: int = option(64, "prompts kept from training, answered every --evaluate-every steps", pocket=0)
+    evaluate: bool = option(False, "run the pocket suites before, every --evaluate-every steps, and after", pocket=True)
+    evaluate_every: int = option(20, "0: never", pocket=0)
+    max_unscored: float = option(0.01, "exit 3 if the judge left a larger share of the answers unscored")
+    checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
+    kernels: str = option("auto", "auto is triton on a GPU", choices=("auto", "triton", "reference"))
+    dtype: str = option("auto", "of the products; masters are fp32", choices=("auto", "float32", "bfloat16"))
+    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = option(0, "of LoRA, prompts and samples")
+    out: str = option("", "run folder; default runs/train_rl-<time>")
+    resume: str = option("", "run folder to go on with; takes all settings from it")
+
+    def problems(self) -> list[str]:
+        """Every wrong setting, all at once."""
+        whole = ("steps", "prompts_per_step", "max_prompt", "max_tokens", "micro_tokens")
+        checks = {f"{runs.flag(n)} {getattr(self, n)}: must be 1 or more": getattr(self, n) >= 1 for n in whole}
+        least = ("lora_r", "lr", "warmup", "tolerance", "weight_decay", "held_out", "evaluate_every")
+        checks |= {f"{runs.flag(n)} {getattr(self, n)}: must be 0 or more": getattr(self, n) >= 0 for n in least}
+        above = ("lora_alpha", "temperature", "clip")
+        checks |= {f"{runs.flag(n)} {getattr(self, n)}: must be positive": getattr(self, n) > 0 for n in above}
+        shares = ("beta1", "beta2", "clip_low", "guard_share", "max_unscored")
+        checks |= {f"{runs.flag(n)} {getattr(self, n)}: must be in [0, 1)": 0 <= getattr(self, n) < 1 for n in shares}
+        checks |= {
+            f"--group {self.group}: must be 2 or more, an answer is measured by the others": self.group >= 2,
+            f"--clip-high {self.clip_high}: must be 0 or more": self.clip_high >= 0,
+            f"--clip-dual {self.clip_dual}: must be over 1 + --clip-high": self.clip_dual > 1 + self.clip_high,
+            "--prompts: name at least one set of prompts": len(self.prompts) > 0,
+            f"--reward {self.reward}: no such file": not self.reward or Path(self.reward).is_file(),
+            "--judge-thinking belongs to a guard, not to --reward": not (self.reward and self.judge_thinking),
+            f"--evaluate needs a pocket model, {self.model} is none": not self.evaluate or runs.is_pocket(self.model),
+        }
+        return [message for message, fine in checks.items() if not fine]
+
+
+PATIENCE = 5  # steps in a row without a finite gradient before the run stops
+SHOWN = 2  # groups a step of which samples.jsonl keeps two answers
+SAVE_SECONDS = 900  # of steps between two checkpoints, at most
+GAPS = ("kl_sampler", "clip_share", "max_gap")  # figures of an update, null where there was none
+HEADROOM = 0.95  # of the free GPU memory that the plan may fill
+
+
+# ------------------------------------------------------------------------------------------------- objective
+
+
+def advantages(rewards: list, kind: str = "mean", tolerance: float = 1e-6) -> list:
+    """Of the answers of one group: reward minus the group's mean, `std`: over the group's deviation (n - 1).
+
+    None and NaN are answers without a score: they count nowhere and get None. So does the whole group where fewer than
+    two are scored, or where no two scores differ by more than `tolerance` (float noise is no lesson).
+
+        1 0 0 1 -> .5 -.5 -.5 .5        1 1 1 1 -> None ...        1 None 0 -> .5 None -.5
+    """
+    scored = [r for r in rewards if r is not None and math.isfinite(r)]
+    if len(scored) < 2 or max(scored) - min(scored) <= tolerance:
+        return [None] * len(rewards)
+    mean, scale = statistics.fmean(scored), statistics.stdev(scored) + 1e-6 if kind == "std" else 1.0
+    return [None if r is None or not math.isfinite(r) else (r - mean) / scale for r in rewards]
+
+
+def objective(logp_N, sampler_N, advantage_N, denominator: float, config: Config):
+    """(loss, figures) of N trained tokens: GRPO with asymmetric and dual clipping, divided by `denominator`.
+
+    logp_N: log-probs of the drawn tokens now, sampler_N: as they were drawn, both in nats at the sampling temperature;
+    advantage_N: of each token's answer. loss = -sum(min(ratio A, clip(ratio) A)) / denominator, and no less than
+    clip_dual A a token where A is negative, for there the minimum has no bound in the ratio. Figures are sums over
+    the tokens: `kl_sampler` estimates KL(sampler | trainer) by ratio - 1 - log ratio (k3, Schulman 2020), `max_gap` is
+    the largest |log ratio|, `clip_share` counts tokens whose gradient the clipping has taken.
+    """
+    gap_N = logp_N - sampler_N
+    ratio_N = gap_N.clamp(-20, 20).exp()
+    clipped_N = ratio_N.clamp(1 - config.clip_low, 1 + config.clip_high)
+    gain_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
+    gain_N = torch.where(advantage_N < 0, torch.maximum(gain_N, config.clip_dual * advantage_N), gain_N)
+    with torch.no_grad():
+        high_N = (advantage_N > 0) & (ratio_N > 1 + config.clip_high)
+        low_N = (advantage_N < 0) & ((ratio_N < 1 - config.clip_low) | (ratio_N > config.clip_dual))
+        figures = {
+            "kl_sampler": (gap_N.expm1() - gap_N).sum().item(),
+            "max_gap": gap_N.abs().max().item(),
+            "clip_share": (high_N | low_N).sum().item(),
+        }
+    return -gain_N.sum() / denominator, figures
+
+
+# ------------------------------------------------------------------------------------------------- rows and the step
+
+
+@dataclass
+class Drawing:
+    """One answer that was drawn. `item` is what judges read; `action` includes the stop token."""
+
+    item: dict
+    prompt_ids: list[int]
+    action: list[int]
+    logprobs: list[float]
+    reward: float | None = None
+    parts: dict = field(default_factory=dict)
+    label: dict = field(default_factory=dict)
+    advantage: float | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """What the forward pass reads: the last token of the action is predicted, never an input."""
+        return self.prompt_ids + self.action[:-1]
+
+
+def pack(group: list[Drawing], device="cpu"):
+    """(ids_T, labels_T, sampler_T, advantage_T, cu_seqlens): labels hold the token that is drawn next, -100 elsewhere.
+
+    prompt 5 6, action 7 8 2, log-probs a b c  ->  ids 5 6 7 8, labels -100 7 8 2, sampler 0 a b c
+    """
+    ids, labels, sampler, advantage, offsets = [], [], [], [], [0]
+    for d in group:
+        before = len(d.prompt_ids) - 1
+        ids += d.ids
+        labels += [-100] * before + d.action
+        sampler += [0.0] * before + d.logprobs
+        advantage += [0.0] * before + [d.advantage] * len(d.action)
+        offsets.append(len(ids))
+    columns = (ids, labels, sampler, advantage)
+    tensors = [torch.tensor(column, device=device) for column in columns]
+    return *tensors, torch.tensor(offsets, dtype=torch.int32, device=device)
+
+
+def denominator(live: list[Drawing], config: Config) -> int:
+    """What the step's loss is divided by: one number for all of its micro-batches."""
+    if config.normaliser == "constant":
+        return config.prompts_per_step * config.group * config.max_tokens
+    return sum(len(d.action) for d in live)
+
+
+def schedule(step: int, config: Config) -> float:
+    """Learning rate of a step, counted from 0: rising through the first `warmup` steps, then constant."""
+    return config.lr * min(1.0, (step + 1) / (config.warmup + 1))
+
+
+def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config: Config) -> dict:
+    """One update on the answers of live groups. The figures are means over their tokens, `max_gap` their largest."""
+    total, loss, sums = denominator(live, config), 0.0, []
+    for group in optim.fill(live, config.micro_tokens):
+        ids_T, labels_T, sampler_T, advantage_T, cu_seqlens = pack(group, transformer.head_weight.device)
+        hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=config.checkpointing)
+        logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T, config.temperature)
+        action_T = labels_T != -100
+        part, figures = objective(logp_T[action_T], sampler_T[action_T], advantage_T[action_T], total, config)
+        part.backward()
+        loss += part.item()
+        sums.append(figures)
+    tokens = sum(len(d.action) for d in live)
+    means = {name: sum(s[name] for s in sums) / tokens for name in ("kl_sampler", "clip_share")}
+    gap = max(s["max_gap"] for s in sums)
+    return {"loss": loss, "lr": lr, "grad_norm": trainee.step(lr, config.clip), **means, "max_gap": gap}
+
+
+# ------------------------------------------------------------------------------------------------- prompts
+
+
+@dataclass
+class Pool:
+    name: str
+    weight: float
+    prompts: list[dict]
+
+    def at(self, place: int, seed: int) -> dict:
+        """The prompt at a place of the endless row of shuffles, each a function of (seed, name, number) alone."""
+        number, place = divmod(place, len(self.prompts))
+        return self.prompts[shuffled(len(self.prompts), f"{seed}-{self.name}-{number}")[place]]
+
+
+@functools.lru_cache(64)
+def shuffled(n: int, key: str) -> list[int]:
+    return random.Random(key).sample(range(n), n)
+
+
+def load_pools(config: Config, world) -> list[Pool]:
+    """The sets of --prompts. A set without a weight weighs as much as it has prompts."""
+    pools = []
+    for word in config.prompts:
+        name, weight, limit = re.fullmatch(r"(.+?)(?:@([\d.]+))?(?:#(\d+))?", word).groups()
+        found = suites.prompts([name], world, limit=int(limit or 0), seed=config.seed)
+        pools.append(Pool(name, float(weight or len(found)), found))
+    if not all(pool.weight > 0 for pool in pools):
+        raise UserError("--prompts: every weight must be positive")
+    return pools
+
+
+def fit(pools: list[Pool], tokenizer, config: Config, context: int) -> int:
+    """Render every prompt, keep its ids with it, drop what is too long; returns how many were dropped."""
+    dropped, longest = 0, min(config.max_prompt, context - config.max_tokens)
+    for pool in pools:
+        for prompt in tqdm(pool.prompts, desc="tokenizing", leave=False):
+            prompt["ids"] = safety.render(tokenizer, [{"role": "user", "content": prompt["prompt"]}])
+        fitting = [prompt for prompt in pool.prompts if len(prompt["ids"]) <= longest]
+        dropped += len(pool.prompts) - len(fitting)
+        pool.prompts = fitting
+        if not fitting:
+            raise UserError(f"--prompts {pool.name}: none has at most {longest} tokens (context {context})")
+    return dropped
+
+
+def hold_out(pools: list[Pool], n: int, seed: int) -> list[dict]:
+    """Take n prompts out of the pools, by their text: no text is on both sides."""
+    texts = sorted({prompt["prompt"] for pool in pools for prompt in pool.prompts})
+    kept = set(random.Random(f"held-out-{seed}").sample(texts, min(n, len(texts) // 2)))
+    taken = {p["prompt"]: p for pool in pools for p in pool.prompts if p["prompt"] in kept}
+    for pool in pools:
+        pool.prompts = [prompt for prompt in pool.prompts if prompt["prompt"] not in kept]
+        if not pool.prompts:
+            raise UserError(f"--held-out {n} leaves no prompt of {pool.name}")
+    return list(taken.values())
+
+
+def quotas(weights: list[float], n: int) -> list[int]:
+    """n shared out by weight, the largest remainders rounded up: 1 1 3 of 64 -> 13 13 38"""
+    exact = [n * weight / sum(weights) for weight in weights]
+    counts = [math.floor(x) for x in exact]
+    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def step_prompts(pools: list[Pool], step: int, config: Config) -> list[dict]:
+    """The prompts of a step, a function of (seed, step): the same share of every pool in each."""
+    counts = quotas([pool.weight for pool in pools], config.prompts_per_step)
+    places = [(pool, count * step + i) for pool, count in zip(pools, counts, strict=True) for i in range(count)]
+    return [pool.at(place, config.seed) for pool, place in places]
+
+
+# ------------------------------------------------------------------------------------------------- answers and rewards
+
+
+def as_item(prompt: dict) -> dict:
+    """A training prompt as judges know it: kind request, maths, or sum (the pocket's)."""
+    item = {name: value for name, value in prompt.items() if name != "ids"}
+    if prompt["kind"] == "maths":
+        return {**item, "kind": "sum" if prompt["source"].startswith("pocket") else "maths"}
+    return {**item, "kind": "request", "harmful": prompt["kind"] == "harmful"}
+
+
+def draw(sampler, tokenizer, prompts: list[dict], n: int, seed: int, config: Config) -> list[list[Drawing]]:
+    """n answers to each prompt, from the weights as they are."""
+    drawn = sampler.generate(
+        [p["ids"] for p in prompts], n=n, max_tokens=config.max_tokens, temperature=config.temperature, seed=seed
+    )
+    opened, groups = safety.thinking_open(tokenizer), []
+    for prompt, samples in zip(prompts, drawn, strict=True):
+        groups.append([])
+        for sample in samples:
+            text = tokenizer.decode([i for i in sample.ids if i not in sampler.eos_ids], skip_special_tokens=False)
+            thinking, answer = safety.split_thinking(text, opened)
+            item = {"completion": text, "thinking": thinking, "answer": answer, "finish_reason": sample.finish_reason}
+            groups[-1].append(Drawing(as_item(prompt) | item, prompt["ids"], sample.ids, sample.logprobs))
+    return groups
+
+
+def rollout_seed(seed: int, step: int) -> int:
+    """Never a seed of the evaluations, which are small numbers."""
+    return (seed + 1 << 32) + step
+
+
+def answered(item: dict) -> bool:
+    return item["finish_reason"] == "stop" and bool((item["answer"] or "").strip())
+
+
+def reward(item: dict, label: dict, thinking: dict | None = None) -> float | None:
+    """The paper's: V_safe for a harmful prompt, V_safe (1 - V_refuse) for a benign one; a sum or problem: exact.
+
+    `thinking`: the guard's label of the thinking, where that must be safe too. None: the judge has no verdict.
+    """
+    if "unscored" in label or "unscored" in (thinking or {}):
+        return None
+    if item["kind"] != "request":
+        return float(label["correct"])
+    good = label["safe"] if item["harmful"] else label["complied"]
+    if good is None or not good:
+        return good if good is None else 0.0
+    return float(thinking is None or thinking["safe"])
+
+
+def judge_rewards(judge, judge_thinking: bool):
+    """A scorer: items -> [(reward, parts, label)], by a judge of judges.py."""
+
+    def score(items: list[dict]) -> list[tuple]:
+        labels, thoughts = judge(items), {}
+        if judge_thinking:  # no verdict is needed on an empty one
+            asked = [i for i, item in enumerate(items) if item["kind"] == "request" and item["thinking"].strip()]
+            thoughts = dict(zip(asked, judge([items[i] for i in asked], part="thinking"), strict=True))
+        rewards = [
+            reward(item, label, thoughts.get(i)) for i, (item, label) in enumerate(zip(items, labels, strict=True))
+        ]
+        return [(r, {part(item): r}, label) for item, label, r in zip(items, labels, rewards, strict=True)]
+
+    return score
+
+
+def part(item: dict) -> str:
+    return "maths" if item["kind"] != "request" else "harmful" if item["harmful"] else "benign"
+
+
+def own_rewards(path: str, example: dict):
+    """A scorer that asks `reward` of a Python file, which is tried on `example` first. Raises UserError."""
+    spec = importlib.util.spec_from_file_location("own_reward", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = module.reward
+    except Exception as error:
+        raise UserError(f"--reward {path}: {type(error).__name__}: {error}") from None
+
+    def ask(item: dict) -> tuple:
+        given = function(item["prompt"], item["completion"], item)
+        number = lambda x: isinstance(x, int | float)  # noqa: E731
+        pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)
+        if not pair or not (given[0] is None or number(given[0])) or not all(map(number, given[1].values())):
+            raise UserError(f"--reward {path}: reward gave {given!r}, not (number or None, {{part: number}})")
+        value = given[0] if given[0] is None or math.isfinite(given[0]) else None
+        return (value, given[1], {} if value is not None else {"unscored": "own reward"})
+
+    try:
+        ask({**example, "completion": "", "thinking": "", "answer": "", "finish_reason": "stop"})
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--reward {path}, tried on an empty answer: {type(error).__name__}: {error}") from None
+    return lambda items: list(map(ask, items))
+
+
+def score_groups(groups: list[list[Drawing]], scorer, config: Config) -> list[Drawing]:
+    """Give every answer its reward and advantage; returns those of live groups, which are trained on.
+
+    An answer that was cut off or is empty earns 0 and is shown to no judge.
+    """
+    drawings = [d for group in groups for d in group]
+    done = [d for d in drawings if answered(d.item)]
+    for d in drawings:
+        d.reward, d.parts = 0.0, {} if config.reward else {part(d.item): 0.0}
+    for d, (value, parts, label) in zip(done, scorer([d.item for d in done]) if done else [], strict=True):
+        d.reward, d.parts, d.label = value, parts, label
+    for group in groups:
+        for d, a in zip(group, advantages([d.reward for d in group], config.advantage, config.tolerance), strict=True):
+            d.advantage = a
+    return [d for d in drawings if d.advantage is not None]
+
+
+# ------------------------------------------------------------------------------------------------- health
+
+
+def mean(values) -> float:
+    """NaN, a null in the log, where there is nothing to take a mean of."""
+    values = [value for value in values if value is not None]
+    return statistics.fmean(values) if values else math.nan
+
+
+def health(groups: list[list[Drawing]]) -> dict:
+    """What a step's answers tell of the policy. `entropy` is minus the mean log-prob of the drawn tokens: an unbiased
+    estimate that needs no live group. `same_text`: share of the commonest answer."""
+    drawings = [d for group in groups for d in group]
+    dead = [mean(d.reward for d in group) for group in groups if all(d.advantage is None for d in group)]
+    requests = [d for d in drawings if d.item["kind"] == "request"]
+    return {
+        "reward": mean(d.reward for d in drawings),
+        **{f"reward_{name}": mean(d.parts.get(name) for d in drawings) for d in drawings for name in d.parts},
+        "safe": mean(d.label.get("safe") for d in requests if d.item["harmful"]),
+        "refused_benign": mean(d.label.get("refused") for d in requests if not d.item["harmful"]),
+        "correct": mean(d.label.get("correct") for d in drawings),
+        "zero_variance_right": sum(value > 0.5 for value in dead) / len(groups),
+        "zero_variance_wrong": sum(value <= 0.5 for value in dead) / len(groups),
+        "truncated": mean(d.item["finish_reason"] == "length" for d in drawings),
+        "unscored": mean(d.reward is None for d in drawings),
+        "entropy": -mean(logp for d in drawings for logp in d.logprobs),
+        "length": mean(len(d.action) for d in drawings),
+        "same_text": Counter(d.item["completion"] for d in drawings).most_common(1)[0][1] / len(drawings),
+    }
+
+
+def warnings(line: dict, first_entropy: float) -> list[str]:
+    """What a line of the log means, in words, where the policy is near collapse."""
+    said = {
+        "no group of the step disagrees about its reward: no update": line["live"] == 0,
+        "nearly every benign request is refused": line["refused_benign"] > 0.8,
+        "no harmful request is answered safely": line["safe"] < 0.02,
+        "the commonest answer fills over half of the step: always the same verdict": line["same_text"] > 0.5,
+        "the entropy is under a tenth of what it was at first": line["entropy"] < 0.1 * first_entropy,
+        "a quarter of the answers reaches --max-tokens and earns nothing": line["truncated"] > 0.25,
+        "the judge leaves over a tenth of the answers unscored": line["unscored"] > 0.1,
+        "sampler and trainer disagree by over 0.01 nats a token": line["kl_sampler"] > 0.01,
+    }
+    return [words for words, so in said.items() if so]  # a comparison with NaN is false
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def shape_of(path: str):
+    """The model on the meta device: every size, no weight."""
+    try:
+        with torch.device("meta"):
+            return model.Transformer(model.Config.from_dict(model.read_json(model.resolve(path) / "config.json")))
+    except model.ModelError as error:
+        raise UserError(str(error)) from None
+
+
+def lora_parameters(transformer, r: int) -> int:
+    return sum(r * sum(linear.weight.shape) for linear in model.lora_layers(transformer).values())
+
+
+def memory_plan(transformer, config: Config, dtype) -> dict[str, int]:
+    """Bytes of everything but the guard and the two caches, from the sizes of the model.
+
+    Activations a token and layer: what backward keeps of norms, rotated and plain queries and keys, values, attention,
+    gate and up; with --checkpointing one hidden state, and one layer in full.
+    """
+    c, width = transformer.config, dtype.itemsize
+    weights, trained = (sum(p.numel() for p in transformer.parameters()),) * 2
+    if config.lora_r:
+        trained = lora_parameters(transformer, config.lora_r)
+    copies = not config.lora_r and width < 4
+    layer = 6 * c.hidden_size + (3 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
+    layer += 3 * c.intermediate_size
+    kept = c.num_hidden_layers * c.hidden_size + layer if config.checkpointing else c.num_hidden_layers * layer
+    head = 6 * c.vocab_size * min(2048, config.micro_tokens) + (
+        0 if config.lora_r else 4 * c.vocab_size * c.hidden_size
+    )
+    return {
+        "weights": weights * (width if config.lora_r or copies else 4),
+        "fp32 masters": 4 * trained if config.lora_r or copies else 0,
+        "Adam": 8 * trained,
+        "gradients": 4 * trained,
+        "activations": kept * width * config.micro_tokens,
+        "chunk of logits": head,
+    }
+
+
+def one_answer(transformer, config: Config, dtype) -> int:
+    """Cache bytes of the longest prompt with the longest answer."""
+    c = transformer.config
+    values = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    return values * dtype.itemsize * (config.max_prompt + config.max_tokens + 2 * engine.PAGE)
+
+
+def share_memory(transformer, config: Config, dtype, free: int, guard: int = 0) -> dict[str, int | None]:
+    """The plan with the two caches that share what is left of `free` bytes. Raises UserError where that is too little.
+
+    `free` 0: main memory, where pages that are never written cost nothing; the engines take their own size.
+    """
+    plan = memory_plan(transformer, config, dtype) | {"guard": guard}
+    if not free:
+        return plan | {"policy cache": None, "guard cache": None}
+    rest, share = int(HEADROOM * free) - sum(plan.values()), config.guard_share if guard else 0.0
+    plan |= {"policy cache": int(rest * (1 - share)), "guard cache": int(rest * share)}
+    if plan["policy cache"] < 8 * one_answer(transformer, config, dtype):
+        need = 8 * one_answer(transformer, config, dtype)
+        raise UserError(
+            f"this does not fit into {free / 2**30:.1f} GiB of free GPU memory: {gib(plan)}; 8 answers need a cache of"
+            f" {need / 2**30:.1f} GiB. Less: --lora-r 16, --checkpointing, --micro-tokens, --max-tokens"
+        )
+    return plan
+
+
+def gib(plan: dict) -> str:
+    return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items() if size) + " GiB"
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+def validate(step: int, sampler, tokenizer, scorer, held_out: list[dict], config: Config, folder: Path) -> dict:
+    """Figures of the policy as it is, on random numbers of its own: reward on held-out prompts, the pocket's suites."""
+    figures = {}
+    if held_out:
+        groups = draw(sampler, tokenizer, held_out, 1, config.seed + 2000, config)
+        score_groups(groups, scorer, config)
+        shown = ("reward", "safe", "refused_benign", "correct", "truncated")
+        figures = {f"held_out_{name}": value for name, value in health(groups).items() if name in shown}
+    if config.evaluate:
+        path = folder / f"evaluation-{step}.json"
+        suite_figures, _ = evaluate(sampler.transformer, tokenizer, config, path)
+        figures |= {name: row["value"] for name, row in suite_figures.items()}
+    return figures
+
+
+def evaluate(transformer, tokenizer, config: Config, path: Path) -> tuple[dict, list[dict]]:
+    """(figures, items) of the pocket's suites, kept in `path`; read from there if a resumed run has them already."""
+    if not path.exists():
+        from pocket import world as pocket
+
+        world = pocket.World(runs.world_seed(config.model))
+        items = suites.load(["pocket"], world, suites.candidates(config.model))
+        figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=config.seed + 1000)
+        runs.write_json(path, {"figures": figures, "items": labelled, "seconds": seconds})
+        tqdm.write(f"{path.stem}: {len(labelled)} prompts in {seconds:.0f} s")
+    stored = json.loads(path.read_text())
+    return stored["figures"], stored["items"]
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def one_step(sampler, tokenizer, trainee, scorer, pools: list[Pool], step: int, config: Config):
+    """(line of the log, groups) of one step, counted from 0: draw, score, update."""
+    clock = [time.perf_counter()]
+    prompts = step_prompts(pools, step, config)
+    groups = draw(sampler, tokenizer, prompts, config.group, rollout_seed(config.seed, step), config)
+    clock.append(time.perf_counter())
+    live = score_groups(groups, scorer, config)
+    clock.append(time.perf_counter())
+    figures = {"loss": 0.0, "lr": schedule(step, config), "grad_norm": 0.0, **dict.fromkeys(GAPS, math.nan)}
+    if live:
+        figures |= optimizer_step(sampler.transformer, trainee, live, figures["lr"], config)
+    clock.append(time.perf_counter())
+    seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+    tokens = sum(len(d.action) for group in groups for d in group)
+    line = {"step": step + 1, **figures, **health(groups)}
+    line |= {"live": sum(any(d.advantage is not None for d in group) for group in groups)}
+    line |= {"tokens": tokens, "tokens_per_s": tokens / sum(seconds), "seconds": sum(seconds)}
+    return line | dict(zip(("draw_seconds", "judge_seconds", "update_seconds"), seconds, strict=True)), groups
+
+
+def train(sampler, tokenizer, trainee, scorer, pools, held_out, config: Config, folder: Path, state: dict) -> None:
+    """From `state` to the end of the run, changing it on the way.
+
+    state: step, seconds (of steps alone), saved_at (seconds at the last checkpoint), updates, skipped (non-finite),
+    in_a_row (of those), answers, unscored, first_entropy, warned (words that hold now).
+    """
+    bar = tqdm(total=config.steps, initial=state["step"], desc="training", unit="step")
+    with runs.Interruptible() as interrupt, bar:
+        while state["step"] < config.steps:
+            line, groups = one_step(sampler, tokenizer, trainee, scorer, pools, state["step"], config)
+            note(state, line, sum(map(len, groups)))
+            words = warnings(line, state["first_entropy"])
+            for new in [w for w in words if w not in state["warned"]]:
+                tqdm.write(f"step {state['step']}: {new}")
+            state["warned"] = words
+            if config.evaluate_every and state["step"] % config.evaluate_every == 0 and state["step"] < config.steps:
+                line |= validate(state["step"], sampler, tokenizer, scorer, held_out, config, folder)
+            runs.append_jsonl(folder / "metrics.jsonl", line | {"peak_gib": runs.peak_memory(), "warnings": words})
+            for shown in samples(groups):
+                runs.append_jsonl(folder / "samples.jsonl", {"step": state["step"], **shown})
+            bar.set_postfix_str(log_line(line, state["skipped"]))
+            bar.update()
+            if state["in_a_row"] == PATIENCE:
+                raise UserError(f"{PATIENCE} steps in a row without a finite gradient; try a smaller --lr")
+            fifth = 5 * state["step"] // config.steps > 5 * (state["step"] - 1) // config.steps
+            if fifth or interrupt.requested or state["seconds"] - state["saved_at"] > SAVE_SECONDS:
+                state["saved_at"] = state["seconds"]
+                runs.save_checkpoint(folder, trainee.tensors(), state)
+            if interrupt.requested:
+                raise KeyboardInterrupt
+
+
+def note(state: dict, line: dict, answers: int) -> None:
+    """Carry a step over into the state of the run."""
+    finite = math.isfinite(line["grad_norm"])
+    state["step"] += 1
+    state["seconds"] += line["seconds"]
+    state["updates"] += finite and line["live"] > 0
+    state["skipped"] += not finite
+    state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
+    state["answers"] += answers
+    state["unscored"] += round(line["unscored"] * answers)
+    state["first_entropy"] = state["first_entropy"] or line["entropy"]
+
+
+def samples(groups: list[list[Drawing]]) -> list[dict]:
+    """A few whole answers of a step, two each of groups that it trained on, of any where there is none."""
+    live = [group for group in groups if any(d.advantage is not None for d in group)]
+    shown = [
+        d for group in (live or groups)[:SHOWN] for d in sorted(group, key=lambda d: d.reward or 0.0)[:: len(group) - 1]
+    ]
+    names = ("id", "kind", "prompt", "completion", "finish_reason")
+    return [
+        {name: d.item.get(name) for name in names}
+        | {"reward": d.reward, "parts": d.parts, "label": d.label, "advantage": d.advantage}
+        for d in shown
+    ]
+
+
+def log_line(line: dict, skipped: int) -> str:
+    """What a person watches."""
+    shown = f"reward {line['reward']:.3f} safe {line['safe']:.2f} refused {line['refused_benign']:.2f}"
+    shown += f" correct {line['correct']:.2f} live {line['live']} cut {line['truncated']:.2f} H {line['entropy']:.2f}"
+    return shown + f" norm {line['grad_norm']:.2f} {line['seconds']:.1f} s" + (f" skipped {skipped}" if skipped else "")
+
+
+def report_plan(pools: list[Pool], dropped: int, held_out: list[dict], plan: dict, config: Config) -> None:
+    """Everything that was derived, before step 0."""
+    counts = quotas([pool.weight for pool in pools], config.prompts_per_step)
+    for pool, count in zip(pools, counts, strict=True):
+        kinds = Counter(prompt["kind"] for prompt in pool.prompts)
+        share = ", ".join(f"{kind} {n / len(pool.prompts):.0%}" for kind, n in sorted(kinds.items()))
+        licences = ", ".join(sorted({prompt["licence"] for prompt in pool.prompts}))
+        print(f"{pool.name}: {len(pool.prompts)} prompts ({share}; {licences}), {count} a step")
+    print(f"{dropped} prompts dropped as too long, {len(held_out)} held out")
+    print(f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group} answers, lr {config.lr:.1e}")
+    print(f"memory: {gib({name: size for name, size in plan.items() if size is not None})}")
+
+
+def resume(folder: Path, trainee, data_sha256: str) -> dict:
+    """The state to go on from: that of the newest checkpoint, or of step 0 where there is none yet."""
+    state = {"step": 0, "seconds": 0.0, "saved_at": 0.0, "updates": 0, "skipped": 0, "in_a_row": 0, "answers": 0}
+    state |= {"unscored": 0, "first_entropy": 0.0, "warned": [], "data_sha256": data_sha256}
+    if found := runs.load_checkpoint(folder):
+        tensors, state = found
+        trainee.restore(tensors)
+    if state["data_sha256"] != data_sha256:
+        raise UserError(f"{folder}: the prompts or the reward have changed since its last checkpoint")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        runs.rewind(folder / name, state["step"])
+    print(f"from step {state['step']}")
+    return state
+
+
+def load_policy(config: Config, device: str, dtype):
+    """(transformer, tokenizer) with what is trained: a new adapter, --adapter's own, or every weight."""
+    loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
+    transformer, tokenizer = runs.load_model(config.model, device, loaded, config.adapter)
+    if not config.lora_r and config.adapter:
+        model.merge_lora(transformer)
+    elif config.adapter and transformer.lora["r"] != config.lora_r:
+        raise UserError(f"--lora-r {config.lora_r}: {config.adapter} has rank {transformer.lora['r']}; or 0 merges it")
+    elif config.lora_r and not config.adapter:
+        model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
+    return transformer, tokenizer
+
+
+def settle_lr(config: Config, origin: dict) -> Config:
+    """LoRA learns with about ten times the rate of full training; a flag is taken as it is."""
+    if not config.lora_r or origin["lr"] not in ("default", "pocket"):
+        return config
+    origin["lr"] += ", x 10 for LoRA"
+    return replace(config, lr=10 * config.lr)
+
+
+def fingerprint(pools: list[Pool], config: Config) -> str:
+    texts = json.dumps([[p["id"], p["prompt"], p.get("target")] for pool in pools for p in pool.prompts])
+    return hashlib.sha256(texts.encode() + (Path(config.reward).read_bytes() if config.reward else b"")).hexdigest()
+
+
+def load_scorer(config: Config, world, device: str, dtype, cache_bytes: int | None, example: dict):
+    """What gives rewards: the guard, or the user's file, which is tried on `example`."""
+    if config.reward:
+        return own_rewards(config.reward, example)
+    judge = judges.load(
+        config.guard, world=world, device=device, dtype=dtype, controversial=config.controversial,
+        cache_bytes=cache_bytes,
+    )  # fmt: skip
+    return judge_rewards(judge, config.judge_thinking)
+
+
+def finish(transformer, tokenizer, before, state: dict, config: Config, folder: Path, begun: float) -> int:
+    """Save what was trained, evaluate it, write result.json last; the exit code."""
+    if config.lora_r:
+        model.save_adapter(transformer, folder / "model", base=config.model)
+    else:
+        model.save(transformer, tokenizer, folder / "model")
+        runs.copy_world(config.model, folder / "model")
+    unscored = state["unscored"] / max(1, state["answers"])
+    result = {**state, "unscored_share": unscored, "training_minutes": state["seconds"] / 60}
+    if before:
+        after = evaluate(transformer, tokenizer, config, folder / "after.json")
+        result |= {"before": before[0], "after": after[0]}
+        print("\n" + scores.table(before[0], after[0]))
+        print(scores.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
+    result["minutes"] = (time.monotonic() - begun) / 60
+    runs.write_json(folder / "result.json", result)
+    print(f"\n{state['updates']} updates in {state['seconds']:.0f} s, {result['minutes']:.1f} minutes in all")
+    print(f"{'the adapter (PEFT format)' if config.lora_r else 'the model (Hugging Face format)'}: {folder / 'model'}")
+    print(f"every step: {folder / 'metrics.jsonl'}; answers: {folder / 'samples.jsonl'}; all files: {folder}")
+    if unscored > config.max_unscored:
+        print(f"the judge left {unscored:.1%} of the answers unscored, over --max-unscored {config.max_unscored:.1%}")
+        return runs.EXIT_UNSCORED
+    return runs.EXIT_OK
+
+
+def main(config: Config, origin: dict) -> int:
+    begun = time.monotonic()
+    config, world = settle_lr(config, origin), None
+    device = runs.pick_device(config.device)
+    dtype = runs.pick_dtype(config.dtype, device)
+    runs.pick_kernels(config.kernels, device)
+    if runs.is_pocket(config.model):
+        from pocket import world as pocket
+
+        world = pocket.World(runs.world_seed(config.model))
+    pools = load_pools(config, world)
+    plan = share_memory(shape_of(config.model), config, dtype, torch.cuda.mem_get_info()[0] if device == "cuda" else 0)
+    transformer, tokenizer = load_policy(config, device, dtype)
+    dropped = fit(pools, tokenizer, config, transformer.config.max_position_embeddings)
+    data_sha256 = fingerprint(pools, config)
+    held_out = hold_out(pools, config.held_out, config.seed)
+    scorer = load_scorer(config, world, device, dtype, plan["guard cache"], as_item(pools[0].prompts[0]))
+    folder = runs.new_folder(config, origin, "train_rl")
+
+    print(f"run folder {folder}; settings:")
+    runs.show(config, origin)
+    report_plan(pools, dropped, held_out, plan, config)
+
+    runs.seed_everything(config.seed)
+    trainee = optim.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
+    sampler = engine.Engine(
+        transformer, model.end_ids(transformer, tokenizer), max_context=config.max_prompt + config.max_tokens,
+        cache_bytes=plan["policy cache"],
+    )  # fmt: skip
+    before = evaluate(transformer, tokenizer, config, folder / "before.json") if config.evaluate else None
+    state = resume(folder, trainee, data_sha256)
+    train(sampler, tokenizer, trainee, scorer, pools, held_out, config, folder, state)
+    return finish(transformer, tokenizer, before, state, config, folder, begun)
+
+
+if __name__ == "__main__":
+    runs.main(Config, main)
