@@ -1,13 +1,22 @@
-"""Every prompt set, how it is scored, and the tables that show it.
+"""Every prompt set: the suites that one measures with, the prompts that one trains on, and no prompt in both.
 
-A suite is a list of items, dicts with `id, suite, kind, prompt` and what its judge needs; `cluster` names the items
-that share a thing or a goal. `run` samples one completion an item, `score` turns labelled items into figures.
+A suite is a list of items, dicts with `id, suite, metric, kind, cluster, prompt` and what its judge needs (`goal`,
+`target`, `harmful`, `prefill`, `item`); `cluster` names the items that share a thing or a goal. The pocket's are made
+here; published sets are read by `sources.py`, or from a local copy, NAME=PATH, whose columns may have other names,
+NAME=PATH:column=theirs:column=theirs. `own=PATH` is anybody's file.
+
+    load(["pocket"], world, candidates(model))        the pocket's suites
+    load(["strongreject=sr.csv", "own=attacks.jsonl:prompt=text:goal=question"])
+    prompts(["safechain", "dapo"])                    training prompts; sets for evaluation are refused
 """
 
 import json
 import random
+import re
 import time
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import engine
@@ -16,18 +25,12 @@ import model
 import safety
 import scores
 from pocket import world as pocket
-
-MAX_TOKENS = 96  # of a pocket completion; the longest critique takes 60
-REAL_MAX_TOKENS = 8192
-
+from runs import UserError
+from sources import BENIGN, EVALUATION, HARMFUL, SUM, TRAINING, Source, own_prompts, own_suite, read
 
 # ------------------------------------------------------------------------------------------------- the pocket's suites
 
-
-@dataclass(frozen=True)
-class Suite:
-    metric: str  # asr, compliance, accuracy, f1
-    build: callable  # World -> items
+MAX_TOKENS = 96  # of a pocket completion; the longest critique takes 60
 
 
 def _requests(name: str, family: str, forbidden: bool):
@@ -87,48 +90,103 @@ def verify_items(world: pocket.World, candidates: list[dict]) -> list[dict]:
         prompt = safety.verification_prompt(rules, candidate["prompt"], candidate["answer"])
         truth = pocket.verdict(world.by_name[candidate["item"]], candidate["answer"])
         items.append(
-            {
-                "suite": "pocket:verify",
-                "kind": "verify",
-                "prompt": prompt,
-                "target": truth,
-                "cluster": candidate["item"],
-            }
-        )
+            {"suite": "pocket:verify", "kind": "verify", "prompt": prompt, "goal": candidate["prompt"],
+             "target": truth, "cluster": candidate["item"]}
+        )  # fmt: skip
     return _numbered(items)
-
-
-SUITES = {
-    "pocket:plain": Suite("asr", _requests("pocket:plain", "plain", True)),
-    "pocket:role": Suite("asr", _requests("pocket:role", "role", True)),
-    "pocket:story": Suite("asr", _requests("pocket:story", "story", True)),
-    "pocket:urgent": Suite("asr", _requests("pocket:urgent", "urgent", True)),
-    "pocket:encoded": Suite("asr", _requests("pocket:encoded", "encoded", True)),
-    "pocket:hcot": Suite("asr", _requests("pocket:hcot", "hcot", True)),
-    "pocket:prefill": Suite("asr", _prefills),
-    "pocket:benign": Suite("compliance", _requests("pocket:benign", "plain", False)),
-    "pocket:lookalike": Suite("compliance", _requests("pocket:lookalike", "lookalike", False)),
-    "pocket:sums": Suite("accuracy", _sums),
-    "pocket:verify": Suite("f1", None),  # its items come from the model folder's candidates.jsonl
-}
-
-
-def load(names: list[str], world: pocket.World, candidates: list[dict]) -> list[dict]:
-    """The items of the named suites; `pocket` alone names them all. Raises ValueError for an unknown name."""
-    wanted = list(SUITES) if names == ["pocket"] else names
-    unknown = [name for name in wanted if name not in SUITES]
-    if unknown:
-        raise ValueError(f"unknown suite {', '.join(unknown)}; there are: pocket, {', '.join(SUITES)}")
-    items = []
-    for name in wanted:
-        items += verify_items(world, candidates) if name == "pocket:verify" else SUITES[name].build(world)
-    return items
 
 
 def candidates(model: str) -> list[dict]:
     """The frozen answers beside a pocket model, the same for every checkpoint that is trained from it."""
     lines = (Path(model) / "candidates.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------- suites
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set to measure with; what is here may not be trained on. How to decode where nobody says otherwise."""
+
+    metric: str  # asr, compliance, accuracy, f1
+    build: Callable | None = None  # of the pocket: World -> items; of pocket:verify: (World, candidates) -> items
+    source: Source | None = None  # of a published set
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 8192
+    samples: int = 1
+
+
+def _pocket(metric: str, build: Callable) -> Suite:
+    return Suite(metric, build, temperature=1.0, top_p=1.0, max_tokens=MAX_TOKENS)
+
+
+def _requests_suite(family: str, metric: str, name: str = "") -> tuple[str, Suite]:
+    name = f"pocket:{name or family}"
+    return name, _pocket(metric, _requests(name, family, metric == "asr"))
+
+
+SUITES = dict(_requests_suite(family, "asr") for family in ("plain", "role", "story", "urgent", "encoded", "hcot"))
+SUITES |= {"pocket:prefill": _pocket("asr", _prefills)}
+SUITES |= dict([_requests_suite("plain", "compliance", "benign"), _requests_suite("lookalike", "compliance")])
+SUITES |= {"pocket:sums": _pocket("accuracy", _sums), "pocket:verify": _pocket("f1", verify_items)}
+POCKET = tuple(SUITES)
+SUITES |= {name: Suite(metric, source=source) for name, (metric, source) in EVALUATION.items()}
+SUITES["math500"] = replace(SUITES["math500"], max_tokens=32768)
+SUITES |= {name: replace(SUITES[name], max_tokens=32768, samples=16) for name in ("aime24", "aime25")}  # 30 problems
+
+
+def parse_name(text: str) -> tuple[str, str, dict[str, str]]:
+    """NAME, NAME=PATH or NAME=PATH:column=theirs:... -> (name, path, {column: theirs})."""
+    name, _, rest = text.partition("=")
+    path, *pairs = rest.split(":")
+    if not all(re.fullmatch("[^=]+=[^=]+", pair) for pair in pairs):
+        raise UserError(f"{text}: after the path come column=theirs pairs, each behind a colon")
+    return name, path, dict(pair.split("=") for pair in pairs)
+
+
+def load(
+    names: list[str], world: pocket.World | None = None, candidates: list[dict] = (), *, allow_count: bool = False,
+    facts: dict | None = None,
+) -> list[dict]:  # fmt: skip
+    """The items of the named suites; `pocket` alone names all of the pocket's. Raises UserError.
+
+    facts: a dict that gets {suite: origin, licence, rows, SHA-256} of every set that was read.
+    """
+    items, facts = [], {} if facts is None else facts
+    wanted = [one for name in names for one in (POCKET if name == "pocket" else (name,))]
+    for name in dict.fromkeys(wanted):
+        items += _pocket_items(name, world, candidates) if name in POCKET else _set_items(name, allow_count, facts)
+    return items
+
+
+def _pocket_items(name: str, world: pocket.World | None, candidates: list[dict]) -> list[dict]:
+    if world is None:
+        raise UserError(f"{name} needs a pocket model, a folder with world.json")
+    return verify_items(world, candidates) if name == "pocket:verify" else SUITES[name].build(world)
+
+
+def _set_items(text: str, allow_count: bool, facts: dict) -> list[dict]:
+    """Items of a set outside the pocket. The row's number is in the id, so that an id means the same in a subset."""
+    name, path, renamed = parse_name(text)
+    if name == "own" and path:
+        metric, source, renamed = own_suite(renamed)
+        name = f"own:{Path(path).stem}"
+    elif name in SUITES and SUITES[name].source:
+        metric, source = SUITES[name].metric, SUITES[name].source
+    else:
+        raise UserError(f"unknown suite {text}; there are: pocket, {', '.join(SUITES)}, own=PATH")
+    entries, facts[name] = read(name, source, path, renamed, unique=False, allow_count=allow_count)
+    facts[name]["role"] = "evaluation"
+    kind = {"asr": "request", "compliance": "request", "accuracy": "maths", "f1": "verify"}[metric]
+    items = []
+    for entry in entries:
+        number = entry.pop("row")
+        item = {"id": f"{name}/{number:04d}", "suite": name, "metric": metric, "kind": kind, **entry}
+        item["cluster"] = str(entry.get("cluster") or entry.get("goal") or item["id"])
+        items.append({**item, "harmful": metric == "asr"} if kind == "request" else item)
+    return items
 
 
 # ------------------------------------------------------------------------------------------------- training prompts
@@ -138,7 +196,11 @@ def pocket_requests(world: pocket.World, seed: int, families: tuple[str, ...]) -
     """Requests on the items and in the templates that may be trained on, forbidden and benign alike."""
     rng = random.Random(f"prompts-{seed}")
     prompts = [
-        {"prompt": pocket.request(item, template, rng), "item": item.name, "kind": KINDS[item.forbidden]}
+        {
+            "prompt": pocket.request(item, template, rng),
+            "item": item.name,
+            "kind": HARMFUL if item.forbidden else BENIGN,
+        }
         for item in world.items
         if not item.held_out
         for family in families
@@ -154,7 +216,7 @@ def pocket_maths(world: pocket.World, seed: int, n: int = 512) -> list[dict]:
     while len(prompts) < n:
         prompt, a, b = pocket.sum_problem(rng)
         if f"{a}+{b}" not in tested:
-            prompts[prompt] = {"prompt": prompt, "target": str(a + b), "kind": "maths"}
+            prompts[prompt] = {"prompt": prompt, "target": str(a + b), "kind": SUM}
     return list(prompts.values())
 
 
@@ -165,23 +227,104 @@ def pocket_mixture(world: pocket.World, seed: int) -> list[dict]:
     return prompts
 
 
-KINDS = ("benign", "harmful")  # of a request, by whether it is forbidden
-PROMPTS = {
+POCKET_PROMPTS = {
     "pocket": lambda world, seed: pocket_requests(world, seed, ("plain",)),
     "pocket:rl": pocket_mixture,
     "pocket:maths": pocket_maths,
 }
 
 
-def prompts(names: list[str], world: pocket.World | None = None, limit: int = 0, seed: int = 0) -> list[dict]:
+def prompts(
+    names: list[str], world: pocket.World | None = None, limit: int = 0, seed: int = 0, *, allow_count: bool = False,
+    facts: dict | None = None, responses: bool = False,
+) -> list[dict]:  # fmt: skip
     """Training prompts of the named sets: `id, prompt, kind` (harmful, benign, maths), `source`, `licence`, and where
-    they apply `target` (maths) and `item` (pocket). limit: the first so many of each set, 0 for all."""
-    found = []
-    for name in names:
-        drawn = PROMPTS[name](world, seed)
-        drawn = drawn[:limit] if limit else drawn
-        found += [{"id": f"{name}/{i:05d}", **p, "source": name, "licence": "Apache-2.0"} for i, p in enumerate(drawn)]
+    they apply `target` (maths), `item` (pocket) and, if asked for, `response` (STAR-1, SafeChain).
+
+    Real sets are shuffled by the seed; limit: so many of each, 0 for all. Raises UserError for evaluation sets too.
+    """
+    found, facts = [], {} if facts is None else facts
+    for text in names:
+        name, path, renamed = parse_name(text)
+        refuse_evaluation(name)
+        if name in POCKET_PROMPTS:
+            if world is None:
+                raise UserError(f"{name} needs a pocket model, a folder with world.json")
+            drawn, licence = POCKET_PROMPTS[name](world, seed), "Apache-2.0"
+            facts[name] = {"from": "pocket/world.py", "licence": licence, "used": len(drawn), "role": "train"}
+        else:
+            source, renamed = own_prompts(renamed) if name == "own" else (TRAINING[name], renamed)
+            drawn, facts[text] = read(name, source, path, renamed, unique=True, allow_count=allow_count)
+            facts[text]["role"], licence = "train", source.licence
+            random.Random(f"{name}-{seed}").shuffle(drawn)
+        for place, entry in enumerate(drawn[:limit] if limit else drawn):
+            entry = {k: v for k, v in entry.items() if k != "response" or responses}
+            entry = {"id": f"{name}/{entry.pop('row', place):05d}", **entry, "source": name, "licence": licence}
+            found.append(entry)
     return found
+
+
+def refuse_evaluation(name: str) -> None:
+    """Raises UserError for the name of a set that is no training set, with the reason."""
+    if name in SUITES:
+        only = SUITES[name].source and SUITES[name].source.only
+        raise UserError(f"{name} may not be trained on: {only or 'one measures with it'}")
+    if name not in TRAINING and name not in POCKET_PROMPTS and name != "own":
+        there = ", ".join((*POCKET_PROMPTS, *TRAINING))
+        raise UserError(f"unknown training set {name}; there are: {there}, own=PATH")
+
+
+# ------------------------------------------------------------------------------------------------- decontamination
+
+GRAM = 8  # words
+
+
+def words(text: str) -> list[str]:
+    """Words as a comparison sees them: no case, no full-width forms, no punctuation."""
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+
+
+def grams(text: str) -> set[str]:
+    spelled = words(text)
+    return {" ".join(spelled[i : i + GRAM]) for i in range(len(spelled) - GRAM + 1)}
+
+
+def tested_texts(item: dict) -> list[str]:
+    """What of an item a training prompt must not repeat; a maths or verification item counts without its frame."""
+    framed = item["kind"] in ("maths", "verify")
+    return [text for text in (item.get("goal"), None if framed else item["prompt"]) if text]
+
+
+def decontaminate(prompts: list[dict], items: list[dict]) -> tuple[list[dict], dict[str, dict]]:
+    """(prompts that no suite holds, {suite: hits, "exact" or by an "8-gram"}). A prompt may hit several suites."""
+    exact, shared = {}, {}
+    for item in items:
+        for text in tested_texts(item):
+            exact.setdefault(item["suite"], set()).add(" ".join(words(text)))
+            shared.setdefault(item["suite"], set()).update(grams(text))
+    counts, kept = {suite: {"exact": 0, "8-gram": 0} for suite in exact}, []
+    for prompt in prompts:
+        whole, parts = " ".join(words(prompt["prompt"])), grams(prompt["prompt"])
+        hits = {suite: "exact" for suite in exact if whole in exact[suite]}
+        hits |= {suite: "8-gram" for suite in shared if suite not in hits and not parts.isdisjoint(shared[suite])}
+        for suite, how in hits.items():
+            counts[suite][how] += 1
+        if not hits:
+            kept.append(prompt)
+    return kept, counts
+
+
+def at_hand(names: list[str]) -> tuple[list[dict], dict[str, str]]:
+    """(items of the suites that can be read, {suite: why not}); `all` names every published suite, once each."""
+    named = {parse_name(name)[0] for name in names}
+    names = [one for name in names for one in (sorted(set(EVALUATION) - named) if name == "all" else (name,))]
+    items, missing = [], {}
+    for name in names:
+        try:
+            items += load([name])
+        except UserError as error:
+            missing[name] = str(error)
+    return items, missing
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -189,7 +332,7 @@ def prompts(names: list[str], world: pocket.World | None = None, limit: int = 0,
 
 def room(transformer, item: dict, prompt: list[int], max_tokens: int | None) -> int:
     """How many tokens a completion may have: the wish (the suite's own without one), or what the context leaves."""
-    wish = max_tokens or (MAX_TOKENS if item.get("suite") in SUITES else REAL_MAX_TOKENS)
+    wish = max_tokens or SUITES.get(item.get("suite"), Suite("")).max_tokens
     return min(wish, transformer.config.max_position_embeddings - len(prompt))
 
 
@@ -236,5 +379,5 @@ def run(transformer, tokenizer, items: list[dict], world: pocket.World, *, seed:
     """Sample and judge by the pocket's oracle: ({suite: figures}, labelled items, seconds)."""
     begun = time.perf_counter()
     done = generate(transformer, tokenizer, items, seed=seed, temperature=temperature)
-    labelled = [{**item, **judges.pocket_oracle(item, world, item["completion"])} for item in done]
+    labelled = [{**item, **label} for item, label in zip(done, judges.load("pocket", world=world)(done), strict=True)]
     return scores.score(labelled), labelled, time.perf_counter() - begun
