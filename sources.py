@@ -7,7 +7,9 @@ published one; what was read is hashed. `suites.py` makes items and training pro
 
 import csv
 import hashlib
+import io
 import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,12 +59,16 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{where}: not {len(reader.fieldnames)} columns, as the first line has")
-            yield where, row
+        yield from table_rows(file, str(path), "\t" if path.suffix == ".tsv" else ",")
+
+
+def table_rows(file, name: str, delimiter: str) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    for row in reader:
+        where = f"{name}, line {reader.line_num}"
+        if None in row or None in row.values():
+            raise UserError(f"{where}: not {len(reader.fieldnames)} columns, as the first line has")
+        yield where, row
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -94,13 +100,16 @@ def hub_rows(name: str, source: Source) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{name} has no public copy: {get}")
     import datasets
 
-    csv_file = {"path": "csv", "data_files": source.hub} if source.hub.endswith(".csv") else {"path": source.hub}
     try:
-        rows = datasets.load_dataset(**csv_file, name=source.config, split=source.split, **source.options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if source.hub.startswith("https://"):  # one CSV file
+            with urllib.request.urlopen(source.hub, timeout=60) as reply:
+                yield from table_rows(io.TextIOWrapper(reply, "utf-8", newline=""), source.hub, ",")
+        else:
+            rows = datasets.load_dataset(source.hub, source.config, split=source.split, **source.options)
+            yield from ((f"{source.hub}, row {number}", row) for number, row in enumerate(rows, 1))
+    except (OSError, ValueError, csv.Error, datasets.exceptions.DatasetsError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"{name}: {source.hub} cannot be read ({type(error).__name__}: {first}): {get}") from None
-    yield from ((f"{source.hub}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def checked(row, where: str, source: Source, renamed: dict[str, str]) -> dict:
@@ -159,9 +168,9 @@ NO_TRAINING = "its licence allows safety evaluations only and forbids training"
 AI2 = "accept AI2's terms at https://huggingface.co/datasets/allenai/wildjailbreak and log in with `hf auth login`"
 TSV = {"delimiter": "\t", "keep_default_na": False}  # else the word "NA" becomes no text
 WILD = {"hub": "allenai/wildjailbreak", "licence": "ODC-BY", "options": TSV, "get": AI2}
-XSTEST = "https://raw.githubusercontent.com/paul-rottger/exaggerated-safety/main/xstest_v2_prompts.csv"
-STRONGREJECT = "https://raw.githubusercontent.com/alexandrasouly/strongreject/main/strongreject_dataset/"
-STRONGREJECT += "strongreject_dataset.csv"
+GITHUB = "https://raw.githubusercontent.com"
+XSTEST = f"{GITHUB}/paul-rottger/exaggerated-safety/475f10bf0a3d6a9dfb174b6de1a38afbfdff98a5/xstest_prompts.csv"
+STRONGREJECT = f"{GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv"
 FULL_INPUT = "Full_Input (H-CoT + Request)"
 # The 250 that STAR-1 draws of WildJailbreak's 2,000 with datasets' shuffle(seed=42), frozen by the hash of their places
 WILD_250 = "99c22dac552f6f07b1c7ec5a1f8602e25eb43ad0abcef80388979ebbe4d76001"

@@ -315,9 +315,9 @@ def decontaminate(prompts: list[dict], items: list[dict]) -> tuple[list[dict], d
 
 
 def at_hand(names: list[str]) -> tuple[list[dict], dict[str, str]]:
-    """(items of the suites that can be read, {suite: why not}); `all` names every published suite, once each."""
-    named = {parse_name(name)[0] for name in names}
-    names = [one for name in names for one in (sorted(set(EVALUATION) - named) if name == "all" else (name,))]
+    """(items of the suites that can be read, {suite: why not}); `all` names every suite with a public copy."""
+    public = {name for name, (_, source) in EVALUATION.items() if source.hub} - {parse_name(name)[0] for name in names}
+    names = [one for name in names for one in (sorted(public) if name == "all" else (name,))]
     items, missing = [], {}
     for name in names:
         try:
