@@ -1,5 +1,6 @@
 """Packed attention and paged decode attention."""
 
+import math
 import sys
 
 import numpy as np
@@ -37,12 +38,14 @@ def masked(cu_seqlens):
 
 def check(lengths, heads, kv_heads, dim, dtype, scale=1.0):
     inputs, cu_seqlens = packed(lengths, heads, kv_heads, dim, dtype, scale)
+    q, k = (t.double().flatten(0, 1) for t in inputs[:2])
     compare(
         lambda q, k, v: kernels.attention(q, k, v, cu_seqlens, max(lengths)),
         masked(cu_seqlens),
         masked(cu_seqlens),
         inputs,
         ALL,
+        exponent=(q @ k.T).abs().max() / dim**0.5 * math.log2(math.e),
     )
 
 
