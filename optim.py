@@ -1,11 +1,20 @@
-"""The trained weights: fp32 masters, AdamW, clipping, what a checkpoint holds of them; how fast training is."""
+"""What both trainers share: fp32 masters, AdamW, clipping, checkpoints; the pocket's suites; memory and speed."""
 
 import functools
+import json
 import math
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+import model
 import runs
+from runs import UserError
+
+scores, suites = map(runs.Lazy, ("scores", "suites"))
+HEADROOM = 0.95  # of the free GPU memory that a plan may fill
+LEAST_ROWS = 8  # longest answers that must fit into the sampler's cache
 
 
 class Trainee:
@@ -80,6 +89,114 @@ def fill(documents: list, limit: int) -> list[list]:
         groups[-1].append(document)
         size += len(document.ids)
     return groups
+
+
+def resume(folder: Path, trainee: Trainee, fresh: dict) -> dict:
+    """The state to go on from: that of the newest checkpoint, or `fresh` where there is none yet; its step is printed.
+
+    Raises UserError where the data, by `data_sha256` of both, are others. The logs are cut back to the state's step.
+    """
+    state = fresh
+    if found := runs.load_checkpoint(folder):
+        tensors, state = found
+        trainee.restore(tensors)
+    if state["data_sha256"] != fresh["data_sha256"]:
+        raise UserError(f"{folder}: the data have changed since its last checkpoint")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        runs.rewind(folder / name, state["step"])
+    print(f"from step {state['step']}")
+    return state
+
+
+def save(transformer, tokenizer, base: str, path: Path) -> None:
+    """What was trained: the adapter in PEFT's format, or the whole model with what makes a pocket of it."""
+    if transformer.lora:
+        model.save_adapter(transformer, path, base=base)
+        print(f"the adapter (PEFT format): {path}")
+    else:
+        model.save(transformer, tokenizer, path)
+        runs.copy_world(base, path)
+        print(f"the model (Hugging Face format): {path}")
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> tuple[dict, list[dict]]:
+    """(figures, items) of the pocket's suites, kept in `path`; read from there if a resumed run has them already."""
+    if not path.exists():
+        from pocket import world as pocket
+
+        world = pocket.World(runs.world_seed(base))
+        items = suites.load(["pocket"], world, suites.candidates(base))
+        figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=seed + 1000)
+        runs.write_json(path, {"figures": figures, "items": labelled, "seconds": seconds})
+        tqdm.write(f"{path.stem}: {len(labelled)} prompts in {seconds:.0f} s")
+    stored = json.loads(path.read_text())
+    return stored["figures"], stored["items"]
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def shape_of(path: str):
+    """The model on the meta device: every size, no weight."""
+    try:
+        with torch.device("meta"):
+            return model.Transformer(model.Config.from_dict(model.read_json(model.resolve(path) / "config.json")))
+    except model.ModelError as error:
+        raise UserError(str(error)) from None
+
+
+def training_bytes(transformer, lora_r: int, dtype, micro_tokens: int, checkpointing: bool) -> dict[str, int]:
+    """Bytes of everything but caches and guards, from the sizes of a model, which may be on the meta device.
+
+    Activations a token and layer: what backward keeps of norms, queries and keys before and after rotation, values,
+    attention, gate and up; with `checkpointing` a hidden state of each layer, and one layer in full.
+    """
+    c, width = transformer.config, dtype.itemsize
+    weights = trained = sum(p.numel() for p in transformer.parameters())
+    if lora_r:
+        trained = sum(lora_r * sum(linear.weight.shape) for linear in model.lora_layers(transformer).values())
+    layer = 6 * c.hidden_size + 3 * c.intermediate_size
+    layer += (3 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
+    kept = c.num_hidden_layers * c.hidden_size + layer if checkpointing else c.num_hidden_layers * layer
+    head = 0 if lora_r else 4 * c.vocab_size * c.hidden_size  # its gradient, in fp32
+    return {
+        "weights": weights * width,
+        "fp32 masters": 4 * trained if lora_r or width < 4 else 0,
+        "Adam": 8 * trained,
+        "gradients": 4 * trained,
+        "activations": kept * width * micro_tokens,
+        "chunk of logits": 6 * c.vocab_size * min(2048, micro_tokens) + head,
+    }
+
+
+def share_memory(plan: dict[str, int], free: int, answer_bytes: int, guard_share: float) -> dict[str, int | None]:
+    """The plan with the two caches that share what it leaves of `free` bytes: guard_share of it for the guard's.
+
+    answer_bytes: cache of the longest prompt and answer. Raises UserError, with the figures, where LEAST_ROWS of those
+    do not fit. `free` 0 stands for main memory, where unwritten pages cost nothing: the engines choose for themselves.
+    """
+    if not free:
+        return plan | {"policy cache": None, "guard cache": None}
+    rest = int(HEADROOM * free) - sum(plan.values())
+    whole = plan | {"policy cache": int(rest * (1 - guard_share)), "guard cache": int(rest * guard_share)}
+    if whole["policy cache"] < LEAST_ROWS * answer_bytes:
+        raise UserError(
+            f"this does not fit into {gib(free)} GiB of free GPU memory: {in_words(plan)};"
+            f" {LEAST_ROWS} answers need {gib(LEAST_ROWS * answer_bytes)} GiB of cache. What helps: --lora-r 16,"
+            " --checkpointing, a smaller --micro-tokens, --max-tokens or --guard-share"
+        )
+    return whole
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def in_words(plan: dict[str, int | None]) -> str:
+    return ", ".join(f"{name} {gib(size)}" for name, size in plan.items() if size) + " GiB"
 
 
 # ------------------------------------------------------------------------------------------------- speed

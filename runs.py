@@ -6,6 +6,7 @@ Scripts name their heavy modules with `Lazy`, so that `--help` and a wrong flag 
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -287,6 +288,22 @@ def check_record(line: str, where: str, required: dict[str, dict[str, type]]) ->
     if wrong:
         raise UserError(f"{where}: {'; '.join(wrong)}")
     return record
+
+
+def load_function(path: str, name: str):
+    """The function `name` of a Python file of the user's, who thereby runs it. Raises UserError."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None:
+        raise UserError(f"{path} is no Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:  # whatever the file raises is its author's to mend
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise UserError(f"{path}: {name} is no function")
+    return function
 
 
 # ------------------------------------------------------------------------------------------------- device and seeds

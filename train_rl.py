@@ -18,11 +18,8 @@ Your own reward: --reward FILE.py with `reward(prompt, completion, meta) -> (num
 
 import functools
 import hashlib
-import importlib.util
 import json
 import math
-import random
-import re
 import statistics
 import time
 from collections import Counter
@@ -34,9 +31,10 @@ from tqdm import tqdm
 import runs
 from runs import UserError, option
 
-engine, judges, kernels, model, optim, safety, scores, suites, torch = map(
-    runs.Lazy, ("engine", "judges", "kernels", "model", "optim", "safety", "scores", "suites", "torch")
+engine, judges, kernels, mixture, model, optim = map(
+    runs.Lazy, ("engine", "judges", "kernels", "mixture", "model", "optim")
 )
+pocket, safety, scores, torch = map(runs.Lazy, ("pocket.world", "safety", "scores", "torch"))
 
 
 @dataclass
@@ -110,8 +108,9 @@ class Config:
 PATIENCE = 5  # steps in a row without a finite gradient before the run stops
 SHOWN = 2  # groups a step of which samples.jsonl keeps two answers
 SAVE_SECONDS = 900  # of steps between two checkpoints, at most
+FRESH = {"step": 0, "seconds": 0.0, "saved_at": 0.0, "updates": 0, "skipped": 0, "in_a_row": 0}  # of `train`
+FRESH |= {"answers": 0, "unscored": 0, "first_entropy": 0.0, "warned": []}
 GAPS = ("kl_sampler", "clip_share", "max_gap")  # figures of an update, null where there was none
-HEADROOM = 0.95  # of the free GPU memory that the plan may fill
 
 
 # ------------------------------------------------------------------------------------------------- objective
@@ -128,8 +127,8 @@ def advantages(rewards: list, kind: str = "mean", tolerance: float = 1e-6) -> li
     scored = [r for r in rewards if r is not None and math.isfinite(r)]
     if len(scored) < 2 or max(scored) - min(scored) <= tolerance:
         return [None] * len(rewards)
-    mean, scale = statistics.fmean(scored), statistics.stdev(scored) + 1e-6 if kind == "std" else 1.0
-    return [None if r is None or not math.isfinite(r) else (r - mean) / scale for r in rewards]
+    middle, scale = statistics.fmean(scored), statistics.stdev(scored) + 1e-6 if kind == "std" else 1.0
+    return [None if r is None or not math.isfinite(r) else (r - middle) / scale for r in rewards]
 
 
 def objective(logp_N, sampler_N, advantage_N, denominator: float, config: Config):
@@ -217,88 +216,14 @@ def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config:
         hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=config.checkpointing)
         logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T, config.temperature)
         action_T = labels_T != -100
-        part, figures = objective(logp_T[action_T], sampler_T[action_T], advantage_T[action_T], total, config)
-        part.backward()
-        loss += part.item()
+        share, figures = objective(logp_T[action_T], sampler_T[action_T], advantage_T[action_T], total, config)
+        share.backward()
+        loss += share.item()
         sums.append(figures)
     tokens = sum(len(d.action) for d in live)
-    means = {name: sum(s[name] for s in sums) / tokens for name in ("kl_sampler", "clip_share")}
-    gap = max(s["max_gap"] for s in sums)
-    return {"loss": loss, "lr": lr, "grad_norm": trainee.step(lr, config.clip), **means, "max_gap": gap}
-
-
-# ------------------------------------------------------------------------------------------------- prompts
-
-
-@dataclass
-class Pool:
-    name: str
-    weight: float
-    prompts: list[dict]
-
-    def at(self, place: int, seed: int) -> dict:
-        """The prompt at a place of the endless row of shuffles, each a function of (seed, name, number) alone."""
-        number, place = divmod(place, len(self.prompts))
-        return self.prompts[shuffled(len(self.prompts), f"{seed}-{self.name}-{number}")[place]]
-
-
-@functools.lru_cache(64)
-def shuffled(n: int, key: str) -> list[int]:
-    return random.Random(key).sample(range(n), n)
-
-
-def load_pools(config: Config, world) -> list[Pool]:
-    """The sets of --prompts. A set without a weight weighs as much as it has prompts."""
-    pools = []
-    for word in config.prompts:
-        name, weight, limit = re.fullmatch(r"(.+?)(?:@([\d.]+))?(?:#(\d+))?", word).groups()
-        found = suites.prompts([name], world, limit=int(limit or 0), seed=config.seed)
-        pools.append(Pool(name, float(weight or len(found)), found))
-    if not all(pool.weight > 0 for pool in pools):
-        raise UserError("--prompts: every weight must be positive")
-    return pools
-
-
-def fit(pools: list[Pool], tokenizer, config: Config, context: int) -> int:
-    """Render every prompt, keep its ids with it, drop what is too long; returns how many were dropped."""
-    dropped, longest = 0, min(config.max_prompt, context - config.max_tokens)
-    for pool in pools:
-        for prompt in tqdm(pool.prompts, desc="tokenizing", leave=False):
-            prompt["ids"] = safety.render(tokenizer, [{"role": "user", "content": prompt["prompt"]}])
-        fitting = [prompt for prompt in pool.prompts if len(prompt["ids"]) <= longest]
-        dropped += len(pool.prompts) - len(fitting)
-        pool.prompts = fitting
-        if not fitting:
-            raise UserError(f"--prompts {pool.name}: none has at most {longest} tokens (context {context})")
-    return dropped
-
-
-def hold_out(pools: list[Pool], n: int, seed: int) -> list[dict]:
-    """Take n prompts out of the pools, by their text: no text is on both sides."""
-    texts = sorted({prompt["prompt"] for pool in pools for prompt in pool.prompts})
-    kept = set(random.Random(f"held-out-{seed}").sample(texts, min(n, len(texts) // 2)))
-    taken = {p["prompt"]: p for pool in pools for p in pool.prompts if p["prompt"] in kept}
-    for pool in pools:
-        pool.prompts = [prompt for prompt in pool.prompts if prompt["prompt"] not in kept]
-        if not pool.prompts:
-            raise UserError(f"--held-out {n} leaves no prompt of {pool.name}")
-    return list(taken.values())
-
-
-def quotas(weights: list[float], n: int) -> list[int]:
-    """n shared out by weight, the largest remainders rounded up: 1 1 3 of 64 -> 13 13 38"""
-    exact = [n * weight / sum(weights) for weight in weights]
-    counts = [math.floor(x) for x in exact]
-    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-def step_prompts(pools: list[Pool], step: int, config: Config) -> list[dict]:
-    """The prompts of a step, a function of (seed, step): the same share of every pool in each."""
-    counts = quotas([pool.weight for pool in pools], config.prompts_per_step)
-    places = [(pool, count * step + i) for pool, count in zip(pools, counts, strict=True) for i in range(count)]
-    return [pool.at(place, config.seed) for pool, place in places]
+    figures = {name: sum(s[name] for s in sums) / tokens for name in ("kl_sampler", "clip_share")}
+    figures["max_gap"] = max(s["max_gap"] for s in sums)
+    return {"loss": loss, "lr": lr, "grad_norm": trainee.step(lr, config.clip), **figures}
 
 
 # ------------------------------------------------------------------------------------------------- answers and rewards
@@ -360,10 +285,11 @@ def judge_rewards(judge, judge_thinking: bool):
         if judge_thinking:  # no verdict is needed on an empty one
             asked = [i for i, item in enumerate(items) if item["kind"] == "request" and item["thinking"].strip()]
             thoughts = dict(zip(asked, judge([items[i] for i in asked], part="thinking"), strict=True))
-        rewards = [
-            reward(item, label, thoughts.get(i)) for i, (item, label) in enumerate(zip(items, labels, strict=True))
-        ]
-        return [(r, {part(item): r}, label) for item, label, r in zip(items, labels, rewards, strict=True)]
+        scored = []
+        for i, (item, label) in enumerate(zip(items, labels, strict=True)):
+            value = reward(item, label, thoughts.get(i))
+            scored.append((value, {part(item): value}, label))
+        return scored
 
     return score
 
@@ -374,28 +300,21 @@ def part(item: dict) -> str:
 
 def own_rewards(path: str, example: dict):
     """A scorer that asks `reward` of a Python file, which is tried on `example` first. Raises UserError."""
-    spec = importlib.util.spec_from_file_location("own_reward", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        function = module.reward
-    except Exception as error:
-        raise UserError(f"--reward {path}: {type(error).__name__}: {error}") from None
+    function = runs.load_function(path, "reward")
 
     def ask(item: dict) -> tuple:
         given = function(item["prompt"], item["completion"], item)
-        number = lambda x: isinstance(x, int | float)  # noqa: E731
         pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)
-        if not pair or not (given[0] is None or number(given[0])) or not all(map(number, given[1].values())):
-            raise UserError(f"--reward {path}: reward gave {given!r}, not (number or None, {{part: number}})")
-        value = given[0] if given[0] is None or math.isfinite(given[0]) else None
-        return (value, given[1], {} if value is not None else {"unscored": "own reward"})
+        numbers = [given[0], *given[1].values()] if pair else ["none"]
+        if not all(x is None or isinstance(x, int | float) for x in numbers):
+            raise UserError(f"--reward {path}: reward gave {given!r}, not (number or None, {{part: number or None}})")
+        value, *parts = [x if x is not None and math.isfinite(x) else None for x in numbers]
+        label = {} if value is not None else {"unscored": "own reward"}
+        return value, dict(zip(given[1], parts, strict=True)), label
 
     try:
         ask({**example, "completion": "", "thinking": "", "answer": "", "finish_reason": "stop"})
-    except UserError:
-        raise
-    except Exception as error:
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
         raise UserError(f"--reward {path}, tried on an empty answer: {type(error).__name__}: {error}") from None
     return lambda items: list(map(ask, items))
 
@@ -421,7 +340,7 @@ def score_groups(groups: list[list[Drawing]], scorer, config: Config) -> list[Dr
 
 
 def mean(values) -> float:
-    """NaN, a null in the log, where there is nothing to take a mean of."""
+    """Of those that are not None; NaN, a null in the log, where there are none."""
     values = [value for value in values if value is not None]
     return statistics.fmean(values) if values else math.nan
 
@@ -430,11 +349,13 @@ def health(groups: list[list[Drawing]]) -> dict:
     """What a step's answers tell of the policy. `entropy` is minus the mean log-prob of the drawn tokens: an unbiased
     estimate that needs no live group. `same_text`: share of the commonest answer."""
     drawings = [d for group in groups for d in group]
-    dead = [mean(d.reward for d in group) for group in groups if all(d.advantage is None for d in group)]
+    dropped = [[d.reward for d in group] for group in groups if all(d.advantage is None for d in group)]
+    dead = [mean(rewards) for rewards in dropped if len(rewards) - rewards.count(None) > 1]
     requests = [d for d in drawings if d.item["kind"] == "request"]
+    parts = sorted({name for d in drawings for name in d.parts})
     return {
         "reward": mean(d.reward for d in drawings),
-        **{f"reward_{name}": mean(d.parts.get(name) for d in drawings) for d in drawings for name in d.parts},
+        **{f"reward_{name}": mean(d.parts.get(name) for d in drawings) for name in parts},
         "safe": mean(d.label.get("safe") for d in requests if d.item["harmful"]),
         "refused_benign": mean(d.label.get("refused") for d in requests if not d.item["harmful"]),
         "correct": mean(d.label.get("correct") for d in drawings),
@@ -463,79 +384,6 @@ def warnings(line: dict, first_entropy: float) -> list[str]:
     return [words for words, so in said.items() if so]  # a comparison with NaN is false
 
 
-# ------------------------------------------------------------------------------------------------- memory
-
-
-def shape_of(path: str):
-    """The model on the meta device: every size, no weight."""
-    try:
-        with torch.device("meta"):
-            return model.Transformer(model.Config.from_dict(model.read_json(model.resolve(path) / "config.json")))
-    except model.ModelError as error:
-        raise UserError(str(error)) from None
-
-
-def lora_parameters(transformer, r: int) -> int:
-    return sum(r * sum(linear.weight.shape) for linear in model.lora_layers(transformer).values())
-
-
-def memory_plan(transformer, config: Config, dtype) -> dict[str, int]:
-    """Bytes of everything but the guard and the two caches, from the sizes of the model.
-
-    Activations a token and layer: what backward keeps of norms, rotated and plain queries and keys, values, attention,
-    gate and up; with --checkpointing one hidden state, and one layer in full.
-    """
-    c, width = transformer.config, dtype.itemsize
-    weights, trained = (sum(p.numel() for p in transformer.parameters()),) * 2
-    if config.lora_r:
-        trained = lora_parameters(transformer, config.lora_r)
-    copies = not config.lora_r and width < 4
-    layer = 6 * c.hidden_size + (3 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
-    layer += 3 * c.intermediate_size
-    kept = c.num_hidden_layers * c.hidden_size + layer if config.checkpointing else c.num_hidden_layers * layer
-    head = 6 * c.vocab_size * min(2048, config.micro_tokens) + (
-        0 if config.lora_r else 4 * c.vocab_size * c.hidden_size
-    )
-    return {
-        "weights": weights * (width if config.lora_r or copies else 4),
-        "fp32 masters": 4 * trained if config.lora_r or copies else 0,
-        "Adam": 8 * trained,
-        "gradients": 4 * trained,
-        "activations": kept * width * config.micro_tokens,
-        "chunk of logits": head,
-    }
-
-
-def one_answer(transformer, config: Config, dtype) -> int:
-    """Cache bytes of the longest prompt with the longest answer."""
-    c = transformer.config
-    values = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return values * dtype.itemsize * (config.max_prompt + config.max_tokens + 2 * engine.PAGE)
-
-
-def share_memory(transformer, config: Config, dtype, free: int, guard: int = 0) -> dict[str, int | None]:
-    """The plan with the two caches that share what is left of `free` bytes. Raises UserError where that is too little.
-
-    `free` 0: main memory, where pages that are never written cost nothing; the engines take their own size.
-    """
-    plan = memory_plan(transformer, config, dtype) | {"guard": guard}
-    if not free:
-        return plan | {"policy cache": None, "guard cache": None}
-    rest, share = int(HEADROOM * free) - sum(plan.values()), config.guard_share if guard else 0.0
-    plan |= {"policy cache": int(rest * (1 - share)), "guard cache": int(rest * share)}
-    if plan["policy cache"] < 8 * one_answer(transformer, config, dtype):
-        need = 8 * one_answer(transformer, config, dtype)
-        raise UserError(
-            f"this does not fit into {free / 2**30:.1f} GiB of free GPU memory: {gib(plan)}; 8 answers need a cache of"
-            f" {need / 2**30:.1f} GiB. Less: --lora-r 16, --checkpointing, --micro-tokens, --max-tokens"
-        )
-    return plan
-
-
-def gib(plan: dict) -> str:
-    return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items() if size) + " GiB"
-
-
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -549,32 +397,18 @@ def validate(step: int, sampler, tokenizer, scorer, held_out: list[dict], config
         figures = {f"held_out_{name}": value for name, value in health(groups).items() if name in shown}
     if config.evaluate:
         path = folder / f"evaluation-{step}.json"
-        suite_figures, _ = evaluate(sampler.transformer, tokenizer, config, path)
+        suite_figures, _ = optim.evaluate(sampler.transformer, tokenizer, config.model, config.seed, path)
         figures |= {name: row["value"] for name, row in suite_figures.items()}
     return figures
-
-
-def evaluate(transformer, tokenizer, config: Config, path: Path) -> tuple[dict, list[dict]]:
-    """(figures, items) of the pocket's suites, kept in `path`; read from there if a resumed run has them already."""
-    if not path.exists():
-        from pocket import world as pocket
-
-        world = pocket.World(runs.world_seed(config.model))
-        items = suites.load(["pocket"], world, suites.candidates(config.model))
-        figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=config.seed + 1000)
-        runs.write_json(path, {"figures": figures, "items": labelled, "seconds": seconds})
-        tqdm.write(f"{path.stem}: {len(labelled)} prompts in {seconds:.0f} s")
-    stored = json.loads(path.read_text())
-    return stored["figures"], stored["items"]
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def one_step(sampler, tokenizer, trainee, scorer, pools: list[Pool], step: int, config: Config):
+def one_step(sampler, tokenizer, trainee, scorer, pools: list, step: int, config: Config):
     """(line of the log, groups) of one step, counted from 0: draw, score, update."""
     clock = [time.perf_counter()]
-    prompts = step_prompts(pools, step, config)
+    prompts = mixture.of_step(pools, step, config.prompts_per_step, config.seed)
     groups = draw(sampler, tokenizer, prompts, config.group, rollout_seed(config.seed, step), config)
     clock.append(time.perf_counter())
     live = score_groups(groups, scorer, config)
@@ -657,9 +491,9 @@ def log_line(line: dict, skipped: int) -> str:
     return shown + f" norm {line['grad_norm']:.2f} {line['seconds']:.1f} s" + (f" skipped {skipped}" if skipped else "")
 
 
-def report_plan(pools: list[Pool], dropped: int, held_out: list[dict], plan: dict, config: Config) -> None:
+def report_plan(pools: list, dropped: int, held_out: list[dict], plan: dict, config: Config) -> None:
     """Everything that was derived, before step 0."""
-    counts = quotas([pool.weight for pool in pools], config.prompts_per_step)
+    counts = mixture.quotas([pool.weight for pool in pools], config.prompts_per_step)
     for pool, count in zip(pools, counts, strict=True):
         kinds = Counter(prompt["kind"] for prompt in pool.prompts)
         share = ", ".join(f"{kind} {n / len(pool.prompts):.0%}" for kind, n in sorted(kinds.items()))
@@ -667,22 +501,7 @@ def report_plan(pools: list[Pool], dropped: int, held_out: list[dict], plan: dic
         print(f"{pool.name}: {len(pool.prompts)} prompts ({share}; {licences}), {count} a step")
     print(f"{dropped} prompts dropped as too long, {len(held_out)} held out")
     print(f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group} answers, lr {config.lr:.1e}")
-    print(f"memory: {gib({name: size for name, size in plan.items() if size is not None})}")
-
-
-def resume(folder: Path, trainee, data_sha256: str) -> dict:
-    """The state to go on from: that of the newest checkpoint, or of step 0 where there is none yet."""
-    state = {"step": 0, "seconds": 0.0, "saved_at": 0.0, "updates": 0, "skipped": 0, "in_a_row": 0, "answers": 0}
-    state |= {"unscored": 0, "first_entropy": 0.0, "warned": [], "data_sha256": data_sha256}
-    if found := runs.load_checkpoint(folder):
-        tensors, state = found
-        trainee.restore(tensors)
-    if state["data_sha256"] != data_sha256:
-        raise UserError(f"{folder}: the prompts or the reward have changed since its last checkpoint")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        runs.rewind(folder / name, state["step"])
-    print(f"from step {state['step']}")
-    return state
+    print(f"memory: {optim.in_words(plan)}")
 
 
 def load_policy(config: Config, device: str, dtype):
@@ -706,7 +525,7 @@ def settle_lr(config: Config, origin: dict) -> Config:
     return replace(config, lr=10 * config.lr)
 
 
-def fingerprint(pools: list[Pool], config: Config) -> str:
+def fingerprint(pools: list, config: Config) -> str:
     texts = json.dumps([[p["id"], p["prompt"], p.get("target")] for pool in pools for p in pool.prompts])
     return hashlib.sha256(texts.encode() + (Path(config.reward).read_bytes() if config.reward else b"")).hexdigest()
 
@@ -715,31 +534,30 @@ def load_scorer(config: Config, world, device: str, dtype, cache_bytes: int | No
     """What gives rewards: the guard, or the user's file, which is tried on `example`."""
     if config.reward:
         return own_rewards(config.reward, example)
-    judge = judges.load(
-        config.guard, world=world, device=device, dtype=dtype, controversial=config.controversial,
-        cache_bytes=cache_bytes,
-    )  # fmt: skip
+    settings = {"controversial": config.controversial, "cache_bytes": cache_bytes}
+    judge = judges.load(config.guard, world=world, device=device, dtype=dtype, **settings)
     return judge_rewards(judge, config.judge_thinking)
 
 
-def finish(transformer, tokenizer, before, state: dict, config: Config, folder: Path, begun: float) -> int:
-    """Save what was trained, evaluate it, write result.json last; the exit code."""
-    if config.lora_r:
-        model.save_adapter(transformer, folder / "model", base=config.model)
-    else:
-        model.save(transformer, tokenizer, folder / "model")
-        runs.copy_world(config.model, folder / "model")
-    unscored = state["unscored"] / max(1, state["answers"])
-    result = {**state, "unscored_share": unscored, "training_minutes": state["seconds"] / 60}
+def plan_memory(config: Config, device: str, dtype) -> dict[str, int | None]:
+    """Bytes by what they are for, before anything is loaded. Raises UserError where they are too many."""
+    shape = optim.shape_of(config.model)
+    plan = optim.training_bytes(shape, config.lora_r, dtype, config.micro_tokens, config.checkpointing)
+    token_bytes = 2 * shape.config.num_hidden_layers * shape.config.num_key_value_heads * shape.config.head_dim
+    answer = token_bytes * dtype.itemsize * (config.max_prompt + config.max_tokens + engine.PAGE)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
+    return optim.share_memory(plan, free, answer, config.guard_share)
+
+
+def finish(result: dict, before, after, config: Config, folder: Path) -> int:
+    """Write result.json, the last file; say where everything lies; the exit code."""
+    result["unscored_share"] = unscored = result["unscored"] / max(1, result["answers"])
     if before:
-        after = evaluate(transformer, tokenizer, config, folder / "after.json")
         result |= {"before": before[0], "after": after[0]}
         print("\n" + scores.table(before[0], after[0]))
         print(scores.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
-    result["minutes"] = (time.monotonic() - begun) / 60
     runs.write_json(folder / "result.json", result)
-    print(f"\n{state['updates']} updates in {state['seconds']:.0f} s, {result['minutes']:.1f} minutes in all")
-    print(f"{'the adapter (PEFT format)' if config.lora_r else 'the model (Hugging Face format)'}: {folder / 'model'}")
+    print(f"\n{result['updates']} updates in {result['seconds']:.0f} s, {result['minutes']:.1f} minutes in all")
     print(f"every step: {folder / 'metrics.jsonl'}; answers: {folder / 'samples.jsonl'}; all files: {folder}")
     if unscored > config.max_unscored:
         print(f"the judge left {unscored:.1%} of the answers unscored, over --max-unscored {config.max_unscored:.1%}")
@@ -749,20 +567,18 @@ def finish(transformer, tokenizer, before, state: dict, config: Config, folder: 
 
 def main(config: Config, origin: dict) -> int:
     begun = time.monotonic()
-    config, world = settle_lr(config, origin), None
+    config = settle_lr(config, origin)
     device = runs.pick_device(config.device)
     dtype = runs.pick_dtype(config.dtype, device)
     runs.pick_kernels(config.kernels, device)
-    if runs.is_pocket(config.model):
-        from pocket import world as pocket
-
-        world = pocket.World(runs.world_seed(config.model))
-    pools = load_pools(config, world)
-    plan = share_memory(shape_of(config.model), config, dtype, torch.cuda.mem_get_info()[0] if device == "cuda" else 0)
+    world = pocket.World(runs.world_seed(config.model)) if runs.is_pocket(config.model) else None
+    pools = mixture.load(config.prompts, world, config.seed)
+    plan = plan_memory(config, device, dtype)
     transformer, tokenizer = load_policy(config, device, dtype)
-    dropped = fit(pools, tokenizer, config, transformer.config.max_position_embeddings)
-    data_sha256 = fingerprint(pools, config)
-    held_out = hold_out(pools, config.held_out, config.seed)
+    room = min(config.max_prompt, transformer.config.max_position_embeddings - config.max_tokens)
+    dropped = mixture.fit(pools, tokenizer, room)
+    sha256 = fingerprint(pools, config)
+    held_out = mixture.hold_out(pools, config.held_out, config.seed)
     scorer = load_scorer(config, world, device, dtype, plan["guard cache"], as_item(pools[0].prompts[0]))
     folder = runs.new_folder(config, origin, "train_rl")
 
@@ -772,14 +588,17 @@ def main(config: Config, origin: dict) -> int:
 
     runs.seed_everything(config.seed)
     trainee = optim.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
-    sampler = engine.Engine(
-        transformer, model.end_ids(transformer, tokenizer), max_context=config.max_prompt + config.max_tokens,
-        cache_bytes=plan["policy cache"],
-    )  # fmt: skip
-    before = evaluate(transformer, tokenizer, config, folder / "before.json") if config.evaluate else None
-    state = resume(folder, trainee, data_sha256)
+    end, longest = model.end_ids(transformer, tokenizer), config.max_prompt + config.max_tokens
+    sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=plan["policy cache"])
+    measure = functools.partial(optim.evaluate, transformer, tokenizer, config.model, config.seed)
+    before = measure(folder / "before.json") if config.evaluate else None
+    state = optim.resume(folder, trainee, FRESH | {"data_sha256": sha256})
     train(sampler, tokenizer, trainee, scorer, pools, held_out, config, folder, state)
-    return finish(transformer, tokenizer, before, state, config, folder, begun)
+
+    optim.save(transformer, tokenizer, config.model, folder / "model")
+    after = measure(folder / "after.json") if config.evaluate else None
+    result = {**state, "training_minutes": state["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
+    return finish(result, before, after, config, folder)
 
 
 if __name__ == "__main__":
