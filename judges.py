@@ -509,7 +509,7 @@ def pocket_expert(world: pocket.World) -> Expert:
 
 
 def load_expert(name: str, *, world=None, device="cpu", dtype=torch.float32, cache_bytes=None, limits=None) -> Expert:
-    """An expert: pocket (needs `world`) | endpoint=MODEL@URL | local=MODEL | file=PATH. Raises UserError for no name."""
+    """An expert: pocket (needs `world`) | endpoint=MODEL@URL | local=MODEL | file=PATH. Raises UserError for others."""
     kind, _, rest = name.partition("=")
     if name == "pocket":
         if world is None:
