@@ -148,12 +148,15 @@ class Endpoint:
         self.length_key, self.given_up, self.rng = "max_tokens", 0, random.Random(seed)
         self.reserved, self.lock = 0.0, threading.Lock()
 
-    def chat(self, messages: list[dict], max_tokens: int, temperature: float = 0.0, seed=None) -> Reply | Unscored:
+    def chat(
+        self, messages: list[dict], max_tokens: int, temperature: float = 0.0, seed=None, top_p=None
+    ) -> Reply | Unscored:
         """One completion. Raises UserError where no request can ever succeed: a wrong key, a model that is not there.
 
         `finish_reason` "length" comes back as a Reply; whether a text that was cut off is of use, the caller knows.
         """
-        settings = {"temperature": temperature} | ({} if seed is None else {"seed": seed})
+        settings = {"temperature": temperature, "seed": seed, "top_p": top_p}
+        settings = {name: value for name, value in settings.items() if value is not None}
         dearest = self._price(sum(len(m["content"].encode()) + 64 for m in messages), max_tokens)
         for attempt in range(ATTEMPTS):
             if ended := self._reserve(dearest):

@@ -41,7 +41,7 @@ def by_cluster(items: list[dict], count) -> np.ndarray:
     groups: dict[str, np.ndarray] = {}
     for item in items:
         groups[item["cluster"]] = groups.get(item["cluster"], 0) + np.array(count(item), dtype=float)
-    return np.array(list(groups.values()))
+    return np.array([groups[name] for name in sorted(groups)])  # no matter in which order the items come
 
 
 def bootstrap(counts_GC: np.ndarray, value, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
@@ -559,3 +559,13 @@ def paired_table(rows: dict[str, dict]) -> str:
         shown = f"{percent(row['before']):>7} {percent(row['after']):>7} {gap:>22} {row['up']:>5} {row['down']:>5}"
         lines.append(f"{name:<17} {row['n']:>5} {shown} {p:>8}{note}")
     return "\n".join(lines)
+
+
+def agreement_table(pairs: dict[str, dict]) -> str:
+    """{"a / b": {suite: n, raw, kappa}} as lines; nothing for a single judge."""
+    lines = [f"{'judges, suite':<60} {'n':>5} {'agree':>6} {'kappa':>6}"] if any(pairs.values()) else []
+    for pair, table in pairs.items():
+        for name, row in table.items():
+            kappa_shown = "-" if row["kappa"] is None else f"{row['kappa']:.2f}"
+            lines.append(f"{pair + ', ' + name:<60} {row['n']:>5} {percent(row['raw']):>6} {kappa_shown:>6}")
+    return "".join(line + "\n" for line in lines)
