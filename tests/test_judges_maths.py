@@ -1,0 +1,166 @@
+"""The maths grader: equal answers, hostile answers, and worker processes that hang, die, lie or flood."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import maths
+import runs
+from safety import Unscored
+
+LOOP = "import sys, time\nprint('ready', flush=True)\nfor line in sys.stdin:\n    "
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left():
+    yield
+    workers = [worker.process for pool in maths._pools.values() for worker in pool.workers if worker.process]
+    maths.close()
+    assert all(process.poll() is not None for process in workers)
+
+
+def fake(monkeypatch, body: str) -> None:
+    """Workers that say they are ready and then run `body` for each line of questions."""
+    maths.close()
+    monkeypatch.setattr(maths, "COMMAND", [sys.executable, "-c", LOOP + body])
+
+
+def test_answers_are_compared_as_mathematics():
+    right = [
+        ("so \\boxed{\\frac{1}{2}}", "0.5"),
+        ("\\boxed{41} no, \\boxed{42}", "42"),  # the last one counts
+        ("Answer: 1,000", "1000"),
+        ("\\boxed{x^2+1}", "1+x^2"),
+        ("\\boxed{\\{2,1\\}}", "\\{1,2\\}"),
+        ("**Answer:** $\\frac{3}{4}$", "\\dfrac34"),
+        ("\\boxed{3\\text{ cm}}", "3"),
+        ("\\boxed{p - q}", "p-q"),
+    ]
+    wrong = [
+        ("\\boxed{41}", "42"),
+        ("\\boxed{41} or \\boxed{42} or \\boxed{43}", "42"),
+        ("it is 42", "42"),  # stated nowhere
+        ("\\boxed{42", "42"),
+        ("\\boxed{}", "42"),
+        ("\\boxed{\\frac{1}{}}", "1"),
+        ("\\boxed{)}", "1"),
+        ("\\boxed{[1,2)}", "[1,2]"),
+        ("", "42"),
+        (None, "42"),  # the thinking never ended
+    ]
+    assert maths.grade(right) == [True] * len(right)
+    assert maths.grade(wrong) == [False] * len(wrong)
+
+
+HOSTILE = {
+    "tower": "9^{9^{9^9}}",
+    "braces": "{" * 20_000 + "1" + "}" * 20_000,
+    "fractions": "\\frac{1}{" * 3_000 + "1" + "}" * 3_000,
+    "10 MB": "1+" * 5_000_000 + "1",
+}
+
+
+def test_a_hostile_answer_is_never_scored_and_stops_nobody_else(monkeypatch):
+    pairs = [pair for text in HOSTILE.values() for pair in ((f"\\boxed{{{text}}}", "7"), ("\\boxed{7.0}", "7"))]
+    maths.grade(pairs[1:2])  # start a worker, so that the limit below is on answers alone
+    begun = time.monotonic()
+    verdicts = maths.grade(pairs, seconds=1.0)
+    assert time.monotonic() - begun < 30
+    assert verdicts[1::2] == [True] * len(HOSTILE)
+    assert all(verdict is False or isinstance(verdict, Unscored) for verdict in verdicts[::2])
+    assert Unscored("maths_timeout") in verdicts
+
+
+def test_no_answer_runs_as_code(tmp_path):
+    mark = tmp_path / "owned"
+    for code in (f"__import__('os').system('touch {mark}')", f"open('{mark}','w')", f"\\text{{open('{mark}','w')}}"):
+        assert maths.grade([(f"\\boxed{{{code}}}", "42"), (f"Answer: {code}", "42")]) in ([False, False],)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("time.sleep(60)", "maths_timeout"),
+        ("sys.exit(3)", "maths_crash"),
+        ("sys.stdout.write('x' * 10**7); sys.stdout.flush()", "maths_crash"),
+        ("print('right wrong', flush=True)", "maths_crash"),
+        ("print('error', flush=True)", "maths_error"),
+        ("print('gold', flush=True)", "maths_gold"),
+    ],
+)
+def test_a_worker_that_misbehaves_gives_no_score(monkeypatch, body, reason):
+    fake(monkeypatch, body)
+    assert maths.grade([("\\boxed{1}", "2"), ("\\boxed{2}", "2")], seconds=0.5) == [Unscored(reason), True]
+
+
+def test_one_worker_dies_and_the_others_do_not_notice(monkeypatch):
+    fake(
+        monkeypatch, "sys.exit() if 'bad' in line else time.sleep(60) if 'slow' in line else print('right', flush=True)"
+    )
+    answers = ["a", "bad", "b", "slow", "c", "bad", "d"]
+    verdicts = maths.grade([(f"\\boxed{{{answer}}}", "x") for answer in answers], seconds=0.5)
+    assert [v is True for v in verdicts] == [answer in "abcd" for answer in answers]
+
+
+def test_no_key_reaches_a_worker(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    fake(monkeypatch, "import os; print('wrong' if any('KEY' in name for name in os.environ) else 'right', flush=True)")
+    assert maths.grade([("\\boxed{1}", "2")]) == [True]
+
+
+def test_workers_are_kept_between_calls_and_replaced_after_a_kill(monkeypatch):
+    fake(monkeypatch, "time.sleep(60) if 'slow' in line else print('right', flush=True)")
+
+    def grade(answer):
+        verdict = maths.grade([(f"\\boxed{{{answer}}}", "x")], seconds=0.5, workers=1)
+        return verdict, maths._pools[1].workers[0].process
+
+    (_, first), (_, second) = grade("a"), grade("b")
+    assert first is second and first.poll() is None
+    assert grade("slow") == ([Unscored("maths_timeout")], None) and first.poll() is not None
+    verdict, third = grade("c")
+    assert verdict == [True] and third.pid != first.pid
+
+
+def test_a_hanging_worker_ends_itself_when_its_parent_is_gone():
+    worker = subprocess.Popen(maths.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert worker.stdout.readline() == b"ready\n"
+    worker.stdin.write(b'["9^{9^{9^9}}", "7", 0.1]\n')
+    worker.stdin.close()  # as when the parent was killed
+    assert worker.wait(timeout=20) == -signal.SIGALRM
+
+
+def test_an_idle_worker_ends_with_its_parent():
+    code = "import maths; print(maths.grade([('\\\\boxed{1.0}', '1')])); w = maths._pools[2].workers[0]"
+    code += "; print(w.process.pid, flush=True); import os; os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd())
+    assert done.stdout.startswith("[True]"), done.stderr
+    pid = int(done.stdout.split()[-1])
+    for _ in range(100):
+        if not running(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"worker {pid} is still there")
+
+
+def running(pid: int) -> bool:
+    """Whether the process is there and more than a zombie that nobody has waited for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_without_math_verify_the_user_is_told_what_to_install(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
+    with pytest.raises(runs.UserError, match="pip install -r requirements-extra.txt"):
+        maths.grade([("\\boxed{1.0}", "1")])
+    assert maths.grade([("\\boxed{1}", "1"), ("no", "1")]) == [True, False]  # what needs no algebra needs no package
