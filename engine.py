@@ -5,6 +5,8 @@ prefilled: it is the input of each sample's first decode step, so that every tok
 
     prompt of 70 ids, n = 2:   page 0 (ids 0-63) shared, page 1 (ids 64-68) copied, id 69 fed to the first step
 
+Where all prompts of a call begin alike (a guard's policy) the caller may say so: whole pages of that are shared, too.
+
 `decode_step` is that function, on static buffers: eager on a CPU, a CUDA graph per number of rows on a GPU; the host
 looks at the results every few steps. A draw is keyed by (seed, index of the prompt in the call, k, position). On a
 CPU in fp32 a sample is bitwise the same in any batch: attention takes each row by itself, everything else runs on
@@ -142,6 +144,9 @@ class Cache:
         for arena_PSKD, new_TKD in zip(self.layers[layer], (k_TKD, v_TKD), strict=True):
             arena_PSKD.flatten(0, 1).index_copy_(0, slot_T, new_TKD)
 
+    def read(self, layer: int, slot_T) -> list[torch.Tensor]:
+        return [arena_PSKD.flatten(0, 1).index_select(0, slot_T) for arena_PSKD in self.layers[layer]]
+
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole pages, given as (from, to)."""
         source_C, target_C = torch.tensor(pairs, device=self.k_LPSKD.device).T
@@ -252,13 +257,17 @@ class Row:
 class Rollout:
     """The scheduler of one call: admits samples as rows and pages come free, and collects what the steps drew."""
 
-    def __init__(self, engine: "Engine", groups, keys, mode: str, stop, decode, on_done):
+    def __init__(self, engine: "Engine", groups, keys, mode: str, stop, decode, on_done, prefix):
         self.engine, self.keys, self.mode = engine, keys, mode
         self.stop, self.decode, self.on_done = stop, decode, on_done
         self.waiting, self.rows, self.pages = deque(groups), [], Pages(engine.pages)
         self.changed = False  # since the rows were last written to the device
+        self.prefix, self.common = prefix[: len(prefix) // PAGE * PAGE], []  # whole pages, which every group shares
 
     def run(self) -> None:
+        if self.prefix and self.waiting:
+            self.common = self.pages.take(len(self.prefix) // PAGE)
+            self.engine.prefill([(self.prefix, self.common, 0)])
         while self.waiting or self.rows:
             self.admit()
             self.grow()
@@ -267,21 +276,23 @@ class Rollout:
             steps = min(self.engine.look, max(row.group.limit - len(row.ids) for row in self.rows))
             self.engine.advance(steps)
             self.collect(steps)
+        self.pages.drop(self.common)
 
     def admit(self) -> None:
         """Start waiting samples while a row is free and every running row keeps a page to grow into."""
         fresh, copies = [], []
         while self.waiting and len(self.rows) < self.engine.max_rows:
             group = self.waiting[0]
-            need = (len(group.waiting) > 1) + (pages_for(group.cached) if group.pages is None else 0)
+            missing = pages_for(group.cached) - len(self.common) if group.pages is None else 0
+            need = (len(group.waiting) > 1) + missing
             if self.rows and need + 1 + len(self.rows) > len(self.pages.free):
                 break
             self.make_room(need)
             if group.pages is None:
-                group.pages = self.pages.take(pages_for(group.cached))
-                fresh.append((group.prompt[:-1], group.pages))
+                group.pages = self.pages.share(self.common) + self.pages.take(missing)
+                fresh.append((group.prompt[:-1], group.pages, len(self.prefix)))
             self.start(group, copies)
-        self.engine.prefill([(ids, pages) for ids, pages in fresh if ids])
+        self.engine.prefill([(ids, pages, cached) for ids, pages, cached in fresh if ids[cached:]])
         if copies:
             self.engine.cache.copy(copies)
 
@@ -378,7 +389,8 @@ class Engine:
     eos_ids: ids that end a sample (generation_config.json has them). max_rows: samples decoded at a time. max_context:
     longest prompt plus completion (default: the model's). cache_bytes: the arena of pages, allocated at the first call
     and kept, like the CUDA graphs (default: GPU_SHARE of the free GPU memory or CPU_CACHE_BYTES, and no more than
-    max_rows contexts need); low_memory gives both back after each call and prints what that costs.
+    max_rows contexts need), so give it where two engines share a GPU, or train beside one; low_memory gives both back
+    after each call and prints what that costs.
     """
 
     def __init__(self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None, low_memory=False):
@@ -397,7 +409,7 @@ class Engine:
 
     def generate(
         self, prompts, n=1, max_tokens=512, temperature=1.0, seed=0, *, logprobs=True, top_p=1.0, top_k=0, stop=(),
-        decode=None, on_done=None, places=None,
+        decode=None, on_done=None, places=None, prefix=(),
     ):  # fmt: skip
         """n Samples for each prompt, a list of token ids (which may end in a given start of the answer).
 
@@ -405,11 +417,15 @@ class Engine:
         (0: off) need logprobs=False, for theirs is not the trainer's distribution. stop: strings, looked for in
         decode(ids), that end a sample with the token that completes one. on_done(prompt index, k, sample) is called
         as samples end. places: the prompts' places in the random stream (default 0, 1, ...), so that a call for what
-        an earlier one has left undone draws what that one would have. Raises EngineError before anything runs, and
-        when logits are not finite.
+        an earlier one has left undone draws what that one would have. prefix: ids that every prompt begins with, such
+        as a guard's policy; whole pages of it are prefilled once. Raises EngineError before anything runs, and when
+        logits are not finite.
         """
         limits = list(max_tokens) if isinstance(max_tokens, (list, tuple)) else [max_tokens] * len(prompts)
-        wrong = self._wrong(prompts, n, limits, temperature, logprobs, top_p, top_k, stop and not decode)
+        places, prefix = list(range(len(prompts)) if places is None else places), list(prefix)
+        wrong = self._wrong(
+            prompts, n, limits, temperature, logprobs, top_p, top_k, stop and not decode, places, prefix
+        )
         if wrong:
             raise EngineError("; ".join(wrong))
         done = [[None] * n for _ in prompts]
@@ -421,18 +437,17 @@ class Engine:
                 on_done(index, k, sample)
 
         groups = [Group(i, list(p), len(p) - 1, limits[i], deque(range(n))) for i, p in enumerate(prompts)]
-        places = range(len(prompts)) if places is None else places
         whole = stream_keys(seed, 1 + max(places, default=-1), n)
         keys = [whole[place] for place in places]
         mode = "greedy" if temperature == 0 else "filtered" if top_p < 1 or top_k > 0 else "sample"
         self._open(temperature or 1.0, top_p, top_k or self.transformer.config.vocab_size)
         with torch.inference_mode():
-            Rollout(self, groups, keys, mode, stop, decode, keep).run()
+            Rollout(self, groups, keys, mode, stop, decode, keep, prefix).run()
         if self.low_memory:
             self.close()
         return done
 
-    def _wrong(self, prompts, n, limits, temperature, logprobs, top_p, top_k, undecoded) -> list[str]:
+    def _wrong(self, prompts, n, limits, temperature, logprobs, top_p, top_k, undecoded, places, prefix) -> list[str]:
         """Everything that is wrong with a call."""
         filtered = top_p < 1 or top_k > 0
         checks = (
@@ -442,19 +457,23 @@ class Engine:
             (not (filtered and logprobs), "top_p and top_k change the distribution: they need logprobs=False"),
             (not undecoded, "stop strings need decode, such as tokenizer.decode"),
             (len(limits) == len(prompts), f"max_tokens has {len(limits)} limits for {len(prompts)} prompts"),
+            (len(places) == len(prompts), f"{len(places)} places for {len(prompts)} prompts"),
+            (min(places, default=0) >= 0, f"place {min(places, default=0)} in the random stream"),
         )
-        misfits = [self._misfit(prompt, limit, n) for prompt, limit in zip(prompts, limits, strict=False)]
+        misfits = [self._misfit(prompt, limit, n, prefix) for prompt, limit in zip(prompts, limits, strict=False)]
         bad = [f"prompt {i}: {why}" for i, why in enumerate(misfits) if why]
         more = [f"and {len(bad) - 3} more prompts"] if len(bad) > 3 else []
         return [message for fine, message in checks if not fine] + bad[:3] + more
 
-    def _misfit(self, prompt, limit: int, n: int) -> str | None:
+    def _misfit(self, prompt, limit: int, n: int, prefix: list[int]) -> str | None:
         """Why this request could never run, if so."""
         vocab, total = self.transformer.config.vocab_size, len(prompt) + limit
         if not len(prompt):
             return "empty"
         if min(prompt) < 0 or max(prompt) >= vocab:
             return f"ids {min(prompt)} to {max(prompt)} for a vocabulary of {vocab}"
+        if prefix and (list(prompt[: len(prefix)]) != prefix or len(prompt) == len(prefix)):
+            return f"does not begin with the prefix of {len(prefix)} tokens and go on"
         if limit < 1:
             return f"max_tokens={limit}: at least 1"
         if total > self.max_context:
@@ -487,26 +506,40 @@ class Engine:
         if self.low_memory:
             print(f"engine: {what} in {time.perf_counter() - begun:.2f} s (low_memory)", file=sys.stderr)
 
-    def prefill(self, prompts: list[tuple[list[int], list[int]]]) -> None:
-        """Write keys and values of each (ids, pages) to the cache, about PREFILL_TOKENS at a time."""
+    def prefill(self, prompts: list[tuple[list[int], list[int], int]]) -> None:
+        """Write keys and values of each (ids, pages, cached) to the pages, which hold the first `cached` ids already;
+        about PREFILL_TOKENS at a time."""
         while prompts:
-            fitting = bisect_right(list(accumulate(len(ids) for ids, _ in prompts)), PREFILL_TOKENS)
+            fitting = bisect_right(list(accumulate(len(ids) for ids, _, _ in prompts)), PREFILL_TOKENS)
             self._prefill(prompts[: max(1, fitting)])
             prompts = prompts[max(1, fitting) :]
 
-    def _prefill(self, batch: list[tuple[list[int], list[int]]]) -> None:
-        idle = -sum(len(ids) for ids, _ in batch) % ROW_TILE if self.cpu else 0
-        batch = batch + [([0] * idle, [0])]  # fills the last tile, a document of its own in page 0
-        lengths = [len(ids) for ids, _ in batch]
-        slots = [pages[i // PAGE] * PAGE + i % PAGE for ids, pages in batch for i in range(len(ids))]
+    def _prefill(self, batch: list[tuple[list[int], list[int], int]]) -> None:
+        """One packed row of the N ids that are not cached; T counts those that are, too.
+
+        Their keys and values come from the pages. Their queries are gone, and nobody wants their outputs: zeros stand
+        in, so that every document has its usual shape and the rest of it the bits that it has without a prefix.
+        """
+        idle = -sum(len(ids) - cached for ids, _, cached in batch) % ROW_TILE if self.cpu else 0
+        batch = batch + [([0] * idle, [0], 0)]  # fills the last tile, a document of its own in page 0
+        lengths = [len(ids) for ids, _, _ in batch]
         cu_seqlens = torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32, device=self.device)
-        ids_T, slot_T = torch.tensor([[i for ids, _ in batch for i in ids], slots], device=self.device)
+        table_T4 = torch.tensor([
+            (token, i, pages[i // PAGE] * PAGE + i % PAGE, i >= cached)
+            for ids, pages, cached in batch for i, token in enumerate(ids)
+        ])  # fmt: skip
+        new_N = table_T4[:, 3].nonzero().squeeze(1).to(self.device)
+        slot_T = table_T4[:, 2].to(self.device)
+        ids_N, position_N, slot_N, _ = table_T4.to(self.device)[new_N].T.contiguous()
 
-        def attend(layer, q_THD, k_TKD, v_TKD):
-            self.cache.write(layer, slot_T, k_TKD, v_TKD)
-            return kernels.attention(q_THD, k_TKD, v_TKD, cu_seqlens, max(lengths))
+        def attend(layer, q_NHD, k_NKD, v_NKD):
+            self.cache.write(layer, slot_N, k_NKD, v_NKD)
+            if len(slot_N) == len(slot_T):
+                return kernels.attention(q_NHD, k_NKD, v_NKD, cu_seqlens, max(lengths))
+            q_THD = q_NHD.new_zeros(len(slot_T), *q_NHD.shape[1:]).index_copy_(0, new_N, q_NHD)
+            return kernels.attention(q_THD, *self.cache.read(layer, slot_T), cu_seqlens, max(lengths))[new_N]
 
-        self.transformer(ids_T, cu_seqlens, attend=attend)
+        self.transformer(ids_N, cu_seqlens, positions_T=position_N, attend=attend)
 
     def prepare(self, rows: int, mode: str) -> int:
         """Set self.step for `rows` rows, before they are written: a capture overwrites them. -> rows that it computes:

@@ -297,6 +297,14 @@ def test_seeds_differ_and_repeat():
     assert a[0][0].ids != a[0][1].ids
 
 
+def test_places_draw_what_the_whole_call_would_have_drawn():
+    _, ours = pair()
+    sampler, prompts = Engine(ours, {5}), prompts_of(8, 9, 10, 11)
+    whole = sampler.generate(prompts, n=2, max_tokens=12, seed=3)
+    rest = sampler.generate([prompts[3], prompts[1]], n=2, max_tokens=12, seed=3, places=[3, 1])
+    assert rest == [whole[3], whole[1]]
+
+
 class Spy:
     """Keeps what an engine prefills, and the schedulers it makes."""
 
@@ -305,7 +313,7 @@ class Spy:
         prefill, init = sampler.prefill, engine.Rollout.__init__
 
         def spied_prefill(prompts):
-            self.prefilled += [tuple(ids) for ids, _ in prompts]
+            self.prefilled += [tuple(ids[cached:]) for ids, _, cached in prompts]
             prefill(prompts)
 
         def spied_init(rollout, *args):
@@ -348,6 +356,53 @@ def test_long_prompts_are_prefilled_in_parts(monkeypatch):
     want = Engine(ours, ()).generate(prompts, max_tokens=5)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 128)
     assert Engine(ours, ()).generate(prompts, max_tokens=5) == want
+
+
+@pytest.mark.parametrize("common", [30, 64, 127, 130])
+def test_a_common_prefix_is_prefilled_once_and_changes_nothing(common, monkeypatch):
+    """Prompts that go on by one token, to a page's end and over it; whole pages are shared, the rest is prefilled."""
+    theirs, ours = pair()
+    prefix, *rest = prompts_of(common, 1, 64 - common % 64, 65 - common % 64, 100)
+    prompts, eos, shared = [prefix + r for r in rest], {3, 6, 9}, common // 64 * 64
+    want = Engine(ours, eos).generate(prompts, n=7, max_tokens=40)
+    sampler = Engine(ours, eos, max_rows=16)
+    spy = Spy(sampler, monkeypatch)
+    got = sampler.generate(prompts, n=7, max_tokens=40, prefix=prefix)
+    assert [[s.ids for s in group] for group in got] == [[s.ids for s in group] for group in want]
+    assert (flat(got) - flat(want)).abs().max() < 1e-5
+    assert (flat(got) - packed_logprobs(ours, prompts, got, 1.0)).abs().max() < 1e-5
+    once = [tuple(prefix[:shared])] if shared else []
+    assert spy.prefilled == once + [tuple(p[shared:-1]) for p in prompts if p[shared:-1]]
+    (rollout,) = spy.rollouts
+    assert sorted(rollout.pages.free) == list(range(1, sampler.pages)) and not any(rollout.pages.references.values())
+    greedy = sampler.generate(prompts, max_tokens=20, temperature=0, prefix=prefix)
+    for prompt, (sample,) in zip(prompts, greedy, strict=True):
+        assert sample.ids == greedy_of_transformers(theirs, prompt, 20, sorted(eos))
+
+
+def test_with_a_prefix_too_a_sample_does_not_depend_on_its_batch():
+    """Bitwise: alone, among others, in a cache so small that rows start over, prefilled a few at a time."""
+    _, ours = pair()
+    prefix, *rest = prompts_of(130, 5, 90, 3, 64, 20)
+    prompts = [prefix + r for r in rest]
+
+    def run(prompts, **settings):
+        return Engine(ours, {4}, **settings).generate(prompts, n=2, max_tokens=40, prefix=prefix, seed=1)
+
+    want = run(prompts)
+    assert [run(prompts[: i + 1])[-1] for i in range(5)] == want
+    assert run(prompts, max_rows=16, cache_bytes=9 * Engine(ours, ()).page_bytes) == want
+
+
+def test_two_engines_live_side_by_side():
+    """A policy and a guard, each within the memory that it was given."""
+    policy, guard = pair()[1], pair("Qwen3", seed=1)[1]
+    alone = [Engine(m, {7}).generate(prompts_of(40, 9), n=2, max_tokens=30) for m in (policy, guard)]
+    engines = [Engine(m, {7}, cache_bytes=1 << 20) for m in (policy, guard)]
+    for _ in range(2):
+        assert [e.generate(prompts_of(40, 9), n=2, max_tokens=30) for e in engines] == alone
+    for e in engines:
+        assert e.cache.k_LPSKD.nbytes + e.cache.v_LPSKD.nbytes == e.pages * e.page_bytes <= 1 << 20
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -416,6 +471,10 @@ def test_weights_that_give_no_distribution_are_an_error():
         ({"stop": ["x"]}, "decode"),
         ({"prompts": [[]] * 5}, "prompt 2: empty; and 2 more prompts"),
         ({"n": 0, "prompts": [[]]}, "n=0.*prompt 0: empty"),
+        ({"places": [0, 1]}, "2 places for 1 prompts"),
+        ({"places": [-1]}, "place -1"),
+        ({"prefix": [1, 3]}, "prompt 0: does not begin with the prefix of 2 tokens and go on"),
+        ({"prefix": [1, 2]}, "prompt 0: does not begin with the prefix of 2 tokens and go on"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(change, message, monkeypatch):
