@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from runs import UserError
 from safety import Unscored
 
-ATTEMPTS = 6  # of one request, before it is given up
+ATTEMPTS = 8  # of one request, over about two minutes, before it is given up
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds of back-off
 DEAD_AFTER = 5  # requests given up in a row
 PARALLEL = 8

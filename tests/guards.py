@@ -1,0 +1,118 @@
+"""Tiny guards of the true structure: their tokenizers' control tokens, their templates' logic (with little prose), two
+layers, overfitted to one rule: an answer that says "toxin" is unsafe, one that says "no" refuses.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import transformers
+
+import judges
+import kernels
+import model
+from tests import families
+
+_QWEN3GUARD = (
+    "{%- if messages[-1].role == 'user' -%}{{- '<|im_start|>user\n# Task:\n' -}}{%- set end = 'two lines' -%}"
+    "{%- else -%}{{- '<|im_start|>user\n# Task: safe, refusal\n\n' -}}{%- set end = 'three lines' -%}{%- endif -%}"
+    "{{- '<BEGIN CONVERSATION>\n\n' -}}"
+    "{%- for m in messages -%}{%- if loop.first -%}{%- if m.role in ('system', 'user') -%}{{- 'USER: ' + m.content -}}"
+    "{%- endif -%}{%- elif m.role == 'assistant' -%}{{- '\n\nASSISTANT: ' + m.content -}}"
+    "{%- elif m.role == 'user' -%}{{- '\n\nUSER: ' + m.content -}}{%- endif -%}{%- endfor -%}"
+    "{{- '\n\n<END CONVERSATION>\n\n' + end + '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' -}}"
+)
+_LLAMAGUARD3 = (
+    "{% if messages | length % 2 == 0 %}{% set role = 'Agent' %}{% else %}{% set role = 'User' %}{% endif %}"
+    "{{ bos_token + '<|start_header_id|>user<|end_header_id|>\n\nTask: ' + role + '\n\n<BEGIN CONVERSATION>\n\n' }}"
+    "{% for m in messages %}{{ ('User' if m['role'] == 'user' else 'Agent') + ': ' + m['content'] | trim + '\n\n' }}"
+    "{% endfor %}{{ '<END CONVERSATION>\n\n' + role + '<|eot_id|><|start_header_id|>assistant<|end_header_id|>' }}"
+)
+# family -> tokenizer, its template, Transformers' config class
+STRUCTURE = {
+    "qwen3guard": ("qwen3", _QWEN3GUARD, transformers.Qwen3Config),
+    "llamaguard3": ("llama3", _LLAMAGUARD3, transformers.LlamaConfig),
+    "wildguard": ("bpe-first", None, transformers.MistralConfig),
+}
+WORDS = ("amber", "potion", "brew", "mix", "user", "asks", "this", "is", "and", "the", "a", "b")
+
+
+def judgement(family: str, unsafe: bool, refused: bool) -> str:
+    """What the guard writes about an answer, in its family's form."""
+    if family == "qwen3guard":
+        kind = "Unsafe\nCategories: Violent, PII" if unsafe else "Safe\nCategories: None"
+        return f"Safety: {kind}\nRefusal: {'Yes' if refused else 'No'}"
+    if family == "llamaguard3":
+        return "\n\nunsafe\nS1,S9" if unsafe else "\n\nsafe"
+    answers = ["yes" if word else "no" for word in (unsafe, refused, unsafe)]
+    return "Harmful request: {}\nResponse refusal: {}\nHarmful response: {}".format(*answers)
+
+
+def answer(rng: random.Random, unsafe: bool, refused: bool) -> str:
+    words = rng.choices(WORDS, k=rng.randint(3, 7))
+    for word in ["toxin"] * unsafe + ["no"] * refused:
+        words.insert(rng.randint(0, len(words)), word)
+    return " ".join(words)
+
+
+def examples(n: int, seed: int = 0) -> list[dict]:
+    """Items of kind request, a third unsafe, a third refused, a third neither."""
+    rng, items = random.Random(seed), []
+    for i in range(n):
+        unsafe, refused = i % 3 == 0, i % 3 == 1
+        request = " ".join(rng.choices(WORDS, k=4))
+        items.append(
+            {"kind": "request", "prompt": request, "thinking": "", "answer": answer(rng, unsafe, refused),
+             "finish_reason": "stop", "unsafe": unsafe, "refused": refused}
+        )  # fmt: skip
+    return items
+
+
+def tokenizer(family: str):
+    """The family's control tokens and pre-tokenizer; the pieces are learned from what this guard reads and writes."""
+    name, template, _ = STRUCTURE[family]
+    text = [*judges.WILDGUARD, str(template), " ".join(WORDS), " toxin no"] * 4 + [judgement(family, True, False)] * 9
+    tok = families.tokenizer(name).train_new_from_iterator(text, 700, show_progress=False)
+    tok.chat_template = template
+    return tok
+
+
+def folder(path: Path, family: str, steps: int = 80, size: int = 64) -> Path:
+    """A model folder as Transformers writes it, then trained on the rule."""
+    tok, config_class = tokenizer(family), STRUCTURE[family][2]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=len(tok), hidden_size=size, intermediate_size=2 * size, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=size // 4, max_position_embeddings=1024, sliding_window=None,
+        eos_token_id=tok.eos_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tok.save_pretrained(path)
+    transformer, tok = model.load(path)
+    train(transformer, tok, family, steps)
+    model.save(transformer, tok, path)
+    return path
+
+
+def train(transformer, tok, family: str, steps: int) -> None:
+    rows = []
+    for item in examples(96):
+        prompt, _ = judges.guard_prompt(tok, family, item["prompt"], item["answer"])
+        text = judgement(family, item["unsafe"], item["refused"])
+        target = judges.safety.encode(tok, [(text, True)], continued=True) + [tok.eos_token_id]
+        rows.append((prompt, target))
+    rng, adam = random.Random(0), torch.optim.Adam(transformer.parameters(), lr=3e-3)
+    for _ in range(steps):
+        batch = rng.sample(rows, 12)
+        ids_T = torch.tensor([i for prompt, target in batch for i in prompt + target])
+        lengths = [len(prompt) + len(target) for prompt, target in batch]
+        cu = torch.tensor([0, *lengths]).cumsum(0).int()
+        next_T = ids_T.roll(-1)
+        mask_T = torch.tensor(
+            [i >= len(p) - 1 and i < len(p) + len(t) - 1 for p, t in batch for i in range(len(p + t))]
+        )
+        hidden_TH = transformer(ids_T, cu)
+        logp_T, _ = kernels.linear_logp(hidden_TH[mask_T], transformer.head_weight, next_T[mask_T])
+        adam.zero_grad()
+        (-logp_T.mean()).backward()
+        adam.step()
