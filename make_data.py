@@ -1,82 +1,250 @@
 """Turn prompts into training records: the model's own samples, a guard's labels, an expert's critiques.
 
-    python make_data.py                                     the pocket world: about a minute on 2 CPU cores
-    python make_data.py --model M --out DIR                 another pocket model (a folder with world.json)
+    python make_data.py                                       the pocket world: about a minute on 2 CPU cores
+    python make_data.py --model M --expert endpoint=NAME@URL --out DIR        the paper's pipeline for a real model
+    python make_data.py --model NAME --endpoint URL --guard ... --expert ...  samples from a server or another model
+    python make_data.py --resume DIR                          goes on where it stopped, whatever stopped it
 
 What the paper does (A2 of its method), step by step: N = 8 answers to each prompt from the very model that will be
 trained; a guard labels each; a harmful prompt is kept only if its answers are both safe and unsafe, then one of each;
-a benign prompt keeps one; the expert writes a critique and a verdict for each answer kept. Written beside the
-verification records: the two answer-centric baselines, from the same prompts.
+a benign prompt keeps one; the expert writes a critique and a verdict for each answer kept.
+
+Every stage adds lines to a file of its own (prompts, samples, labels, critiques), each line under a key that hashes all
+that made it: what is there is never made again, and what is missing is. The records are a function of these files.
+Written beside them: answer-centric baselines with as many supervised tokens, and data_card.json.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
+import operator
 import random
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 import runs
-from runs import option
+from runs import UserError, option
+
+baselines, client, judges, safety, stages, suites, torch = map(
+    runs.Lazy, ("baselines", "client", "judges", "safety", "stages", "suites", "torch")
+)
 
 
 @dataclass
 class Config:
-    model: str = option("pocket/base", "model folder (Hugging Face format)")
-    n: int = option(8, "answers sampled a prompt")
-    temperature: float = option(1.0, "of the samples")
-    max_tokens: int = option(96, "length limit of a sample")
-    fraction: float = option(1.0, "share of the prompts to use")
-    seed: int = option(0, "of prompts, samples, choices and critiques")
-    device: str = option("auto", "auto, cpu or cuda")
-    out: str = option("", "folder to write; default runs/make_data-<time>")
-
-
-# ------------------------------------------------------------------------------------------------- prompts and samples
-
-
-def pocket_prompts(world, fraction: float, seed: int) -> list[dict]:
-    """Plain requests, in the templates and on the items that may be trained on; forbidden and benign alike."""
-    from pocket import world as pocket
-
-    rng = random.Random(f"prompts-{seed}")
-    prompts = [
-        {"prompt": pocket.request(item, template, rng), "item": item.name, "harmful": item.forbidden}
-        for item in world.items
-        if not item.held_out
-        for template in pocket.TEMPLATES["plain"][0]
-    ]
-    rng.shuffle(prompts)
-    return prompts[: round(fraction * len(prompts))]
-
-
-def sample_answers(transformer, tokenizer, prompts: list[dict], config: Config) -> list[list[dict]]:
-    """For each prompt its N samples: `thinking`, `answer` (None where the thinking never ended), `finish_reason`."""
-    import engine
-    import safety
-
-    ids = [safety.render(tokenizer, [{"role": "user", "content": p["prompt"]}]) for p in prompts]
-    end = {tokenizer.eos_token_id}
-    groups = engine.Engine(transformer, end).generate(
-        ids, n=config.n, max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed
+    model: str = option("pocket/base", "model that answers, folder or hub id; with --endpoint its name there")
+    adapter: str = option("", "PEFT adapter on it")
+    endpoint: str = option("", "sample from this OpenAI-compatible server, URL, instead of loading the model")
+    prompts: tuple = option(("safechain:vanilla",), "training sets, NAME or NAME=PATH (suites.py)", pocket=("pocket",))
+    decontaminate: tuple = option(
+        ("all",), "suites, NAME or NAME=PATH, whose prompts are kept out; or none", pocket=("pocket",)
     )
-    answers = []
-    for group in groups:
-        texts = [(tokenizer.decode([i for i in s.ids if i not in end]), s.finish_reason) for s in group]
-        opened = safety.thinking_open(tokenizer)
-        split = [(*safety.split_thinking(text, opened), reason) for text, reason in texts]
-        answers.append([{"thinking": t.strip(), "answer": a and a.strip(), "finish_reason": r} for t, a, r in split])
-    return answers
+    allow_count: bool = option(False, "take a published set that has another count than published")
+    n: int = option(8, "answers sampled a prompt")
+    temperature: float = option(0.6, "of the samples", pocket=1.0)
+    top_p: float = option(0.95, "of the samples", pocket=1.0)
+    max_tokens: int = option(8192, "length limit of a sample", pocket=96)
+    guard: str = option("qwen3guard", "labels the answers, as in evaluate.py --judge", pocket="pocket")
+    controversial: str = option("unsafe", "what the guard's word controversial means", choices=("safe", "unsafe"))
+    expert: str = option("", "endpoint=MODEL@URL, local=MODEL or file=PATH; writes the critiques", pocket="pocket")
+    spec: str = option("star", "rules: a name under specs/ or a text file", pocket="pocket")
+    records: int = option(6000, "verification records to aim at, two thirds from harmful prompts; 0: all", pocket=0)
+    fraction: float = option(1.0, "share of the prompts, and of --records, to use")
+    baseline: tuple = option(
+        (), "star1, safechain (own safe answers); star1:published[=PATH], safechain:published[=PATH]",
+        pocket=("star1", "safechain"),
+    )  # fmt: skip
+    max_unscored: float = option(0.01, "exit 3 if guard or expert left a larger share unscored")
+    max_requests: int = option(0, "to each endpoint, retries included; 0: no limit")
+    max_cost: float = option(0.0, "at each endpoint, in the currency of the prices; 0: no limit")
+    price_in: float = option(0.0, "per million tokens read")
+    price_out: float = option(0.0, "per million tokens written")
+    per_minute: int = option(0, "requests a minute; 0: no limit")
+    key_env: str = option("OPENAI_API_KEY", "environment variable with the endpoints' key")
+    seed: int = option(0, "of prompts, samples and choices")
+    dtype: str = option("auto", "of the products", choices=("auto", "float32", "bfloat16", "float16"))
+    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    out: str = option("", "folder to write; default runs/make_data-<time>")
+    resume: str = option("", "run folder to go on with; takes all settings from it")
+
+    def problems(self) -> list[str]:
+        """Every wrong setting, all at once."""
+        stars, known = [b.partition("=")[0] for b in self.baseline], ("star1", "safechain")
+        known += ("star1:published", "safechain:published")
+        checks = {
+            f"--n {self.n}: must be 1 or more": self.n >= 1,
+            f"--temperature {self.temperature}: must be 0 or more": self.temperature >= 0,
+            f"--top-p {self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
+            f"--max-tokens {self.max_tokens}: must be 1 or more": self.max_tokens >= 1,
+            f"--records {self.records}: must be 0 or more": self.records >= 0,
+            f"--fraction {self.fraction}: must be in (0, 1]": 0 < self.fraction <= 1,
+            f"--max-unscored {self.max_unscored}: must be in [0, 1]": 0 <= self.max_unscored <= 1,
+            "--expert: name who writes the critiques, such as endpoint=MODEL@URL": self.expert != "",
+            f"--baseline {' '.join(self.baseline)}: there are {', '.join(known)}": set(stars) <= set(known),
+            "--baseline star1: only the pocket's expert writes such answers; take star1:published": "star1" not in stars
+            or self.expert == "pocket",
+            "--adapter: an endpoint has its own": not (self.endpoint and self.adapter),
+            "--resume, --out: name one of them": not (self.resume and self.out and self.resume != self.out),
+        }
+        limits = (self.max_requests, self.max_cost, self.price_in, self.price_out, self.per_minute)
+        return [message for message, fine in checks.items() if not fine] + (
+            ["--max-requests, --max-cost, --price-in, --price-out, --per-minute: must be 0 or more"]
+            if min(limits) < 0
+            else []
+        )
 
 
-# ------------------------------------------------------------------------------------------------- selection
+WAVE = 1024  # prompts of a kind that are sampled before one looks whether there are enough records
+by_key = operator.itemgetter("key")
+KINDS = {"harmful": 2 / 3, "benign": 1 / 3}  # of --records; two a harmful prompt and one a benign one: as many prompts
+JUDGE_CACHE = 4 << 30  # bytes on a GPU of each judge's cache, beside the sampler's
+
+
+# ------------------------------------------------------------------------------------------------- prompts
+
+
+def gather_prompts(config: Config, world, tested: list[dict]) -> tuple[list[dict], dict]:
+    """(prompts to sample, what the card says of them). Each has its `place`, which its random numbers go by."""
+    facts = {}
+    drawn = suites.prompts(list(config.prompts), world, seed=config.seed, allow_count=config.allow_count, facts=facts)
+    if any(prompt["kind"] not in KINDS for prompt in drawn):
+        raise UserError("--prompts: maths problems are for train_rl.py; here go harmful and benign requests")
+    distinct = list({prompt["prompt"]: prompt for prompt in reversed(drawn)}.values())[::-1]
+    kept, hits = suites.decontaminate(distinct, tested)
+    used = kept[: round(config.fraction * len(kept))]
+    counts = {
+        "drawn": len(drawn),
+        "in two sets": len(drawn) - len(distinct),
+        "held by a suite": len(distinct) - len(kept),
+    }
+    facts = {"sets": facts, "counts": counts | {"used": len(used)}, "decontamination": hits}
+    return [{**prompt, "place": place} for place, prompt in enumerate(used)], facts
+
+
+def stage_prompts(folder: Path, config: Config, world) -> tuple[list[dict], list[dict], dict]:
+    """(prompts, items of the suites at hand, facts); the prompts of a resumed run are those that it began with."""
+    named = [name for name in config.decontaminate if name != "none"]
+    answers = suites.candidates(config.model) if world else []
+    pocket = suites.load([name for name in named if name == "pocket"], world, answers)
+    tested, missing = suites.at_hand([name for name in named if name != "pocket"])
+    with stages.Appender(folder / "prompts.jsonl", lambda prompt: prompt["id"]) as log:
+        facts_file = folder / "prompts.json"  # written last: the stage is whole
+        if not facts_file.exists():
+            prompts, facts = gather_prompts(config, world, pocket + tested)
+            for prompt in prompts:
+                log.add(prompt)
+            runs.write_json(facts_file, facts | {"suites not at hand": missing})
+    return list(log.done.values()), pocket + tested, json.loads(facts_file.read_text())
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+def fingerprint(transformer, tokenizer) -> str:
+    """A hash of the weights, of 256 values of each tensor, and of the chat template."""
+    parts = [tokenizer.chat_template]
+    for name, weight in sorted(transformer.named_parameters()):
+        values = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
+        parts += [name, tuple(weight.shape), values.numpy().tobytes().hex()]
+    return baselines.digest(*parts)
+
+
+def sample_keys(prompt: dict, origin: str, config: Config) -> list[str]:
+    """The keys of a prompt's N samples: who answers, how it is drawn, and what is asked."""
+    settings = (config.temperature, config.top_p, config.max_tokens, config.seed, prompt["place"])
+    return [baselines.digest(origin, *settings, prompt["prompt"], k) for k in range(config.n)]
+
+
+def short(item: dict) -> dict:
+    return {name: item[name] for name in ("id", "completion", "tokens", "finish_reason", "thinking", "answer")}
+
+
+def sample_local(transformer, tokenizer, prompts: list[dict], keys: list[list[str]], log, config: Config):
+    """Samples from the model itself. A prompt with some of its samples is drawn anew: it gives the same ones."""
+    undone = [i for i, own in enumerate(keys) if not log.done.keys() >= set(own)]
+    with tqdm(total=len(undone) * config.n, desc="samples", leave=False) as bar:
+
+        def keep(number: int, item: dict) -> None:
+            log.add({"key": keys[undone[number // config.n]][number % config.n], **short(item)})
+            bar.update()
+
+        suites.generate(
+            transformer, tokenizer, [prompts[i] for i in undone], seed=config.seed, temperature=config.temperature,
+            top_p=config.top_p, max_tokens=config.max_tokens, samples=config.n, on_done=keep,
+            places=[prompts[i]["place"] for i in undone],
+        )  # fmt: skip
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the sampler's cache, for the guard
+    return Counter()
+
+
+def sample_endpoint(endpoint, prompts: list[dict], keys: list[list[str]], log, config: Config) -> Counter:
+    """Samples from a server; the failures by reason, asked again by a resumed run. Raises UserError if they are more
+    than --max-unscored allows."""
+    wanted = [(prompt, key) for prompt, own in zip(prompts, keys, strict=True) for key in own]
+    jobs, failed = [job for job in wanted if job[1] not in log.done], Counter()
+
+    def one(job):
+        turns = [{"role": "user", "content": safety.wire_copy(job[0]["prompt"])}]
+        seed = int(job[1][:7], 16)
+        return stages.answered(endpoint.chat(turns, config.max_tokens, config.temperature, seed, config.top_p))
+
+    with tqdm(total=len(jobs), desc="samples", leave=False) as bar:
+
+        def keep(i: int, item: dict) -> None:
+            bar.update()
+            if "provider" in item:
+                failed[item["provider"]] += 1
+            else:
+                log.add({"key": jobs[i][1], **short({"id": jobs[i][0]["id"], **item})})
+
+        client.in_parallel(jobs, one, keep)
+    if failed.total() > config.max_unscored * len(wanted):
+        why = f"{config.endpoint} gave {len(jobs) - failed.total()} of {len(jobs)} samples ({dict(failed)})"
+        raise UserError(f"{why}; what came is kept, go on with --resume {log.path.parent}")
+    return failed
+
+
+# ------------------------------------------------------------------------------------------------- labels, selection
+
+
+def usable(sample: dict | None) -> bool:
+    """Whether a sample has a whole answer, which can be judged and trained on."""
+    return bool(sample and sample["finish_reason"] == "stop" and (sample["answer"] or "").strip())
+
+
+def stage_labels(judge, prompts: list[dict], keys: list[list[str]], samples, labels) -> dict[str, str]:
+    """The guard's labels of whole answers. Returns {key: reason} of what it left unscored: a resumed run asks again."""
+    jobs = [
+        (key, {**prompt, "kind": "request", "harmful": prompt["kind"] == "harmful", **samples.done[key]})
+        for prompt, own in zip(prompts, keys, strict=True)
+        for key in own
+        if usable(samples.done.get(key)) and key not in labels.done
+    ]
+    unscored = {}
+    with tqdm(total=len(jobs), desc="labels", leave=False) as bar:
+
+        def keep(i: int, label: dict) -> None:
+            bar.update()
+            if "unscored" in label:
+                unscored[jobs[i][0]] = label["unscored"]
+            else:
+                labels.add({"key": jobs[i][0], **label})
+
+        judge([item for _, item in jobs], on_done=keep)
+    return unscored
 
 
 def select_pair(harmful: bool, samples: list[dict], rng: random.Random) -> tuple[list[dict], str]:
     """The samples of one prompt that become records, and why (the paper's rule).
 
-    Each sample carries `label`: "safe", "unsafe" or None (no answer). One safe and one unsafe answer of a harmful
-    prompt, nothing if either is missing; one safe answer of a benign prompt.
+    Each sample carries `label`: "safe", "unsafe" or None (no whole answer, or not judged). One safe and one unsafe
+    answer of a harmful prompt, nothing if either is missing; one safe answer of a benign prompt.
 
         select_pair(True, [safe1, unsafe1, safe2], rng)  ->  ([safe1 or safe2, unsafe1], "kept: safe and unsafe")
     """
@@ -91,116 +259,249 @@ def select_pair(harmful: bool, samples: list[dict], rng: random.Random) -> tuple
     return [], "dropped: every answer safe" if safe else "dropped: no answer"
 
 
-def record_id(*parts: str) -> str:
-    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
+def labelled(own: list[str], samples, labels) -> list[dict]:
+    """A prompt's samples with `key` and `label`."""
+    words = {True: "safe", False: "unsafe", None: None}
+    found = [samples.done[key] for key in own if key in samples.done]
+    return [{**sample, "label": words[labels.done.get(sample["key"], {}).get("safe")]} for sample in found]
 
 
-def verification_records(
-    world, prompts: list[dict], samples: list[list[dict]], seed: int
-) -> tuple[list[dict], Counter]:
-    """Contrastive verification records with the expert's critique, and the prompts kept and dropped by reason."""
-    import safety
-    from pocket import world as pocket
-
-    spec, rng, counts, records = safety.load_spec("pocket"), random.Random(f"select-{seed}"), Counter(), []
-    for prompt, group in zip(prompts, samples, strict=True):
-        item = world.by_name[prompt["item"]]
-        for sample in group:
-            sample["label"] = pocket.verdict(item, sample["answer"]) if sample["answer"] else None
-        chosen, reason = select_pair(prompt["harmful"], group, rng)
-        counts[reason] += 1
-        for sample in chosen:
-            records.append(
-                {
-                    "kind": "verify",
-                    "id": record_id("verify", prompt["prompt"], sample["answer"]),
-                    "prompt": prompt["prompt"],
-                    "answer": sample["answer"],
-                    "spec": "pocket",
-                    "critique": pocket.critique(item, sample["answer"], rng),
-                    "verdict": sample["label"],
-                    "source": "own samples, pocket expert",
-                    "meta": {"item": item.name, "spec_sha256": spec.sha256},
-                }
-            )
-    return records, counts
+def select(prompt: dict, samples: list[dict], seed: int) -> tuple[list[dict], str]:
+    """`select_pair` with random numbers that depend on the prompt alone, not on the others or their order."""
+    return select_pair(prompt["kind"] == "harmful", samples, random.Random(f"select-{seed}-{prompt['prompt']}"))
 
 
-# ------------------------------------------------------------------------------------------------- baselines
+def collect(prompts: list[dict], choose: Callable, config: Config) -> tuple[list[tuple], Counter]:
+    """[(prompt, chosen samples)] in the prompts' order, and the prompts kept and dropped by reason.
+
+    choose(prompts) -> [(chosen, reason)] samples and labels. Wave after wave, until there are enough records of each
+    kind; --records 0 is one wave of everything.
+    """
+    wanted = {kind: share * config.records * config.fraction or float("inf") for kind, share in KINDS.items()}
+    queues = {kind: [p for p in prompts if p["kind"] == kind] for kind in KINDS}
+    kept, counts, got, size = [], Counter(), Counter(), WAVE if config.records else len(prompts)
+    while short := [kind for kind in KINDS if got[kind] < wanted[kind] and queues[kind]]:
+        wave = sorted((p for kind in short for p in queues[kind][:size]), key=lambda prompt: prompt["place"])
+        queues |= {kind: queues[kind][size:] for kind in short}
+        for prompt, (chosen, reason) in zip(wave, choose(wave), strict=True):
+            if got[prompt["kind"]] >= wanted[prompt["kind"]]:
+                chosen, reason = [], "dropped: enough of its kind"
+            got[prompt["kind"]] += len(chosen)
+            counts[reason] += 1
+            if chosen:
+                kept.append((prompt, chosen))
+    counts["not sampled: enough of its kind"] = sum(map(len, queues.values()))
+    return sorted(kept, key=lambda pair: pair[0]["place"]), +counts
 
 
-def answer_record(prompt: dict, reasoning: str, answer: str, source: str) -> dict:
-    return {
-        "kind": "answer",
-        "id": record_id(source, prompt["prompt"], reasoning, answer),
-        "prompt": prompt["prompt"],
-        "reasoning": reasoning,
-        "answer": answer,
-        "source": source,
-        "meta": {"item": prompt["item"]},
-    }
+# ------------------------------------------------------------------------------------------------- critiques, records
 
 
-def star_records(world, prompts: list[dict], seed: int) -> list[dict]:
-    """STAR-1-like: deliberation over the rule, then a refusal or the recipe; written by the expert, not the model."""
-    from pocket import world as pocket
-
-    rng, records = random.Random(f"star-{seed}"), []
-    for prompt in prompts:
-        item = world.by_name[prompt["item"]]
-        answer = pocket.refusal(rng) if item.forbidden else pocket.recipe_answer(item.recipe, rng)
-        records.append(answer_record(prompt, pocket.careful_thought(item, rng), answer, "star1-like"))
-    return records
+def critique_job(prompt: dict, sample: dict, config: Config, spec) -> dict:
+    """What the expert is asked about one chosen answer."""
+    key = baselines.digest("critique", config.expert, spec.sha256, prompt["prompt"], sample["answer"])
+    job = {"key": key, "prompt": prompt["prompt"], "answer": sample["answer"], "spec": config.spec}
+    job |= {"label": sample["label"], "prompt_id": prompt["id"]}
+    return {**job, "item": prompt["item"]} if "item" in prompt else job
 
 
-def safechain_records(world, prompts: list[dict], samples: list[list[dict]], seed: int) -> list[dict]:
-    """SafeChain-like: imitation of the model's own safe responses, whatever their thinking; one a prompt."""
-    from pocket import world as pocket
+def stage_critiques(expert, jobs: list[dict], log) -> dict[str, str]:
+    """The expert's critique of each chosen answer. Returns {key: reason} of those that it did not give."""
+    jobs, unscored = [job for job in jobs if job["key"] not in log.done], {}
+    with tqdm(total=len(jobs), desc="critiques", leave=False) as bar:
 
-    rng, records = random.Random(f"safechain-{seed}"), []
-    for prompt, group in zip(prompts, samples, strict=True):
-        item = world.by_name[prompt["item"]]
-        safe = [s for s in group if s["answer"] and pocket.verdict(item, s["answer"]) == "safe"]
-        if safe:
-            chosen = rng.choice(safe)
-            records.append(answer_record(prompt, chosen["thinking"], chosen["answer"], "safechain-like"))
-    return records
+        def keep(i: int, said) -> None:
+            bar.update()
+            if isinstance(said, safety.Unscored):
+                unscored[jobs[i]["key"]] = said.reason
+            else:
+                log.add({"key": jobs[i]["key"], **dataclasses.asdict(said)})
+
+        expert(jobs, on_done=keep)
+    return unscored
+
+
+def verification_records(jobs: list[dict], critiques, config: Config, spec) -> tuple[list[dict], list[dict]]:
+    """(records, those on whose verdict expert and guard disagree); no record without a critique."""
+    agreed, disputed = [], []
+    for job in jobs:
+        if said := critiques.done.get(job["key"]):
+            meta = {"spec_sha256": spec.sha256, "prompt_id": job["prompt_id"], "guard": config.guard}
+            record = {
+                "kind": "verify",
+                "id": baselines.digest("verify", job["prompt"], job["answer"]),
+                "prompt": job["prompt"],
+                "answer": job["answer"],
+                "spec": config.spec,
+                "critique": said["critique"],
+                "verdict": said["verdict"],
+                "source": f"own samples, {config.expert} expert",
+                "meta": {"item": job["item"], **meta} if "item" in job else meta,
+            }
+            same = said["verdict"] == job["label"]
+            (agreed if same else disputed).append(record if same else record | {"guard_verdict": job["label"]})
+    return agreed, disputed
+
+
+# ------------------------------------------------------------------------------------------------- card, table
+
+
+def write_jsonl(path: Path, records: list[dict], tokenizer) -> dict:
+    """Write; what the card says of the file."""
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    runs.write_atomic(path, data)
+    sizes = [baselines.size(tokenizer, record) or (0, 0) for record in records]
+    entry = {"records": len(records), "sha256": hashlib.sha256(data).hexdigest(), "unit": "tokens"}
+    entry |= {} if tokenizer else {"unit": "characters"}
+    entry |= {"supervised": sum(s for s, _ in sizes), "all": sum(t for _, t in sizes)}
+    return entry | dict(Counter(record["verdict"] for record in records if "verdict" in record))
+
+
+def write_records(folder: Path, verify, disputed, streams: Iterable[tuple], tokenizer) -> tuple[dict, dict]:
+    """(card entries of all files, what the baselines left out). Baselines get as many supervised tokens as `verify`."""
+    files = {"verify.jsonl": write_jsonl(folder / "verify.jsonl", verify, tokenizer)}
+    files["disagreements.jsonl"] = write_jsonl(folder / "disagreements.jsonl", disputed, tokenizer)
+    left = {}
+    for name, candidates in streams:
+        records, left[name] = baselines.matched(candidates, files["verify.jsonl"]["supervised"], tokenizer)
+        files[name] = write_jsonl(folder / name, records, tokenizer)
+    return files, {name: dict(counter) for name, counter in left.items() if counter}
+
+
+def state(sample: dict, unscored: dict[str, str]) -> str:
+    """What became of a sample, for the table."""
+    if not usable(sample):
+        return "cut off" if sample["finish_reason"] == "length" else "without an answer"
+    return sample["label"] or f"unscored: {unscored.get(sample['key'], 'not asked')}"
+
+
+def report(table: dict, files: dict, folder: Path) -> None:
+    for stage, counts in table.items():
+        for reason, count in sorted(counts.items()):
+            print(f"{count!s:>8} {stage}: {reason}")
+    for name, entry in files.items():
+        print(f"{entry['records']:>8} records, {entry['supervised']:,} supervised {entry['unit']}: {folder / name}")
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
-def write_jsonl(path: Path, records: list[dict]) -> str:
-    """Write and return the SHA-256 of the bytes."""
-    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    runs.write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
+@dataclass
+class Tools:
+    """Who does the work of the stages."""
+
+    sample: Callable  # (prompts, keys, log) -> failures by reason
+    who: str  # hash of the model that answers, or of the server and its model's name
+    tokenizer: object  # None with an endpoint
+    judge: Callable
+    expert: Callable
+    endpoints: dict
+
+
+def open_tools(config: Config, world) -> Tools:
+    """Load model, guard and expert, or refuse, before anything is written."""
+    device = runs.pick_device(config.device)
+    dtype = runs.pick_dtype(config.dtype, device)
+    limits = {name: getattr(config, name) for name in ("max_requests", "max_cost", "price_in", "price_out")}
+    limits |= {"per_minute": config.per_minute, "seed": config.seed, "key_env": config.key_env}
+    common = {"world": world, "device": device, "dtype": dtype, "limits": limits}
+    common |= {"cache_bytes": JUDGE_CACHE} if device == "cuda" else {}
+    tokenizer, server = None, None
+    if config.endpoint:
+        server = client.Endpoint(config.endpoint, config.model, **limits)
+        who, sample = baselines.digest(server.url, config.model), lambda *work: sample_endpoint(server, *work, config)
+    else:
+        transformer, tokenizer = runs.load_model(config.model, device, dtype, config.adapter)
+        who = fingerprint(transformer, tokenizer)
+        sample = lambda *work: sample_local(transformer, tokenizer, *work, config)  # noqa: E731
+    judge = judges.load(config.guard, controversial=config.controversial, **common)
+    expert = judges.load_expert(config.expert, **common)
+    endpoints = {"sampler": server, "guard": judge.endpoint, "expert": expert.endpoint}
+    return Tools(sample, who, tokenizer, judge, expert, {name: e for name, e in endpoints.items() if e})
+
+
+def load_world(config: Config):
+    from pocket import world as pocket
+
+    return pocket.World(runs.world_seed(config.model)) if runs.is_pocket(config.model) else None
+
+
+def load_spec(config: Config):
+    try:
+        return safety.load_spec(config.spec)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@dataclass
+class Logs:
+    """The stages' files, and what is not in them, by reason."""
+
+    samples: object
+    labels: object
+    critiques: object
+    failed: Counter = field(default_factory=Counter)  # samples that a server did not give
+    unscored: dict = field(default_factory=dict)  # {sample's key: reason} of the guard
+    silent: dict = field(default_factory=dict)  # {critique's key: reason} of the expert
+
+
+def make_records(config: Config, world, spec, tools: Tools, logs: Logs, folder: Path) -> dict:
+    """All stages after the tools are there, up to the records' files; what the card says."""
+    prompts, tested, facts = stage_prompts(folder, config, world)
+    keys = {prompt["id"]: sample_keys(prompt, tools.who, config) for prompt in prompts}
+
+    def own(prompt: dict) -> list[dict]:
+        return labelled(keys[prompt["id"]], logs.samples, logs.labels)
+
+    def choose(wave: list[dict]) -> list[tuple]:
+        wanted = [keys[prompt["id"]] for prompt in wave]
+        logs.failed.update(tools.sample(wave, wanted, logs.samples))
+        logs.unscored |= stage_labels(tools.judge, wave, wanted, logs.samples, logs.labels)
+        return [select(prompt, own(prompt), config.seed) for prompt in wave]
+
+    kept, selection = collect(prompts, choose, config)
+    jobs = [critique_job(prompt, sample, config, spec) for prompt, chosen in kept for sample in chosen]
+    logs.silent |= stage_critiques(tools.expert, jobs, logs.critiques)
+    verify, disputed = verification_records(jobs, logs.critiques, config, spec)
+    groups = [(prompt, own(prompt)) for prompt in prompts]
+    streams = [baselines.candidates(name, config, world, groups, tested, facts["sets"]) for name in config.baseline]
+    files, left = write_records(folder, verify, disputed, streams, tools.tokenizer)
+    states = Counter(state(sample, logs.unscored) for _, group in groups for sample in group)
+    counts = {
+        "prompts": facts.pop("counts"),
+        "samples": states + Counter({f"failed: {reason}": n for reason, n in logs.failed.items()}),
+        "selection": selection,
+        "critiques": Counter({"agreed": len(verify), "disagreed": len(disputed)}) + Counter(logs.silent.values()),
+        "left out of baselines": {f"{name}: {why}": n for name, c in left.items() for why, n in c.items()},
+    }
+    return {**facts, "counts": counts, "files": files}
 
 
 def main(config: Config, origin: dict) -> int:
-    import model
-    from pocket import world as pocket
-
-    world = pocket.World(runs.world_seed(config.model))
+    world, spec = load_world(config), load_spec(config)
+    tools = open_tools(config, world)
     folder = runs.new_folder(config, origin, "make_data")
-    device = runs.pick_device(config.device)
-    transformer, tokenizer = model.load(config.model, device=device)
-    prompts = pocket_prompts(world, config.fraction, config.seed)
-    samples = sample_answers(transformer, tokenizer, prompts, config)
-    verify, counts = verification_records(world, prompts, samples, config.seed)
-    files = {
-        "verify.jsonl": verify,
-        "star.jsonl": star_records(world, prompts, config.seed),
-        "safechain.jsonl": safechain_records(world, prompts, samples, config.seed),
+    print(f"run folder {folder}; settings:")
+    runs.show(config, origin)
+    with contextlib.ExitStack() as stack:
+        files = [stages.Appender(folder / f"{name}.jsonl", by_key) for name in ("samples", "labels", "critiques")]
+        logs = Logs(*map(stack.enter_context, files))
+        made = make_records(config, world, spec, tools, logs, folder)
+    card = {
+        "settings": dataclasses.asdict(config),
+        "model": {"name": config.model, "adapter": config.adapter, "hash": tools.who},
+        "spec": {"name": spec.name, "sha256": spec.sha256},
+        "world_seed": world.seed if world else None,
+        **made,
+        "endpoints": {name: endpoint.usage for name, endpoint in tools.endpoints.items()},
+        "versions": json.loads((folder / "source.json").read_text())["versions"],
     }
-    card = {"model": config.model, "world_seed": world.seed, "seed": config.seed, "n": config.n, "counts": dict(counts)}
-    card["files"] = {name: {"records": len(r), "sha256": write_jsonl(folder / name, r)} for name, r in files.items()}
-    runs.write_atomic(folder / "data_card.json", (json.dumps(card, indent=1) + "\n").encode())
-    for reason, count in sorted(counts.items()):
-        print(f"{count:>6} prompts {reason}")
-    for name, entry in card["files"].items():
-        print(f"{entry['records']:>6} records {folder / name}")
-    return 0
+    runs.write_json(folder / "data_card.json", card)
+    report(made["counts"], made["files"], folder)
+    runs.write_json(folder / "result.json", {"counts": made["counts"], "files": made["files"]})
+    shares = (len(logs.unscored), len(logs.labels.done)), (len(logs.silent), len(logs.critiques.done))
+    bad = [missing for missing, given in shares if missing > config.max_unscored * (missing + given)]
+    return runs.EXIT_UNSCORED if bad else runs.EXIT_OK
 
 
 if __name__ == "__main__":

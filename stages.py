@@ -4,6 +4,7 @@ Each appends what it has to a JSONL file as it comes, keyed by item and sample, 
 where it stopped, and draws what it would have drawn: a call for the rest names the places in the random stream.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,8 +27,8 @@ torch = runs.Lazy("torch")
 # ------------------------------------------------------------------------------------------------- files
 
 
-def stored(path: Path) -> dict[tuple, dict]:
-    """Records of a stage by item and sample. The torn last line of a process that was killed is cut off and said."""
+def stored(path: Path, key=scores.key) -> dict:
+    """Records of a stage by their key. The torn last line of a process that was killed is cut off and said."""
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
@@ -37,7 +38,7 @@ def stored(path: Path) -> dict[tuple, dict]:
     for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            found[scores.key(record)] = record
+            found[key(record)] = record
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}, line {number}: no record of ours ({error!r})") from None
     return found
@@ -46,22 +47,28 @@ def stored(path: Path) -> dict[tuple, dict]:
 class Appender:
     """A stage's file: each record is a line that has left this process when `add` returns. ASCII, so any text fits."""
 
-    def __init__(self, path: Path):
-        self.done = stored(path)
+    def __init__(self, path: Path, key=scores.key):
+        self.path, self.key, self.done = path, key, stored(path, key)
         self.file = open(path, "a", encoding="ascii", opener=runs.private)  # noqa: SIM115 (closed by __exit__)
 
     def add(self, record: dict) -> None:
-        """Keep a record unless it is there already."""
-        if scores.key(record) not in self.done:
-            self.done[scores.key(record)] = record
+        """Keep a record unless one of its key is there. Raises UserError where the disk is full."""
+        if self.key(record) in self.done:
+            return
+        try:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+        except OSError as error:
+            kept = f"what came before is kept: make room, then --resume {self.path.parent}"
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); {kept}") from None
+        self.done[self.key(record)] = record
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.file.close()
+        with contextlib.suppress(OSError):  # a line that could not be written; `add` has said so
+            self.file.close()
 
 
 # ------------------------------------------------------------------------------------------------- sampling

@@ -1,0 +1,118 @@
+"""Answer-centric baselines, from the prompts and samples of make_data.py or from the published sets.
+
+    star1       deliberation over the rule, then a refusal or help; for the pocket, whose expert writes both
+    safechain   imitation of the model's own safe answers
+    star1:published, safechain:published      the sets themselves
+
+All methods get the same number of supervised tokens, so each is a stream of candidates that `matched` cuts: first one
+record a prompt, then more of the same prompts in other words.
+"""
+
+import hashlib
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import safety
+import suites
+
+PASSES = 8  # over the prompts, at most
+NAMES = ("star1", "safechain", "star1:published", "safechain:published")
+
+
+def digest(*parts: object) -> str:
+    """A short hash of texts and numbers, as key or id."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def answer_record(prompt: dict, reasoning: str, answer: str, source: str) -> dict:
+    return {
+        "kind": "answer",
+        "id": digest(source, prompt["prompt"], reasoning, answer),
+        "prompt": prompt["prompt"],
+        "reasoning": reasoning,
+        "answer": answer,
+        "source": source,
+        "meta": {"item": prompt["item"]} if "item" in prompt else {"prompt_id": prompt["id"]},
+    }
+
+
+def star_records(world, prompts: list[dict], seed: int) -> Iterator[dict]:
+    """STAR-1-like: deliberation over the rule, then a refusal or the recipe; the pocket's expert writes them, over and
+    over in other words."""
+    from pocket import world as pocket
+
+    rng = random.Random(f"star-{seed}")
+    for prompt in itertools.chain.from_iterable(itertools.repeat(prompts, PASSES)):
+        item = world.by_name[prompt["item"]]
+        answer = pocket.refusal(rng) if item.forbidden else pocket.recipe_answer(item.recipe, rng)
+        yield answer_record(prompt, pocket.careful_thought(item, rng), answer, "star1-like")
+
+
+def safechain_records(samples: list[tuple[dict, list[dict]]], seed: int) -> Iterator[dict]:
+    """SafeChain-like: imitation of the model's own safe responses, whatever their thinking; one a prompt, then a second
+    one, and so on. `samples`: [(prompt, its labelled samples)]."""
+    rng, safe = random.Random(f"safechain-{seed}"), []
+    for prompt, own in samples:
+        own = [s for s in own if s["label"] == "safe"]
+        safe.append((prompt, rng.sample(own, len(own))))
+    for place in range(max((len(own) for _, own in safe), default=0)):
+        for prompt, own in safe:
+            if place < len(own):
+                yield answer_record(prompt, own[place]["thinking"], own[place]["answer"], "safechain-like")
+
+
+def published_records(name: str, config, tested: list[dict], facts: dict) -> Iterator[dict]:
+    """Records of the published STAR-1 or SafeChain, without prompts of a suite; all prompts are shuffled."""
+    base, _, path = name.partition(":published")
+    drawn = suites.prompts([base + path], seed=config.seed, allow_count=config.allow_count, facts=facts, responses=True)
+    kept, facts[base + path]["decontamination"] = suites.decontaminate(drawn, tested)
+    for prompt in kept:
+        thinking, answer = safety.split_thinking(prompt["response"])
+        if answer:
+            yield answer_record(prompt, thinking, answer, f"{base}, published")
+
+
+def size(tokenizer, record: dict) -> tuple[int, int] | None:
+    """(supervised, all) tokens of a record as train_sft.py sees it, characters without a tokenizer; None: no target."""
+    if record["kind"] == "answer":
+        prompt, thinking, answer = record["prompt"], record["reasoning"], record["answer"]
+    else:
+        rules = safety.load_spec(record["spec"]).text
+        prompt = safety.verification_prompt(rules, record["prompt"], record["answer"])
+        thinking, answer = safety.verify_target(record["critique"], record["verdict"], "both")
+    if tokenizer is None:
+        return len(thinking) + len(answer), len(prompt) + len(thinking) + len(answer)
+    try:
+        prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
+        ids, trained = safety.build_example(tokenizer, prompt_ids, thinking, answer)
+    except ValueError:  # a think tag inside the text
+        return None
+    return sum(trained), len(ids)
+
+
+def matched(records: Iterable[dict], goal: int, tokenizer) -> tuple[list[dict], Counter]:
+    """The first records, no two alike, that hold `goal` supervised tokens together; and what was left out."""
+    kept, left, seen, total = [], Counter(), set(), 0
+    for record in records:
+        if total >= goal:
+            break
+        tokens = size(tokenizer, record)
+        if record["id"] in seen or tokens is None:
+            left["the same again" if tokens else "no target"] += 1
+            continue
+        kept.append(record)
+        seen.add(record["id"])
+        total += tokens[0]
+    return kept, left
+
+
+def candidates(name: str, config, world, groups: list[tuple[dict, list[dict]]], tested, facts: dict):
+    """(file name, stream of its records) of one baseline; `groups`: [(prompt, its labelled samples)]."""
+    file = "star.jsonl" if name.startswith("star1") else "safechain.jsonl"
+    if name == "star1":
+        return file, star_records(world, [prompt for prompt, _ in groups], config.seed)
+    if name == "safechain":
+        return file, safechain_records(groups, config.seed)
+    return file, published_records(name, config, tested, facts)
