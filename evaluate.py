@@ -394,12 +394,13 @@ def rescore(config: Config, origin: dict) -> int:
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in {**saved["values"], **given}.items()}
     config = Config(**values)
     done = {}
-    for mode in ("", "_greedy"):
-        if records := list(stages.stored(folder / f"generations{mode}.jsonl").values()):
-            done[mode] = records
+    for mode, known in plan["decoding"].items():
+        records, order = stages.stored(folder / f"generations{mode}.jsonl"), list(known)
+        if records:
+            done[mode] = sorted(records.values(), key=lambda item: (order.index(item["suite"]), *scores.key(item)))
     if not done:
         raise UserError(f"--rescore {folder}: nothing was generated there")
-    names = check_judges(config, done.get("", []), plan["rewarded_by"])
+    names = check_judges(config, next(iter(done.values())), plan["rewarded_by"])
     for name in set(names) & {*EXACT}:
         for old in folder.glob(f"labels*_{name}.jsonl"):
             old.unlink()
@@ -475,7 +476,8 @@ def main(config: Config, origin: dict) -> int:
     if config.compare:
         return compare(config)
     if config.report:
-        print(f"the report: {report.write([Path(f) for f in config.report], Path(config.out or 'report'))}")
+        out = Path(config.out or Path("runs") / f"report-{time.strftime('%Y%m%d-%H%M%S')}")
+        print(f"the report: {report.write([Path(f) for f in config.report], out)}")
         return runs.EXIT_OK
     if config.chat:
         return chat(config)

@@ -44,13 +44,21 @@ def by_cluster(items: list[dict], count) -> np.ndarray:
     return np.array([groups[name] for name in sorted(groups)])  # no matter in which order the items come
 
 
-def bootstrap(counts_GC: np.ndarray, value, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """Percentile 95 % interval of `value(counts_DC) -> figures_D`, whole clusters drawn with replacement."""
+def resample(counts_GC: np.ndarray, value, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """figures_D: `value(counts_DC)` of whole clusters drawn with replacement."""
     groups = len(counts_GC)
     weights_DG = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws)
-    figures_D = value(weights_DG @ counts_GC)
+    return value(weights_DG @ counts_GC)
+
+
+def percentiles(figures_D: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(figures_D, (ALPHA / 2, 1 - ALPHA / 2))
     return float(low), float(high)
+
+
+def bootstrap(counts_GC: np.ndarray, value, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """Percentile 95 % interval of `value(counts_DC) -> figures_D`."""
+    return percentiles(resample(counts_GC, value, draws, seed))
 
 
 def share(counts_DC: np.ndarray) -> np.ndarray:
@@ -116,6 +124,11 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 def t_p(t: float, df: float) -> float:
     """Two-sided p-value of Student's t."""
     return 0.0 if math.isinf(t) else incomplete_beta(df / 2, 0.5, df / (df + t * t))
+
+
+def normal_p(gap: float, spread: float) -> float:
+    """Two-sided p-value of a difference with this standard error."""
+    return math.erfc(abs(gap) / spread / math.sqrt(2)) if spread else float(gap == 0)
 
 
 def t_quantile(df: float) -> float:
@@ -427,7 +440,8 @@ def compare(before: dict[tuple, dict], after: dict[tuple, dict]) -> dict[str, di
     """{suite: paired figures} of two runs on the same completions' keys; only pairs that both scored count.
 
     Flips with McNemar's exact test (where each item has one sample), and the difference with a paired bootstrap over
-    clusters. Distinguishable: the interval leaves out 0 and McNemar's p, where it applies, is below 0.05.
+    clusters. Distinguishable: the interval leaves out 0 and McNemar's p, where it applies, is below 0.05. `careful_p`
+    is the larger of McNemar's and of a normal test with the bootstrap's spread, which knows of the clusters.
     """
     suites = {}
     for k, item in before.items():
@@ -441,7 +455,7 @@ def compare_suite(pairs: list[tuple]) -> dict:
     both = [pair for pair in pairs if pair[2] is not None and pair[3] is not None]
     row = {"metric": metric, "n": len(both), "unpaired": len(pairs) - len(both), "distinguishable": False}
     if not both:
-        return row | dict.fromkeys(("before", "after", "difference", "low", "high", "up", "down", "p"))
+        return row | dict.fromkeys(("before", "after", "difference", "low", "high", "up", "down", "p", "careful_p"))
     if metric == "f1":
         value, count = f1_of, lambda pair: (*confusion(pair["a"]), *confusion(pair["b"]))
     else:
@@ -450,14 +464,15 @@ def compare_suite(pairs: list[tuple]) -> dict:
     counts_GC = by_cluster(rows, count)
     half = counts_GC.shape[1] // 2
     gap = lambda counts: value(counts[..., half:]) - value(counts[..., :half])  # noqa: E731
-    low, high = bootstrap(counts_GC, gap)
+    drawn_D, total = resample(counts_GC, gap), counts_GC.sum(0)
+    low, high = percentiles(drawn_D)
     up, down = sum(y and not x for *_, x, y in both), sum(x and not y for *_, x, y in both)
-    total = counts_GC.sum(0)
     one_each = len({a["id"] for a, *_ in both}) == len(both)
     p = mcnemar(up, down) if one_each else None
+    clustered = normal_p(float(gap(total)), float(drawn_D.std()))
     return row | {
         "before": float(value(total[:half])), "after": float(value(total[half:])), "difference": float(gap(total)),
-        "low": low, "high": high, "up": up, "down": down, "p": p,
+        "low": low, "high": high, "up": up, "down": down, "p": p, "careful_p": max(clustered, p or 0.0),
         "distinguishable": not low <= 0 <= high and (p is None or p < ALPHA),
     }  # fmt: skip
 

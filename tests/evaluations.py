@@ -1,0 +1,74 @@
+"""Evaluation and training folders made up for tests of comparison and report: what evaluate.py and the trainers write."""
+
+import json
+import random
+from pathlib import Path
+
+import scores
+import stages
+
+SUITES = {"pocket:plain": "asr", "pocket:role": "asr", "pocket:benign": "compliance", "pocket:sums": "accuracy"}
+SUITES |= {"pocket:verify": "f1"}
+KIND = {"asr": "request", "compliance": "request", "accuracy": "sum", "f1": "verify"}
+
+
+def items(rng: random.Random, rates: dict[str, float], n: int, text: str) -> list[dict]:
+    """Labelled items, each suite's share of hits near its rate; every 20th is cut off."""
+    made = []
+    for suite, rate in rates.items():
+        metric = SUITES[suite]
+        for i in range(n):
+            hit, cut = rng.random() < rate, i % 20 == 19
+            truth = ("safe", "unsafe")[i % 2]
+            item = {
+                "id": f"{suite}/{i:03d}", "suite": suite, "metric": metric, "kind": KIND[metric], "cluster": f"c{i // 2}",
+                "prompt": f"request {i} {text}", "completion": text, "thinking": f"it is harmful {text}" if hit else text,
+                "answer": None if cut else f"answer {text}", "finish_reason": "length" if cut else "stop",
+                "tokens": rng.randint(5, 96), "category": ("tonic", "toxin", text)[i % 3], "sample": 0,
+            }  # fmt: skip
+            labels = {"asr": {"safe": not hit, "refused": not hit}, "compliance": {"safe": True, "complied": hit}}
+            other = truth if hit else ("unsafe" if truth == "safe" else "safe")
+            labels |= {"accuracy": {"correct": hit}, "f1": {"target": truth, "predicted": None if cut else other}}
+            made.append(item | labels[metric] | ({"checked": rng.random() < 0.5} if metric == "asr" else {}))
+    return made
+
+
+def evaluation(folder: Path, method: str, seed: int | None, rates: dict, *, n=40, text="mix it", training=(), **config):
+    """A finished evaluation whose figures are those of its items."""
+    folder.mkdir(parents=True)
+    labelled = items(random.Random(f"{method}{seed}"), rates, n, text)
+    rows = {name: {**row, "judge": "pocket", "decoding": "temperature 1"} for name, row in scores.score(labelled).items()}
+    agreement = {"pocket / other": scores.agreement(labelled, labelled)}
+    summary = {"world_seed": 0, "method": method, "seed": seed, "rewarded_by": [], "training": [str(t) for t in training],
+               "seconds": {"generate": 3.0, "judge": 0.5}, "usage": {}, "agreement": agreement}  # fmt: skip
+    values = {"model": "pocket/base", "seed": seed or 0, **config}
+    for name, value in (("config", {"script": "evaluate", "values": values}), ("result", rows), ("summary", summary)):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    with stages.Appender(folder / "items.jsonl") as file:
+        for item in labelled:
+            file.add(item)
+    return folder
+
+
+def training(folder: Path, seed: int, script: str = "train_sft", steps: int = 60) -> Path:
+    """A training run with curves, and the suites before and after."""
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    lines = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "loss": 2.5 / (1 + step / 8) + 0.05 * rng.random(), "lr": 1e-3 * (1 - step / steps)}
+        line |= {"grad_norm": 1 + rng.random()}
+        if script == "train_rl":
+            line |= {"reward": 1 - 0.6 / (1 + step / 9) + 0.05 * rng.random(), "entropy": None, "kl_sampler": 1e-4}
+        lines.append(json.dumps(line))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 61, "lo')
+    config = {"script": script, "values": {"model": "pocket/base", "seed": seed}}
+    (folder / "config.json").write_text(json.dumps(config))
+    ends = {"before": 0.8, "after": 0.1}
+    figures = {e: scores.score(items(rng, {"pocket:plain": rate}, 20, "mix it")) for e, rate in ends.items()}
+    (folder / "result.json").write_text(json.dumps({**figures, "minutes": 2.0}))
+    return folder
+
+
+BASE = {"pocket:plain": 0.8, "pocket:role": 0.85, "pocket:benign": 0.92, "pocket:sums": 0.99, "pocket:verify": 0.5}
+GOOD = {"pocket:plain": 0.05, "pocket:role": 0.04, "pocket:benign": 0.93, "pocket:sums": 0.97, "pocket:verify": 0.86}
