@@ -140,8 +140,8 @@ def objective(logp_N, sampler_N, advantage_N, denominator: float, config: Config
     the tokens: `kl_sampler` estimates KL(sampler | trainer) by ratio - 1 - log ratio (k3, Schulman 2020), `max_gap` is
     the largest |log ratio|, `clip_share` counts tokens whose gradient the clipping has taken.
     """
-    gap_N = logp_N - sampler_N
-    ratio_N = gap_N.clamp(-20, 20).exp()
+    gap_N = (logp_N - sampler_N).clamp(-20, 20)
+    ratio_N = gap_N.exp()
     clipped_N = ratio_N.clamp(1 - config.clip_low, 1 + config.clip_high)
     gain_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
     gain_N = torch.where(advantage_N < 0, torch.maximum(gain_N, config.clip_dual * advantage_N), gain_N)
@@ -546,6 +546,11 @@ def plan_memory(config: Config, device: str, dtype) -> dict[str, int | None]:
     token_bytes = 2 * shape.config.num_hidden_layers * shape.config.num_key_value_heads * shape.config.head_dim
     answer = token_bytes * dtype.itemsize * (config.max_prompt + config.max_tokens + engine.PAGE)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
+    family, _, guard = config.guard.partition("=")
+    if config.reward or family not in judges.FAMILIES:  # nothing that takes memory here
+        return optim.share_memory(plan, free, answer, 0.0)
+    guard = optim.shape_of(guard or judges.FAMILIES[family].model)
+    plan["guard"] = sum(p.numel() for p in guard.parameters()) * dtype.itemsize
     return optim.share_memory(plan, free, answer, config.guard_share)
 
 

@@ -1,0 +1,589 @@
+"""train_rl.py: advantages, objective and step against independent references; the sampler it corrects for; rewards,
+prompts, plan - and that each of these checks notices the bug it is there for."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import engine
+import kernels
+import mixture
+import model
+import optim
+import runs
+import train_rl
+from tests import families, tiny
+from train_rl import Config, Drawing
+
+SMALL = {"prompts": ("none",), "reward": "none.py", "evaluate": False, "lora_r": 0, "device": "cpu"}
+
+
+def settings(**changes) -> Config:
+    return Config(**{**SMALL, "prompts_per_step": 4, "group": 4, "max_tokens": 12, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.model_folder(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def transformer(folder):
+    return runs.load_model(str(folder), "cpu", torch.float32)[0]
+
+
+def fresh(folder):
+    transformer = runs.load_model(str(folder), "cpu", torch.float32)[0]
+    return transformer, optim.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
+
+
+def drawn(transformer, temperature=1.0, stop=False, seed=0) -> list[Drawing]:
+    """Answers of a random model with made-up advantages; `stop`: ends are common, so that most answers have one."""
+    rng, prompts = random.Random(seed), [[5, 6, 7], [9, 8], [11, 12, 13, 14]]
+    eos = set(range(0, 390, 6)) if stop else set()
+    sampler = engine.Engine(transformer, eos, max_context=32)
+    groups = sampler.generate(prompts, n=4, max_tokens=12, temperature=temperature, seed=seed)
+    return [
+        Drawing({}, prompt, s.ids, s.logprobs, advantage=rng.choice((-1.5, -0.5, 0.25, 1.0)))
+        for prompt, group in zip(prompts, groups, strict=True)
+        for s in group
+    ]
+
+
+def off_policy(live: list[Drawing], spread: float, seed: int = 0) -> list[Drawing]:
+    """The same answers as if drawn by a policy that differed: ratios on both sides of every clip."""
+    rng = random.Random(seed)
+    return [replace(d, logprobs=[x + rng.gauss(0, spread) for x in d.logprobs]) for d in live]
+
+
+# ------------------------------------------------------------------------------------------------- advantages
+
+
+@pytest.mark.parametrize(
+    ("rewards", "mean", "std"),
+    [
+        ([1, 0, 0, 1], [0.5, -0.5, -0.5, 0.5], [0.8660, -0.8660, -0.8660, 0.8660]),
+        ([1, 0], [0.5, -0.5], [0.7071, -0.7071]),
+        ([1.0, 0.25, 0.25], [0.5, -0.25, -0.25], [1.1547, -0.5774, -0.5774]),
+        ([1, None, 0], [0.5, None, -0.5], [0.7071, None, -0.7071]),
+        ([1, math.nan, 0, math.inf], [0.5, None, -0.5, None], [0.7071, None, -0.7071, None]),
+        ([1, 1, 1], [None] * 3, [None] * 3),
+        ([0.3, 0.3 + 1e-9, 0.3 - 1e-9], [None] * 3, [None] * 3),
+        ([1, None, math.nan], [None] * 3, [None] * 3),
+        ([None, None], [None] * 2, [None] * 2),
+    ],
+)
+def test_advantages(rewards, mean, std):
+    for kind, wanted in (("mean", mean), ("std", std)):
+        found = train_rl.advantages(rewards, kind, tolerance=1e-6)
+        assert [x is None for x in found] == [x is None for x in wanted]
+        assert [x for x in found if x is not None] == pytest.approx([x for x in wanted if x is not None], abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- objective
+
+
+def reference_loss(logp, sampler, advantage, denominator, low, high, dual):
+    """Token by token in fp64, branches instead of minima."""
+    total = torch.zeros((), dtype=torch.float64)
+    for x, old, a in zip(logp, sampler.double(), advantage.double(), strict=True):
+        ratio = torch.exp(x - old)
+        if a >= 0:
+            gain = a * (ratio if ratio < 1 + high else 1 + high)
+        elif ratio < 1 - low:
+            gain = a * (1 - low)
+        else:
+            gain = a * (ratio if ratio < dual else dual)
+        total = total - gain
+    return total / denominator
+
+
+@pytest.mark.parametrize("clips", [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)])
+def test_the_objective_is_the_reference(clips):
+    torch.manual_seed(1)
+    sampler = -torch.rand(400) * 4
+    logp = (sampler + torch.randn(400) * 0.7).requires_grad_()
+    advantage = torch.randn(400)
+    config = settings(clip_low=clips[0], clip_high=clips[1], clip_dual=clips[2])
+    loss, figures = train_rl.objective(logp, sampler, advantage, 123, config)
+    exact = logp.detach().double().requires_grad_()
+    wanted = reference_loss(exact, sampler, advantage, 123, *clips)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    loss.backward(), wanted.backward()
+    torch.testing.assert_close(logp.grad.double(), exact.grad, rtol=1e-5, atol=1e-8)
+    assert figures["clip_share"] == ((logp.grad == 0) & (advantage != 0)).sum().item()
+    gaps = (logp - sampler).detach().double()
+    assert figures["kl_sampler"] == pytest.approx((gaps.exp() - 1 - gaps).sum().item(), rel=1e-4)
+    assert figures["max_gap"] == pytest.approx(gaps.abs().max().item(), rel=1e-5)
+
+
+def test_a_ratio_beyond_floats_stays_finite():
+    logp = torch.tensor([200.0, -200.0, 200.0, -200.0], requires_grad=True)
+    loss, _ = train_rl.objective(logp, torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, -1.0]), 4, settings())
+    loss.backward()
+    assert math.isfinite(loss.item()) and logp.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def test_labels_are_the_drawn_tokens_and_the_last_is_no_input():
+    one = Drawing({}, [5, 6], [7, 8, 2], [-0.1, -0.2, -0.3], advantage=0.5)
+    other = Drawing({}, [4], [2], [-0.4], advantage=-1.0)
+    ids, labels, sampler, advantage, cu_seqlens = train_rl.pack([one, other])
+    assert ids.tolist() == [5, 6, 7, 8, 4] and cu_seqlens.tolist() == [0, 4, 5]
+    assert labels.tolist() == [-100, 7, 8, 2, 2]
+    assert sampler.tolist() == pytest.approx([0, -0.1, -0.2, -0.3, -0.4])
+    assert advantage.tolist() == [0, 0.5, 0.5, 0.5, -1.0]
+
+
+def loss_and_gradient(transformer, live, config) -> tuple[float, torch.Tensor, dict]:
+    """Of one step, taken before the update clears it."""
+    seen = {}
+
+    class Watch:
+        def step(self, lr, clip):
+            named = sorted(transformer.named_parameters())
+            seen["gradient"] = torch.cat([p.grad.flatten() for _, p in named])
+            transformer.zero_grad()
+            return 0.0
+
+    figures = train_rl.optimizer_step(transformer, Watch(), live, 0.0, config)
+    return figures["loss"], seen["gradient"], figures
+
+
+def in_transformers(folder, live, config, total) -> tuple[float, torch.Tensor]:
+    """The loss by the reference above over Transformers' log-probs, answer by answer, unpadded."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    loss = 0.0
+    for d in live:
+        logits_TV = theirs(torch.tensor([d.prompt_ids + d.action])).logits[0, len(d.prompt_ids) - 1 : -1].double()
+        logp_T = (logits_TV / config.temperature).log_softmax(1).gather(1, torch.tensor(d.action)[:, None])[:, 0]
+        advantage_T = torch.full_like(logp_T, d.advantage)
+        clips = config.clip_low, config.clip_high, config.clip_dual
+        loss = loss + reference_loss(logp_T, torch.tensor(d.logprobs), advantage_T, total, *clips)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for _, p in sorted(theirs.named_parameters())])
+
+
+def the_step_is_the_reference(folder, transformer, live, **changes):
+    """Whatever the micro-batches and the order of the answers."""
+    config = settings(**changes)
+    total = 4 * 4 * 12 if config.normaliser == "constant" else sum(len(d.action) for d in live)
+    wanted, gradient = in_transformers(folder, live, config, total)
+    for micro_tokens, order in ((10**6, live), (20, live), (45, live[::-1]), (30, random.Random(3).sample(live, 12))):
+        loss, mine, _ = loss_and_gradient(transformer, order, replace(config, micro_tokens=micro_tokens))
+        assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        assert (mine - gradient).norm() < 1e-5 * gradient.norm()
+
+
+OPTIONS = list(itertools.product((0.7, 1.0, 1.3), ("tokens", "constant"), (0.0, 0.4)))
+
+
+@pytest.mark.parametrize(("temperature", "normaliser", "spread"), OPTIONS)
+def test_the_step_is_the_reference(folder, transformer, temperature, normaliser, spread):
+    live = off_policy(drawn(transformer, temperature, stop=True), spread)
+    the_step_is_the_reference(folder, transformer, live, temperature=temperature, normaliser=normaliser)
+
+
+def test_the_check_notices_a_missing_temperature(folder, transformer, monkeypatch):
+    live, honest = drawn(transformer, 1.3), kernels.linear_logp
+    monkeypatch.setattr(kernels, "linear_logp", lambda x, w, y, temperature: honest(x, w, y, 1.0))
+    with pytest.raises(AssertionError):
+        the_step_is_the_reference(folder, transformer, live, temperature=1.3)
+
+
+def test_the_check_notices_a_masked_stop_token(folder, transformer, monkeypatch):
+    live, honest = drawn(transformer, stop=True), train_rl.pack
+
+    def masked(group, device="cpu"):
+        ids, labels, sampler, advantage, cu_seqlens = honest(group, device)
+        labels[cu_seqlens[1:].long() - 1] = -100
+        return ids, labels, sampler, advantage, cu_seqlens
+
+    monkeypatch.setattr(train_rl, "pack", masked)
+    with pytest.raises(AssertionError):
+        the_step_is_the_reference(folder, transformer, live)
+
+
+def test_the_check_notices_a_denominator_a_micro_batch(folder, transformer, monkeypatch):
+    live, honest = drawn(transformer), train_rl.objective
+
+    def own(logp, sampler, advantage, denominator, config):
+        return honest(logp, sampler, advantage, len(logp) * denominator / 40, config)
+
+    monkeypatch.setattr(train_rl, "objective", own)
+    with pytest.raises(AssertionError):
+        the_step_is_the_reference(folder, transformer, live)
+
+
+def test_the_check_notices_left_padding(folder, transformer, monkeypatch):
+    """Padding in front of a prompt that the model can see: what a padded batch without positions and mask computes."""
+    live, honest = drawn(transformer), train_rl.pack
+    padded = lambda group, device="cpu": honest([replace(d, prompt_ids=[0, 0] + d.prompt_ids) for d in group], device)  # noqa: E731
+    monkeypatch.setattr(train_rl, "pack", padded)
+    with pytest.raises(AssertionError):
+        the_step_is_the_reference(folder, transformer, live)
+
+
+# ------------------------------------------------------------------------------------------------- on policy
+
+
+def sampler_and_trainer_agree(transformer, temperature):
+    live = drawn(transformer, temperature)
+    _, _, figures = loss_and_gradient(transformer, live, settings(temperature=temperature))
+    assert figures["max_gap"] < 1e-5 and figures["clip_share"] == 0 and abs(figures["kl_sampler"]) < 1e-9
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_on_policy_every_ratio_is_one(transformer, temperature):
+    sampler_and_trainer_agree(transformer, temperature)
+
+
+def test_the_check_notices_a_temperature_in_the_sampler_alone(transformer, monkeypatch):
+    honest = kernels.linear_logp
+    monkeypatch.setattr(kernels, "linear_logp", lambda x, w, y, temperature: honest(x, w, y, 1.0))
+    with pytest.raises(AssertionError):
+        sampler_and_trainer_agree(transformer, 1.5)
+
+
+def test_on_policy_the_gradient_is_that_of_advantage_times_logp(folder, transformer):
+    live = drawn(transformer)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total = 0.0
+    for d in live:
+        logits_TV = theirs(torch.tensor([d.prompt_ids + d.action])).logits[0, len(d.prompt_ids) - 1 : -1]
+        total -= d.advantage * logits_TV.log_softmax(1).gather(1, torch.tensor(d.action)[:, None]).sum()
+    (total / sum(len(d.action) for d in live)).backward()
+    wanted = torch.cat([p.grad.flatten() for _, p in sorted(theirs.named_parameters())])
+    _, gradient, _ = loss_and_gradient(transformer, live, settings())
+    assert (gradient - wanted).norm() < 2e-5 * wanted.norm()
+
+
+def logp_of_stop(transformer) -> float:
+    """Of id 2 as the whole answer to the prompt 5 6."""
+    hidden_TH = transformer(torch.tensor([5, 6]), torch.tensor([0, 2], dtype=torch.int32))
+    return kernels.linear_logp(hidden_TH, transformer.head_weight, torch.tensor([-100, 2]))[0][1].item()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_stop_token_is_trained(folder, advantage):
+    """An answer that is nothing but its stop token becomes likelier, or less likely, by its advantage."""
+    transformer, trainee = fresh(folder)
+    before = logp_of_stop(transformer)
+    stop = Drawing({}, [5, 6], [2], [before], advantage=advantage)
+    assert train_rl.optimizer_step(transformer, trainee, [stop], 1e-3, settings())["grad_norm"] > 0
+    assert (logp_of_stop(transformer) - before) * advantage > 0.01
+
+
+# ------------------------------------------------------------------------------------------------- whole steps
+
+
+def a_pool(folder) -> tuple:
+    tokenizer = families.tokenizer("r1-qwen")
+    texts = [f"brew {i}" for i in range(6)]
+    prompts = [{"id": t, "prompt": t, "kind": "harmful", "source": "test", "ids": tokenizer.encode(t)} for t in texts]
+    return tokenizer, [mixture.Pool("test", 1.0, prompts)]
+
+
+def by_length(items):
+    return [(float(len(item["completion"]) % 2), {}, {}) for item in items]
+
+
+def run_step(folder, monkeypatch, trainee_of=fresh, scorer=by_length, **changes):
+    """(transformer, trainee, line, groups) after one step in which answers count although they are cut off."""
+    monkeypatch.setattr(train_rl, "answered", lambda item: True)
+    transformer, trainee = trainee_of(folder)
+    tokenizer, pools = a_pool(folder)
+    sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=64)
+    line, groups = train_rl.one_step(sampler, tokenizer, trainee, scorer, pools, 0, settings(**changes))
+    return transformer, trainee, line, groups
+
+
+def weights(transformer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in transformer.parameters()])
+
+
+def test_a_learning_rate_of_zero_leaves_the_weights_bitwise(folder, monkeypatch):
+    before = weights(fresh(folder)[0])
+    transformer, _, line, _ = run_step(folder, monkeypatch, lr=0.0)
+    assert torch.equal(weights(transformer), before)
+    assert line["live"] > 0 and line["grad_norm"] > 0 and line["clip_share"] == 0 and line["max_gap"] < 1e-5
+    assert not torch.equal(weights(run_step(folder, monkeypatch, lr=1e-3)[0]), before)
+
+
+def test_a_step_without_a_live_group_makes_no_update_and_says_so(folder, monkeypatch):
+    before = weights(fresh(folder)[0])
+    for value in (1.0, 0.0, None):
+        scorer = lambda items, value=value: [(value, {}, {})] * len(items)  # noqa: E731
+        transformer, trainee, line, _ = run_step(folder, monkeypatch, scorer=scorer, lr=1e-2)
+        assert torch.equal(weights(transformer), before) and not trainee.adam.state
+        assert line["live"] == 0 and line["loss"] == 0 and math.isnan(line["max_gap"])
+        assert line["zero_variance_right"] == (value == 1.0) and line["zero_variance_wrong"] == (value == 0.0)
+        assert line["unscored"] == (value is None)
+        assert any("no update" in words for words in train_rl.warnings(line, 1.0))
+
+
+def test_an_answer_without_a_score_is_left_out_of_loss_and_mean(folder, monkeypatch):
+    def scorer(items):
+        return [(None if i % 4 == 3 else float(i % 4 == 0), {}, {}) for i in range(len(items))]
+
+    _, _, _, groups = run_step(folder, monkeypatch, scorer=scorer)
+    for group in groups:
+        assert [d.advantage for d in group] == pytest.approx([2 / 3, -1 / 3, -1 / 3, None])
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch):
+    honest = train_rl.objective
+
+    def sick(*arguments):
+        loss, figures = honest(*arguments)
+        return loss * math.nan, figures
+
+    monkeypatch.setattr(train_rl, "objective", sick)
+    before = weights(fresh(folder)[0])
+    transformer, trainee, line, groups = run_step(folder, monkeypatch, lr=1e-2)
+    assert torch.equal(weights(transformer), before) and not trainee.adam.state
+    state = {**train_rl.FRESH}
+    for _ in range(2):
+        train_rl.note(state, line, 16)
+    assert state["skipped"] == state["in_a_row"] == 2 and state["updates"] == 0 and state["step"] == 2
+    train_rl.note(state, {**line, "grad_norm": 0.1}, 16)
+    assert state["in_a_row"] == 0 and state["skipped"] == 2 and state["updates"] == 1
+
+
+def test_a_rollout_is_a_function_of_seed_and_step(folder, monkeypatch):
+    drawings = [run_step(folder, monkeypatch, lr=0.0, seed=seed)[3] for seed in (0, 0, 1)]
+    actions = [[d.action for group in groups for d in group] for groups in drawings]
+    assert actions[0] == actions[1] != actions[2]
+    seeds = {train_rl.rollout_seed(seed, step) for seed in range(50) for step in range(50)}
+    assert len(seeds) == 2500 and min(seeds) > 10**9
+
+
+# ------------------------------------------------------------------------------------------------- rewards
+
+REQUEST = {"kind": "request", "harmful": True, "thinking": "hm", "answer": "x", "finish_reason": "stop"}
+BENIGN = {**REQUEST, "harmful": False}
+SAFE, UNSAFE = {"safe": True, "complied": True}, {"safe": False, "complied": False}
+REFUSED, SILENT = {"safe": True, "complied": False}, {"safe": True, "complied": None}
+
+
+@pytest.mark.parametrize(
+    ("item", "label", "thinking", "wanted"),
+    [
+        (REQUEST, SAFE, None, 1.0), (REQUEST, REFUSED, None, 1.0), (REQUEST, SILENT, None, 1.0),
+        (REQUEST, UNSAFE, None, 0.0), (REQUEST, {"unscored": "x"}, None, None),
+        (BENIGN, SAFE, None, 1.0), (BENIGN, REFUSED, None, 0.0), (BENIGN, UNSAFE, None, 0.0),
+        (BENIGN, SILENT, None, None), (BENIGN, {"unscored": "x"}, None, None),
+        (REQUEST, SAFE, UNSAFE, 0.0), (REQUEST, SAFE, SAFE, 1.0), (REQUEST, SAFE, {"unscored": "x"}, None),
+        (BENIGN, REFUSED, SAFE, 0.0), (BENIGN, SAFE, REFUSED, 1.0),
+        ({"kind": "maths"}, {"correct": True}, None, 1.0), ({"kind": "sum"}, {"correct": False}, None, 0.0),
+        ({"kind": "maths"}, {"unscored": "timeout"}, None, None),
+    ],
+)  # fmt: skip
+def test_rewards(item, label, thinking, wanted):
+    assert train_rl.reward(item, label, thinking) == wanted
+
+
+def test_answers_that_were_cut_off_or_are_empty_earn_nothing_and_see_no_judge():
+    endings = [("stop", "ok"), ("stop", " "), ("stop", None), ("length", "ok"), ("stop", "fine")]
+    items = [{**REQUEST, "finish_reason": reason, "answer": answer} for reason, answer in endings]
+    group, asked = [Drawing(item, [1], [2], [-1.0]) for item in items], []
+
+    def scorer(items):
+        asked.extend(items)
+        return [(1.0, {"harmful": 1.0}, SAFE)] * len(items)
+
+    live = train_rl.score_groups([group], scorer, settings(reward=""))
+    assert [d.reward for d in group] == [1.0, 0.0, 0.0, 0.0, 1.0] and live == group
+    assert [item["answer"] for item in asked] == ["ok", "fine"]
+
+
+def test_the_thinking_is_judged_where_asked_for():
+    calls = []
+
+    def judge(items, part="answer"):
+        calls.append((part, len(items)))
+        return [UNSAFE if part == "thinking" and item["thinking"] == "bad" else SAFE for item in items]
+
+    items = [{**REQUEST, "thinking": thinking} for thinking in ("bad", "good", " ")] + [{"kind": "maths"}]
+    judge_all = lambda items, part="answer": [  # noqa: E731
+        {"correct": True} if item["kind"] == "maths" else label
+        for item, label in zip(items, judge(items, part), strict=True)
+    ]
+    scored = train_rl.judge_rewards(judge_all, judge_thinking=True)(items)
+    assert [value for value, _, _ in scored] == [0.0, 1.0, 1.0, 1.0]
+    assert calls == [("answer", 4), ("thinking", 2)]
+    assert [parts for _, parts, _ in scored][-1] == {"maths": 1.0}
+    assert [v for v, _, _ in train_rl.judge_rewards(judge_all, judge_thinking=False)(items)] == [1.0] * 4
+
+
+OWN = {
+    "def reward(prompt, completion, meta): return len(completion), {'words': 1}": None,
+    "x = 1": "AttributeError: module 'own' has no attribute 'reward'",
+    "reward = 3": "reward is no function",
+    "def reward(prompt): return 1, {}": "TypeError",
+    "def reward(prompt, completion, meta): return 1": "not (number or None",
+    "def reward(prompt, completion, meta): return 'high', {}": "not (number or None",
+    "def reward(prompt, completion, meta): return 1, {'a': 'b'}": "not (number or None",
+    "def reward(prompt, completion, meta): return meta['nothing'], {}": "KeyError",
+    "def reward(": "SyntaxError",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), OWN.items())
+def test_an_own_reward_is_tried_before_the_run(tmp_path, text, message):
+    (tmp_path / "own.py").write_text(text)
+    example = {"prompt": "p", "kind": "request"}
+    if message:
+        with pytest.raises(runs.UserError) as error:
+            train_rl.own_rewards(str(tmp_path / "own.py"), example)
+        assert message in str(error.value)
+    else:
+        scorer = train_rl.own_rewards(str(tmp_path / "own.py"), example)
+        assert scorer([{**example, "completion": "abc"}]) == [(3, {"words": 1}, {})]
+
+
+def test_an_own_reward_may_leave_an_answer_unscored(tmp_path):
+    text = "def reward(p, c, m): return {'a': float('nan'), 'b': None}.get(c, 0.5), {'x': float('inf')}"
+    (tmp_path / "own.py").write_text(text)
+    scorer = train_rl.own_rewards(str(tmp_path / "own.py"), {"prompt": "p"})
+    scored = scorer([{"prompt": "p", "completion": c} for c in "abc"])
+    assert [value for value, _, _ in scored] == [None, None, 0.5] and scored[0][1] == {"x": None}
+
+
+# ------------------------------------------------------------------------------------------------- prompts
+
+
+def pool(name, n, weight=None):
+    return mixture.Pool(name, weight or n, [{"id": f"{name}{i}", "prompt": f"{name} {i}"} for i in range(n)])
+
+
+def test_every_step_has_the_same_share_of_each_pool():
+    assert mixture.quotas([1, 1, 3], 64) == [13, 13, 38]
+    assert mixture.quotas([1, 1, 1], 64) == [22, 21, 21] and mixture.quotas([5], 3) == [3]
+    pools = [pool("a", 10), pool("b", 30)]
+    for step in range(20):
+        names = [p["prompt"][0] for p in mixture.of_step(pools, step, 8, seed=0)]
+        assert names.count("a") == 2 and names.count("b") == 6
+
+
+def test_every_prompt_comes_once_before_any_comes_twice():
+    pools = [pool("a", 12)]
+    ids = [p["id"] for step in range(6) for p in mixture.of_step(pools, step, 4, seed=5)]
+    assert sorted(ids[:12]) == sorted(ids[12:]) == sorted(p["id"] for p in pools[0].prompts) and ids[:12] != ids[12:]
+    assert [p["id"] for p in mixture.of_step(pools, 4, 4, seed=5)] == ids[16:20]
+    assert [p["id"] for p in mixture.of_step(pools, 4, 4, seed=6)] != ids[16:20]
+
+
+def test_held_out_prompts_are_on_one_side_only():
+    pools = [pool("a", 10), pool("b", 10)]
+    pools[1].prompts[0] = {"id": "again", "prompt": pools[0].prompts[3]["prompt"]}
+    held_out = mixture.hold_out(pools, 6, seed=1)
+    left = {p["prompt"] for each in pools for p in each.prompts}
+    assert len(held_out) == 6 and not left & {p["prompt"] for p in held_out} and len(left) == 13
+    with pytest.raises(runs.UserError, match="leaves no prompt"):
+        mixture.hold_out([pool("a", 1), pool("b", 40)], 20, seed=0)
+
+
+def test_words_of_prompts(monkeypatch):
+    asked = []
+
+    def prompts(names, world, limit, seed):
+        asked.append((names, limit))
+        return [{"prompt": str(i)} for i in range(limit or 7)]
+
+    monkeypatch.setattr(mixture.suites, "prompts", prompts)
+    pools = mixture.load(("a", "b@2.5", "pocket:rl#3", "own=x/y.jsonl@2#5"), None, 0)
+    assert [(p.name, p.weight) for p in pools] == [("a", 7), ("b", 2.5), ("pocket:rl", 3), ("own=x/y.jsonl", 2)]
+    assert asked == [(["a"], 0), (["b"], 0), (["pocket:rl"], 3), (["own=x/y.jsonl"], 5)]
+    with pytest.raises(runs.UserError, match="weight must be positive"):
+        mixture.load(("a@0",), None, 0)
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted():
+    tokenizer = families.tokenizer("r1-qwen")
+    pools = [mixture.Pool("a", 1, [{"prompt": "mix " * n} for n in (1, 2, 40)])]
+    assert mixture.fit(pools, tokenizer, 20) == 1
+    assert [len(p["ids"]) <= 20 for p in pools[0].prompts] == [True, True]
+    with pytest.raises(runs.UserError, match="no prompt has at most 2 tokens"):
+        mixture.fit(pools, tokenizer, 2)
+
+
+# ------------------------------------------------------------------------------------------------- health
+
+
+def of_kind(kind, value, label, text="t", reason="stop"):
+    item = {"kind": "request" if kind != "maths" else kind, "harmful": kind == "harmful", "completion": text}
+    return Drawing({**item, "finish_reason": reason}, [1], [2, 3], [-1.0, -0.5], value, {kind: value}, label)
+
+
+def test_the_health_line():
+    groups = [
+        [of_kind("harmful", 1.0, {"safe": True, "refused": True}), of_kind("harmful", 0.0, {"safe": False})],
+        [of_kind("benign", 0.0, {"refused": True}), of_kind("benign", 0.0, {"refused": False}, reason="length")],
+        [of_kind("maths", 1.0, {"correct": True}), of_kind("maths", 1.0, {"correct": True}, text="u")],
+        [of_kind("benign", None, {"unscored": "x"}), of_kind("benign", 1.0, {"refused": False})],
+    ]
+    for d, advantage in zip(groups[0], (0.5, -0.5), strict=True):
+        d.advantage = advantage
+    line = train_rl.health(groups)
+    wanted = {
+        "reward": 4 / 7, "reward_harmful": 0.5, "reward_benign": 1 / 3, "reward_maths": 1.0, "safe": 0.5,
+        "refused_benign": 1 / 3, "correct": 1.0, "zero_variance_right": 0.25, "zero_variance_wrong": 0.25,
+        "truncated": 1 / 8, "unscored": 1 / 8, "entropy": 0.75, "length": 2.0, "same_text": 7 / 8,
+    }  # fmt: skip
+    assert line == pytest.approx(wanted)
+
+
+def test_collapse_is_put_in_words():
+    fine = {"live": 9, "refused_benign": 0.1, "safe": 0.5, "same_text": 0.1, "entropy": 0.3, "truncated": 0.0}
+    fine |= {"unscored": 0.0, "kl_sampler": 1e-4}
+    assert train_rl.warnings(fine, 0.4) == []
+    nothing = fine | {"refused_benign": math.nan, "safe": math.nan, "kl_sampler": math.nan}
+    assert train_rl.warnings(nothing, 0.4) == []
+    for change, word in [
+        ({"live": 0}, "no update"), ({"refused_benign": 0.9}, "refused"), ({"safe": 0.0}, "harmful"),
+        ({"same_text": 0.7}, "same verdict"), ({"entropy": 0.01}, "entropy"), ({"truncated": 0.5}, "--max-tokens"),
+        ({"unscored": 0.5}, "unscored"), ({"kl_sampler": 0.1}, "disagree"),
+    ]:  # fmt: skip
+        (said,) = train_rl.warnings(fine | change, 0.4)
+        assert word in said
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+R1_1_5B = {
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+def test_the_plan_counts_every_byte_of_the_training_state():
+    with torch.device("meta"):
+        shape = model.Transformer(model.Config.from_dict(R1_1_5B))
+    n = sum(p.numel() for p in shape.parameters())
+    full = optim.training_bytes(shape, 0, torch.bfloat16, 16384, False)
+    assert full["weights"] == 2 * n and full["fp32 masters"] == 4 * n and full["Adam"] == 8 * n
+    assert optim.training_bytes(shape, 0, torch.float32, 16384, False)["fp32 masters"] == 0
+    lora = optim.training_bytes(shape, 16, torch.bfloat16, 16384, True)
+    pairs = 28 * 16 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    assert lora["fp32 masters"] == 4 * pairs and lora["Adam"] == 8 * pairs
+    assert lora["activations"] < full["activations"] / 10
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_figures():
+    plan = {"weights": 3 << 30, "Adam": 12 << 30}
+    shared = optim.share_memory(plan, 80 << 30, answer_bytes=1 << 28, guard_share=0.25)
+    rest = int(0.95 * (80 << 30)) - (15 << 30)
+    assert shared["policy cache"] == pytest.approx(0.75 * rest, abs=2)
+    assert shared["guard cache"] == pytest.approx(0.25 * rest, abs=2)
+    with pytest.raises(runs.UserError, match=r"16.00 GiB of free GPU memory: weights 3.00, Adam 12.00 GiB"):
+        optim.share_memory(plan, 16 << 30, answer_bytes=1 << 28, guard_share=0.25)
+    assert optim.share_memory(plan, 0, 1, 0.3)["policy cache"] is None
