@@ -84,7 +84,7 @@ class Config:
             f"--records {self.records}: must be 0 or more": self.records >= 0,
             f"--fraction {self.fraction}: must be in (0, 1]": 0 < self.fraction <= 1,
             f"--max-unscored {self.max_unscored}: must be in [0, 1]": 0 <= self.max_unscored <= 1,
-            "--expert: name who writes the critiques, such as endpoint=MODEL@URL": self.expert != "",
+            f"--expert: {self.model} is no pocket; name who writes the critiques, such as endpoint=M@URL": self.expert,
             f"--baseline {' '.join(self.baseline)}: there are {', '.join(known)}": set(stars) <= set(known),
             "--baseline star1: only the pocket's expert writes such answers; take star1:published": "star1" not in stars
             or self.expert == "pocket",
