@@ -1,0 +1,303 @@
+"""Whole runs of train_rl: learning a toy task, resume after any stop, adapters, the run folder, refusals."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine
+import mixture
+import model
+import optim
+import runs
+import train_rl
+from tests import toy
+from tests.test_sft import as_flags, lines
+from train_rl import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy.folder(tmp_path_factory.mktemp("toy") / "base")
+
+
+# ------------------------------------------------------------------------------------------------- learning
+
+
+def learn(folder, seed: int, spoil: bool, steps: int = 90) -> list[float]:
+    """Rewards of the steps until the task is learned: of the four digits, say the one that is asked, then stop."""
+    transformer, tokenizer = runs.load_model(str(folder), "cpu", torch.float32)
+    config = Config(
+        prompts=("toy",), prompts_per_step=16, group=16, max_tokens=8, lora_r=0, lr=6e-3, reward="toy", seed=seed,
+        micro_tokens=4096, warmup=0, evaluate=False,
+    )  # fmt: skip
+    trainee = optim.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
+    sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=32)
+    texts = [f"say {digit}" for digit in toy.DIGITS]
+    prompts = [{"id": t, "prompt": t, "kind": "own", "source": "toy"} for t in texts]
+    pools, rng, learned = [mixture.Pool("toy", 1.0, prompts)], random.Random(seed), []
+    mixture.fit(pools, tokenizer, 10)
+
+    def scorer(items):
+        right = [float(item["completion"].split()[:1] == item["prompt"].split()[1:]) for item in items]
+        return [(r, {}, {}) for r in (rng.sample(right, len(right)) if spoil else right)]
+
+    for step in range(steps):
+        line, _ = train_rl.one_step(sampler, tokenizer, trainee, scorer, pools, step, config)
+        learned.append(line["reward"])
+        if min(learned[-3:]) > 0.93:
+            break
+    return learned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_toy_task_is_learned(folder, seed):
+    learned = learn(folder, seed, spoil=False)
+    assert learned[0] < 0.3 and min(learned[-3:]) > 0.9
+
+
+@pytest.mark.slow
+def test_shuffled_rewards_teach_nothing(folder):
+    learned = learn(folder, 0, spoil=True)
+    assert max(learned) < 0.4  # what a model that always stops gets by chance is a quarter
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+def settings_of(folder, tmp_path, **changes) -> dict:
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"say {d}"}) + "\n" for d in toy.DIGITS))
+    (tmp_path / "reward.py").write_text(toy.REWARD)
+    settings = {
+        "model": str(folder), "prompts": (f"own={tmp_path}/own.jsonl:kind=benign",), "reward": str(tmp_path / "reward.py"),
+        "prompts_per_step": 4, "group": 4, "max_tokens": 8, "max_prompt": 16, "steps": 6, "lr": 3e-3, "held_out": 1,
+        "evaluate_every": 2, "micro_tokens": 64, "device": "cpu", "dtype": "float32", "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    return settings | changes
+
+
+def start(settings: dict, code=runs.EXIT_OK) -> Path:
+    config = Config(**settings)
+    assert not config.problems()
+    assert train_rl.main(config, dict.fromkeys(settings | vars(config), "flag")) == code
+    return Path(config.out)
+
+
+def go_on(folder: Path) -> None:
+    config, origin = runs.parse(Config, ["--resume", str(folder)])
+    assert train_rl.main(config, origin) == runs.EXIT_OK
+
+
+def steady(line: dict) -> dict:
+    """Without what the clock says."""
+    return {k: v for k, v in line.items() if "seconds" not in k and k not in ("tokens_per_s", "peak_gib", "saved_at")}
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, random generators, log and samples, bit by bit."""
+    names = [p.relative_to(one) for p in (one / "model").glob("*.safetensors")]
+    assert names and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    last = runs.checkpoints(one)[-1].name
+    paths = [run / "checkpoints" / last for run in (one, other)]
+    tensors, others = (load_file(path / "tensors.safetensors") for path in paths)
+    assert tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in tensors)
+    states = [json.loads((path / "state.json").read_text()) for path in paths]
+    assert steady(states[0]) == steady(states[1])
+    assert list(map(steady, lines(one / "metrics.jsonl"))) == list(map(steady, lines(other / "metrics.jsonl")))
+    assert lines(one / "samples.jsonl") == lines(other / "samples.jsonl")
+
+
+@pytest.mark.parametrize("variant", [{}, {"lora_r": 0}, {"lora_r": 0, "dtype": "bfloat16"}])
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(folder, tmp_path, monkeypatch, variant):
+    settings = settings_of(folder, tmp_path, **variant)
+    whole = start(settings | {"out": str(tmp_path / "whole")})
+    honest, left = train_rl.draw, [6]
+
+    def with_ctrl_c(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(*arguments)
+
+    monkeypatch.setattr(train_rl, "draw", with_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        start(settings)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert [p.name for p in runs.checkpoints(tmp_path / "run")][-1] == "step-4"
+    go_on(tmp_path / "run")
+    same_run(whole, tmp_path / "run")
+
+
+KILLED = """
+import os, signal, sys
+import train_rl, runs
+honest, calls = train_rl.score_groups, []
+def die_in_the_middle_of_a_step(*arguments):
+    calls.append(0)
+    if len(calls) == 7:  # five steps, two evaluations: between the answers of step 5 and its update
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(*arguments)
+train_rl.score_groups = die_in_the_middle_of_a_step
+runs.main(train_rl.Config, train_rl.main)
+"""
+
+
+def test_a_killed_run_draws_its_cut_off_step_again_as_it_was(folder, tmp_path):
+    settings = settings_of(folder, tmp_path)
+    whole = start(settings | {"out": str(tmp_path / "whole")})
+    flags = {name: value for name, value in settings.items() if name != "prompts"}
+    program = [sys.executable, "-c", KILLED, *as_flags(flags), "--prompts", *settings["prompts"]]
+    killed = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "run"
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [p.name for p in runs.checkpoints(run)] == ["step-3", "step-4"]
+    go_on(run)
+    same_run(whole, run)
+
+
+def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
+    run = start(settings_of(folder, tmp_path))
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json",
+    }  # fmt: skip
+    logged = lines(run / "metrics.jsonl")
+    needed = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "reward", "reward_length", "safe"}
+    needed |= {"refused_benign", "correct", "zero_variance_right", "zero_variance_wrong", "truncated", "entropy"}
+    needed |= {"kl_sampler", "max_gap", "clip_share", "warnings", "live"}
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
+    assert all(needed <= line.keys() for line in logged)
+    assert [line["step"] for line in logged if "held_out_reward" in line] == [2, 4]
+    kept = lines(run / "samples.jsonl")
+    assert all({"prompt", "completion", "reward", "advantage", "finish_reason"} <= line.keys() for line in kept)
+    assert json.loads((run / "result.json").read_text())["step"] == 6
+    assert (run / "samples.jsonl").stat().st_mode & 0o777 == 0o600
+    shown = capsys.readouterr().out
+    for part in ("3 prompts", "1 held out", "4 prompts x 4 answers", "memory:", "PEFT", str(run), "flag"):
+        assert part in shown
+
+
+def test_in_loop_evaluation_leaves_the_training_as_it_is(folder, tmp_path):
+    settings = settings_of(folder, tmp_path)
+    often = start(settings | {"evaluate_every": 1})
+    never = start(settings | {"evaluate_every": 0, "out": str(tmp_path / "never")})
+    names = ("loss", "reward", "entropy", "grad_norm")
+    one, other = ([[line[n] for n in names] for line in lines(run / "metrics.jsonl")] for run in (often, never))
+    assert one == other
+
+
+def test_a_judge_that_fails_gives_exit_3_after_everything_is_written(folder, tmp_path):
+    settings = settings_of(folder, tmp_path, steps=2)
+    (tmp_path / "reward.py").write_text("def reward(p, c, m): return (None if len(c) % 2 else 1.0), {}")
+    run = start(settings, code=runs.EXIT_UNSCORED)
+    assert json.loads((run / "result.json").read_text())["unscored_share"] > 0.01 and (run / "model").is_dir()
+
+
+def test_data_or_rewards_that_changed_are_not_gone_on_with(folder, tmp_path):
+    run = start(settings_of(folder, tmp_path, steps=2))
+    (run / "result.json").unlink()
+    (tmp_path / "reward.py").write_text(toy.REWARD + "\n# another\n")
+    with pytest.raises(runs.UserError, match="have changed"):
+        go_on(run)
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """An adapter of rank 4 that does something."""
+    transformer, _ = runs.load_model(str(folder), "cpu", torch.float32)
+    for parameter in model.add_lora(transformer, 4, 8.0, seed=1):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_adapter(transformer, tmp_path / "adapter", base=str(folder))
+    return tmp_path / "adapter"
+
+
+def logits(transformer) -> torch.Tensor:
+    with torch.no_grad():
+        return transformer.logits(torch.tensor([1, 3, 5]), torch.tensor([0, 3], dtype=torch.int32))
+
+
+def test_an_adapter_is_trained_on_or_merged_once(folder, tmp_path, adapter):
+    wanted = logits(runs.load_model(str(folder), "cpu", torch.float32, str(adapter))[0])
+    assert not torch.allclose(wanted, logits(runs.load_model(str(folder), "cpu", torch.float32)[0]), atol=1e-3)
+    for rank in (4, 0):
+        config = Config(**settings_of(folder, tmp_path, adapter=str(adapter), lora_r=rank))
+        transformer, _ = train_rl.load_policy(config, "cpu", torch.float32)
+        assert torch.allclose(logits(transformer), wanted, atol=1e-5)
+        trained = {name.rpartition(".")[2] for name, p in transformer.named_parameters() if p.requires_grad}
+        assert trained == ({"lora_A", "lora_B"} if rank else {"weight", "bias"})
+        assert (transformer.lora or {"r": 0})["r"] == rank
+
+
+def test_an_adapter_of_another_rank_is_refused(folder, tmp_path, adapter):
+    with pytest.raises(runs.UserError, match="has rank 4"):
+        start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_an_adapter_saves_one_that_loads(folder, tmp_path, adapter):
+    run = start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=4, steps=2))
+    trained = runs.load_model(str(folder), "cpu", torch.float32, str(run / "model"))[0]
+    assert trained.lora == {"r": 4, "alpha": 8.0, "targets": sorted(model.LORA_TARGETS)}
+    assert not torch.allclose(logits(trained), logits(runs.load_model(str(folder), "cpu", torch.float32)[0]), atol=1e-3)
+
+
+def test_lora_takes_ten_times_the_learning_rate_unless_a_flag_says():
+    for origin, lora_r, wanted in (("default", 16, 1e-5), ("default", 0, 1e-6), ("flag", 16, 1e-6)):
+        told = {"lr": origin}
+        assert train_rl.settle_lr(Config(lr=1e-6, lora_r=lora_r), told).lr == pytest.approx(wanted)
+        assert ("x 10" in told["lr"]) == (wanted == 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def shell(*flags, cwd=ROOT) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(ROOT / "train_rl.py"), *map(str, flags)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd)
+
+
+def test_every_wrong_flag_is_in_one_message(tmp_path):
+    wrong = {"--group": "1", "--temperature": "0", "--clip-dual": "1.1", "--advantage": "rank", "--steps": "none"}
+    wrong |= {"--reward": "nothing.py", "--beta2": "1.5", "--lr": "-1", "--normaliser": "batch", "--prompts": None}
+    flags = [word for pair in wrong.items() for word in pair if word]
+    flags.remove("--prompts")
+    done = shell(*flags, "--model", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for name in wrong:
+        assert name in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["fortress", "strongreject", "pocket:plain", "nothing"])
+def test_sets_for_evaluation_are_refused(monkeypatch, tmp_path, name):
+    config = Config(model=str(ROOT / "pocket/base"), prompts=("pocket:rl", name), out=str(tmp_path / "run"))
+    with pytest.raises(runs.UserError, match=name):
+        train_rl.main(config, dict.fromkeys(vars(config), "flag"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_pockets_run_raises_its_reward_and_ends_with_its_table(tmp_path):
+    done = shell("--out", tmp_path / "run", "--steps", "12", "--prompts-per-step", "32")
+    assert done.returncode == 0, done.stderr
+    logged = lines(tmp_path / "run" / "metrics.jsonl")
+    assert sum(line["reward"] for line in logged[-3:]) > sum(line["reward"] for line in logged[:3]) + 0.15
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["before"].keys() == result["after"].keys() >= {"pocket:prefill", "pocket:hcot", "pocket:benign"}
+    assert math.isfinite(result["minutes"])
+    for part in ("mean of 4 wrappers", "thinks:", str(tmp_path / "run")):
+        assert part in done.stdout
