@@ -8,6 +8,7 @@ setting.
     runs -> {method: [run of each seed]} -> sections, each a function of that -> page
 """
 
+import functools
 import html
 import json
 import math
@@ -42,11 +43,11 @@ PAPER = {
         "SInternal SFT, another model's experience": (9.6, 27.4, 27.6),
     },
 }
-GROUPS = {  # the paper's layout: what a column measures
-    "asr": "attack success, lower is better",
-    "compliance": "compliance, higher is better",
-    "accuracy": "accuracy, higher is better",
-    "f1": "verification F1, higher is better",
+GROUPS = {  # the paper's layout: what a column measures, and whether it should be low or high
+    "asr": "attack success ↓",
+    "compliance": "compliance ↑",
+    "accuracy": "accuracy ↑",
+    "f1": "verification F1 ↑",
 }
 
 
@@ -87,6 +88,10 @@ def section(name: str, title: str, lead: str, content: str) -> str:
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-0.0", "+0.0")
 
 
 def shown_p(p: float) -> str:
@@ -196,7 +201,8 @@ def figure(group: list[Run], suite: str) -> Figure | None:
         return None
     rows = [run.figures[suite] for run in group if run.figures.get(suite, {}).get("value") is not None]
     mean, half = scores.t_interval(points)
-    low, high = (rows[0]["low"], rows[0]["high"]) if half is None else (max(0, mean - half), min(1, mean + half))
+    over_items = rows[0]["low"], rows[0]["high"]  # also where seeds agree exactly: that is luck, not certainty
+    low, high = (max(0, mean - half), min(1, mean + half)) if half else over_items
     bounds = [sum(row.get(name, row["value"]) for row in rows) / len(rows) for name in ("best", "worst")]
     return Figure(mean, low, high, points, *bounds)
 
@@ -233,6 +239,105 @@ def family(methods: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
             if p is not None:
                 found[name, suite] = p
     return scores.holm(found)
+
+
+# ------------------------------------------------------------------------------------------------- at a glance
+
+
+def group_mean(figures: dict, metric: str) -> float | None:
+    """Mean value over a run's suites of one metric."""
+    values = [row["value"] for row in figures.values() if row["metric"] == metric and row["value"] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def trade_off(methods: dict[str, list[Run]]) -> str:
+    """Attack success against compliance: a small dot a run, a large one and a name a method."""
+    size, left, bottom = 420, 46, 40
+    x = lambda v: left + (size - left - 14) * v  # noqa: E731
+    y = lambda v: size - bottom - (size - bottom - 34) * v  # noqa: E731
+    parts = []
+    for t in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f"<line class=grid x1={x(t):.1f} y1={y(0):.1f} x2={x(t):.1f} y2={y(1):.1f} />")
+        parts.append(f"<line class=grid x1={x(0):.1f} y1={y(t):.1f} x2={x(1):.1f} y2={y(t):.1f} />")
+        parts.append(f"<text class=tick x={x(t):.1f} y={y(0) + 16:.1f} text-anchor=middle>{100 * t:.0f}</text>")
+        parts.append(f"<text class=tick x={left - 7} y={y(t) + 4:.1f} text-anchor=end>{100 * t:.0f}</text>")
+    drawn, names = 0, []
+    for colour, (name, group) in enumerate(methods.items()):
+        dots = [(group_mean(run.figures, "compliance"), group_mean(run.figures, "asr")) for run in group]
+        dots = [d for d in dots if None not in d]
+        if dots:
+            a, b = (sum(d[side] for d in dots) / len(dots) for side in (0, 1))
+            parts += [f"<circle class='small c{colour % COLOURS}' cx={x(p):.1f} cy={y(q):.1f} r=3 />" for p, q in dots]
+            parts.append(f"<circle class='mark c{colour % COLOURS}' cx={x(a):.1f} cy={y(b):.1f} r=8 />")
+            names.append((y(b), x(a), name))
+            drawn += 1
+    parts += spread(names)
+    axes = (
+        f"<text class=title x=0 y=14>safe and helpful</text><text class=aim x={x(1):.1f} y=14 text-anchor=end>attack "
+    )
+    axes += f"success, mean ↓</text><text class=aim x={x(1):.1f} y={size - 6} text-anchor=end>compliance, mean →</text>"
+    axes += (
+        f"<path class=corner d='M{x(1):.1f} {y(0):.1f} H{x(0.6):.1f} A{x(1) - x(0.6):.1f} {y(0) - y(0.4):.1f} 0 0 1 "
+    )
+    axes += f"{x(1):.1f} {y(0.4):.1f} Z' />"
+    return f"<figure class=card><svg viewBox='0 0 {size} {size}' role=img>{axes}{''.join(parts)}</svg></figure>" * (
+        drawn > 0
+    )
+
+
+def spread(names: list[tuple[float, float, str]]) -> list[str]:
+    """Labels left of their dots, moved apart where they would lie over one another."""
+    parts, last = [], -99.0
+    for y, x, name in sorted(names):
+        last = max(y + 4, last + 15)
+        side, anchor = (x + 15, "start") if x < 180 else (x - 15, "end")
+        parts.append(f"<text class=name x={side:.1f} y={last:.1f} text-anchor={anchor}>{e(name[:24])}</text>")
+    return parts
+
+
+def bars_card(title: str, methods: dict[str, list[Run]], measures: dict) -> str:
+    """Bars, a block a measure and a bar a method. measures: {label: figures of a run -> share or None}."""
+    width, thick = 420, 13 if len(methods) < 7 else 8
+    parts, y = [f"<text class=title x=0 y=14>{title}</text>"], 38
+    for label, measure in measures.items():
+        rows = [[v for run in group if (v := measure(run.figures)) is not None] for group in methods.values()]
+        if not any(rows):
+            continue
+        parts.append(f"<text class=name x=0 y={y + 6}>{label}</text>")
+        y += 14
+        for colour, values in enumerate(rows):
+            if values:
+                mean = sum(values) / len(values)
+                wide, c = max((width - 44) * mean, 1), colour % COLOURS
+                parts.append(f"<rect class='solid c{c}' x=0 y={y} width={wide:.1f} height={thick - 3} rx=3 />")
+                parts.append(f"<text class=tick x={wide + 6:.1f} y={y + thick - 4}>{100 * mean:.1f}</text>")
+            y += thick
+        y += 16
+    card = f"<figure class=card><svg viewBox='0 0 {width} {max(y, 420)}' role=img>{''.join(parts)}</svg></figure>"
+    return card if y > 38 else ""
+
+
+def attack_mean(entry: str):
+    """A measure: the mean of an entry over the suites of attacks."""
+
+    def measure(figures: dict) -> float | None:
+        found = [row.get(entry) for row in figures.values() if row["metric"] == "asr"]
+        found = [value for value in found if value is not None]
+        return sum(found) / len(found) if found else None
+
+    return measure
+
+
+def glance(methods: dict[str, list[Run]]) -> str:
+    kinds = {label: functools.partial(group_mean, metric=kind) for kind, label in GROUPS.items()}
+    habits = {
+        "checks its own answer, by the judge": attack_mean("checked"),
+        "safe where it checked": attack_mean("safe_if_checked"),
+        "checks its own answer, by marker words": attack_mean("marked"),
+        "refuses": attack_mean("refused"),
+    }
+    cards = trade_off(methods), bars_card("means, in percent", methods, kinds)
+    return f"<div class=grid3>{''.join(cards)}{bars_card('under attack, in percent', methods, habits)}</div>"
 
 
 # ------------------------------------------------------------------------------------------------- main table
@@ -524,15 +629,17 @@ def category_tables(methods: dict[str, list[Run]]) -> str:
 
 
 def agreement_tables(found: list[Run]) -> str:
-    rows = []
+    parts = []
     for run in found:
+        rows = []
         for pair, suites in run.summary.get("agreement", {}).items():
             for suite, row in suites.items():
                 kappa = "–" if row["kappa"] is None else f"{row['kappa']:.2f}"
-                rows.append(
-                    [f"{e(run.method)} <small>{e(pair)}</small>", e(suite), str(row["n"]), percent(row["raw"]), kappa]
-                )
-    return table(["judges", "suite", "n", "agree %", "Cohen's kappa"], rows) if rows else ""
+                rows.append([e(suite), e(pair), str(row["n"]), bar(row["raw"], 1), kappa])
+        head = ["suite", "judges", "n", "agree", "Cohen's kappa"]
+        title = f"{e(run.method)} <small>{e(run.folder.name)}</small>"
+        parts += [details_block(title, table(head, rows, "bars"))] if rows else []
+    return "".join(parts)
 
 
 def differences(methods: dict[str, list[Run]], holm: dict) -> str:
@@ -546,8 +653,8 @@ def differences(methods: dict[str, list[Run]], holm: dict) -> str:
                 continue
             row, p = pairs.get(suite), holm.get((name, suite))
             flips = f"{row['up']} up, {row['down']} down" if row and row["n"] else ""
-            gap = f"{100 * (b.value - a.value):+.1f}"
-            gap += f" <small>{100 * row['low']:+.1f} to {100 * row['high']:+.1f}</small>" if row and row["n"] else ""
+            gap = signed(b.value - a.value)
+            gap += f" <small>{signed(row['low'])} to {signed(row['high'])}</small>" if row and row["n"] else ""
             word = "one run a side is needed, or several seeds" if p is None else shown_p(p)
             word += "" if p is None or p < scores.ALPHA else " – not distinguishable at this n"
             rows.append([e(suite), percent(a.value), percent(b.value), gap, flips, word])
@@ -623,8 +730,8 @@ STYLE = Path(__file__).with_name("report.css")
 LIMITS = (
     "An interval over items says how exact the figure of one trained model is. It says nothing of another seed of the "
     "same method; only an interval over seeds does.",
-    "Best and worst are the figures if everything that was cut off or left unscored had gone well, or badly. A model that "
-    "thinks shorter gets cut off less and can look better for that reason alone.",
+    "Best and worst are the figures if everything that was cut off or left unscored had gone well, or badly. A model "
+    "that thinks shorter gets cut off less and can look better for that reason alone.",
     "A judge that was the reward in training is no witness; the table of settings names both.",
     "“Can tell” is the smallest difference that two runs of this many clusters would show in four of five cases.",
     "Safe is not helpful: read attack success beside compliance, and both beside the share of refusals.",
@@ -635,15 +742,16 @@ WARNING = (
 )
 WARNING += "you open it.</span>"
 SECTIONS = {  # title, lead
+    "glance": ("At a glance", "Means over the suites of a kind and over seeds; small dots are single runs."),
     "table": (
         "Main table",
-        "Percent; under each figure its 95 % interval, over seeds where a method has several (then every seed is shown), "
+        "Percent; under each figure its 95 % interval, over seeds where a method has several (each is then shown), "
         "else over items. The tint runs from poor to good. * differs from the first row: Holm's p below 0.05 over all "
         "cells.",
     ),
     "intervals": (
         "Intervals",
-        "Bar: 95 % interval. Dot: figure. Ticks: seeds. Dotted: best and worst case of what was cut off or left unscored.",
+        "Bar: 95 % interval. Dot: figure. Ticks: seeds. Dotted: best and worst case of what was cut off or unscored.",
     ),
     "differences": (
         "Differences from the first row",
@@ -671,6 +779,7 @@ def contents(found: list[Run]) -> dict[str, str]:
         raise UserError("none of these folders holds figures of a suite")
     holm, lengths = family(methods), length_rows(methods)
     return {
+        "glance": glance(methods),
         "table": main_table(methods, holm),
         "intervals": intervals(methods),
         "differences": differences(methods, holm),
@@ -731,6 +840,7 @@ def draw(methods: dict[str, list[Run]], path: Path) -> None:
         for axes in list(grid.flat)[len(suites) :]:
             axes.set_visible(False)
         canvas.savefig(path, dpi=160)
+        path.chmod(0o600)
         pyplot.close(canvas)
 
 
