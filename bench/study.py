@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runs
+import train_sft
 from runs import UserError, option
 
 SFT = {
@@ -51,9 +52,18 @@ def command(config: Config, method: str, seed: str) -> list[str]:
     start = method.removesuffix("+grpo")
     if method in SFT:
         file, target = SFT[method]
-        return ["train_sft.py", "--data", str(Path(config.data) / file), "--target", target, *out]
+        words = ["--data", str(Path(config.data) / file), "--target", target, "--tokens-per-step"]
+        return ["train_sft.py", *words, str(tokens_per_step(config, file)), *out]
     adapter = [] if start == "base" else ["--adapter", str(Path(config.out) / f"{start}-{seed}" / "model")]
     return ["train_rl.py", *adapter, *out]
+
+
+def tokens_per_step(config: Config, file: str) -> int:
+    """As many optimizer steps for every method: records of the baselines hold the same supervised tokens after shorter
+    prompts, so a step takes the same share of the file."""
+    files = json.loads((Path(config.data) / "data_card.json").read_text())["files"]
+    usual = runs.parse(train_sft.Config, ["--model", config.model])[0].tokens_per_step
+    return round(usual * files[file]["all"] / files["verify.jsonl"]["all"])
 
 
 def finished(config: Config, method: str, seed: str) -> dict:

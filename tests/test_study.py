@@ -18,6 +18,15 @@ def test_commands_are_ones_that_the_script_takes(method):
     assert script == "train_sft.py" and config.seed == 2 and config.out == f"runs/study/{method}-2"
 
 
+@pytest.mark.parametrize("file", ["star.jsonl", "safechain.jsonl"])
+def test_baselines_take_as_many_steps(file):
+    """Supervised tokens of the shipped baselines are those of verification, and so are the optimizer steps."""
+    card = json.loads((study.Path(Config().data) / "data_card.json").read_text())["files"]
+    assert card[file]["supervised"] == pytest.approx(card["verify.jsonl"]["supervised"], rel=0.01)
+    steps, usual = card[file]["all"] / study.tokens_per_step(Config(), file), card["verify.jsonl"]["all"] / 3072
+    assert steps == pytest.approx(usual, rel=0.01)
+
+
 def test_grpo_starts_from_the_adapter_of_its_seed():
     assert study.command(Config(), "star+grpo", "1")[1:3] == ["--adapter", "runs/study/star-1/model"]
     assert "--adapter" not in study.command(Config(), "base+grpo", "1")
