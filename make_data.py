@@ -91,12 +91,9 @@ class Config:
             "--adapter: an endpoint has its own": not (self.endpoint and self.adapter),
             "--resume, --out: name one of them": not (self.resume and self.out and self.resume != self.out),
         }
-        limits = (self.max_requests, self.max_cost, self.price_in, self.price_out, self.per_minute)
-        return [message for message, fine in checks.items() if not fine] + (
-            ["--max-requests, --max-cost, --price-in, --price-out, --per-minute: must be 0 or more"]
-            if min(limits) < 0
-            else []
-        )
+        limits = ("max_requests", "max_cost", "price_in", "price_out", "per_minute")
+        checks |= {f"{runs.flag(n)} {getattr(self, n)}: must be 0 or more": getattr(self, n) >= 0 for n in limits}
+        return [message for message, fine in checks.items() if not fine]
 
 
 WAVE = 1024  # prompts of a kind that are sampled before one looks whether there are enough records
@@ -117,6 +114,8 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> tuple[list[dict
     distinct = list({prompt["prompt"]: prompt for prompt in reversed(drawn)}.values())[::-1]
     kept, hits = suites.decontaminate(distinct, tested)
     used = kept[: round(config.fraction * len(kept))]
+    if not used:
+        raise UserError(f"--prompts {' '.join(config.prompts)}: none is left of {len(drawn)} ({hits or 'no suite'})")
     counts = {
         "drawn": len(drawn),
         "in two sets": len(drawn) - len(distinct),
@@ -126,20 +125,23 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> tuple[list[dict
     return [{**prompt, "place": place} for place, prompt in enumerate(used)], facts
 
 
-def stage_prompts(folder: Path, config: Config, world) -> tuple[list[dict], list[dict], dict]:
-    """(prompts, items of the suites at hand, facts); the prompts of a resumed run are those that it began with."""
+def tested_items(config: Config, world) -> tuple[list[dict], dict[str, str]]:
+    """(items of the suites that no prompt may be in, {suite that is not at hand: why})."""
     named = [name for name in config.decontaminate if name != "none"]
     answers = suites.candidates(config.model) if world else []
-    pocket = suites.load([name for name in named if name == "pocket"], world, answers)
-    tested, missing = suites.at_hand([name for name in named if name != "pocket"])
+    ours = suites.load([name for name in named if name == "pocket"], world, answers)
+    theirs, missing = suites.at_hand([name for name in named if name != "pocket"])
+    return ours + theirs, missing
+
+
+def stage_prompts(folder: Path, gathered: tuple[list[dict], dict] | None) -> tuple[list[dict], dict]:
+    """(prompts, facts): those just gathered, or those that a resumed run began with."""
     with stages.Appender(folder / "prompts.jsonl", lambda prompt: prompt["id"]) as log:
-        facts_file = folder / "prompts.json"  # written last: the stage is whole
-        if not facts_file.exists():
-            prompts, facts = gather_prompts(config, world, pocket + tested)
-            for prompt in prompts:
+        if gathered:
+            for prompt in gathered[0]:
                 log.add(prompt)
-            runs.write_json(facts_file, facts | {"suites not at hand": missing})
-    return list(log.done.values()), pocket + tested, json.loads(facts_file.read_text())
+            runs.write_json(folder / "prompts.json", gathered[1])  # last: now the stage is whole
+    return list(log.done.values()), json.loads((folder / "prompts.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------------- samples
@@ -445,9 +447,9 @@ class Logs:
     silent: dict = field(default_factory=dict)  # {critique's key: reason} of the expert
 
 
-def make_records(config: Config, world, spec, tools: Tools, logs: Logs, folder: Path) -> dict:
-    """All stages after the tools are there, up to the records' files; what the card says."""
-    prompts, tested, facts = stage_prompts(folder, config, world)
+def make_records(config, world, spec, tools: Tools, logs: Logs, prompts: list[dict], tested, folder: Path) -> dict:
+    """All stages from the samples to the records' files. What the card says of them."""
+    sets: dict = {}  # of the published baselines
     keys = {prompt["id"]: sample_keys(prompt, tools.who, config) for prompt in prompts}
 
     def own(prompt: dict) -> list[dict]:
@@ -464,41 +466,48 @@ def make_records(config: Config, world, spec, tools: Tools, logs: Logs, folder: 
     logs.silent |= stage_critiques(tools.expert, jobs, logs.critiques)
     verify, disputed = verification_records(jobs, logs.critiques, config, spec)
     groups = [(prompt, own(prompt)) for prompt in prompts]
-    streams = [baselines.candidates(name, config, world, groups, tested, facts["sets"]) for name in config.baseline]
+    streams = [baselines.candidates(name, config, world, groups, tested, sets) for name in config.baseline]
     files, left = write_records(folder, verify, disputed, streams, tools.tokenizer)
     states = Counter(state(sample, logs.unscored) for _, group in groups for sample in group)
     counts = {
-        "prompts": facts.pop("counts"),
         "samples": states + Counter({f"failed: {reason}": n for reason, n in logs.failed.items()}),
         "selection": selection,
         "critiques": Counter({"agreed": len(verify), "disagreed": len(disputed)}) + Counter(logs.silent.values()),
         "left out of baselines": {f"{name}: {why}": n for name, c in left.items() for why, n in c.items()},
     }
-    return {**facts, "counts": counts, "files": files}
+    return {"baseline sets": sets, "counts": counts, "files": files}
 
 
 def main(config: Config, origin: dict) -> int:
     world, spec = load_world(config), load_spec(config)
+    tested, missing = tested_items(config, world)
+    begun = config.resume and (Path(config.resume) / "prompts.json").exists()
+    gathered = None if begun else gather_prompts(config, world, tested)
     tools = open_tools(config, world)
-    folder = runs.new_folder(config, origin, "make_data")
+    folder = runs.new_folder(config, origin, "make_data")  # from here on nothing is wrong with what was asked for
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
+    prompts, facts = stage_prompts(folder, gathered)
     with contextlib.ExitStack() as stack:
         files = [stages.Appender(folder / f"{name}.jsonl", by_key) for name in ("samples", "labels", "critiques")]
         logs = Logs(*map(stack.enter_context, files))
-        made = make_records(config, world, spec, tools, logs, folder)
+        made = make_records(config, world, spec, tools, logs, prompts, tested, folder)
+    counts = {"prompts": facts.pop("counts"), **made.pop("counts")}
     card = {
         "settings": dataclasses.asdict(config),
         "model": {"name": config.model, "adapter": config.adapter, "hash": tools.who},
         "spec": {"name": spec.name, "sha256": spec.sha256},
         "world_seed": world.seed if world else None,
+        **facts,
         **made,
+        "suites not at hand": missing,
+        "counts": counts,
         "endpoints": {name: endpoint.usage for name, endpoint in tools.endpoints.items()},
         "versions": json.loads((folder / "source.json").read_text())["versions"],
     }
     runs.write_json(folder / "data_card.json", card)
-    report(made["counts"], made["files"], folder)
-    runs.write_json(folder / "result.json", {"counts": made["counts"], "files": made["files"]})
+    report(counts, made["files"], folder)
+    runs.write_json(folder / "result.json", {"counts": counts, "files": made["files"]})
     shares = (len(logs.unscored), len(logs.labels.done)), (len(logs.silent), len(logs.critiques.done))
     bad = [missing for missing, given in shares if missing > config.max_unscored * (missing + given)]
     return runs.EXIT_UNSCORED if bad else runs.EXIT_OK
