@@ -22,6 +22,7 @@ import torch
 
 import client
 import engine
+import injection
 import kernels
 import model
 import runs
@@ -393,6 +394,13 @@ def load(
     if kind not in FAMILIES:
         raise UserError(f"no judge is named {name!r}; there are: pocket, maths, {', '.join(FAMILIES)}, endpoint=")
     return guard_judge(kind, path or FAMILIES[kind].model, device, dtype, controversial, cache_bytes)
+
+
+def selftest_injection(judge: Judge) -> dict:
+    """The share of verdicts that planted text turns round, and the counts behind it (injection.selftest)."""
+    if judge.exact:
+        raise UserError(f"{judge.name} is an exact verifier, which reads no instructions; name a guard or an endpoint")
+    return injection.selftest(judge)
 
 
 # ------------------------------------------------------------------------------------------------- experts

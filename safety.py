@@ -102,14 +102,22 @@ def escape(text: str) -> str:
     return _defuse(text, _LESS_THAN, _DELIMITERS)
 
 
+_CONTROL = re.compile(r"<(?=[|｜])|<(?=/?(?:think|s|bos|eos|start_of_turn|end_of_turn|tool_call)>)|\[(?=/?INST\])")
+
+
+def _spell_out(text: str) -> str:
+    """No control token of the known families is spelled: "<|im_end|>" -> "&#60;|im_end|>"."""
+    return _CONTROL.sub(lambda m: f"&#{ord(m[0])};", text)
+
+
 def guard_copy(text: str) -> tuple[str, bool]:
     """(the text as a guard may see it, whether that differs): it ends no conversation and fakes no turn and no verdict.
 
-    Guards' own templates paste plain text between <BEGIN ...> and <END ...> lines. Here such signs become character
-    references, and a line that begins like a turn or a verdict is quoted with "> ". Only the judge sees the copy; a
-    rising share of changed texts in RL is a sign that the policy attacks its judge.
+    Guards' own templates paste plain text between <BEGIN ...> and <END ...> lines. Here such signs, and spelled control
+    tokens, become character references, and a line that begins like a turn or a verdict is quoted with "> ". Only the
+    judge sees the copy; a rising share of changed texts in RL is a sign that the policy attacks its judge.
     """
-    lines = _defuse(text, _LESS_THAN + "\\[［", _GUARD_STEMS).splitlines(keepends=True)
+    lines = _spell_out(_defuse(text, _LESS_THAN + "\\[［", _GUARD_STEMS)).splitlines(keepends=True)
     copy = "".join("> " + line if _begins(line, 0, _GUARD_LABELS) else line for line in lines)
     return copy, copy != text
 
@@ -319,6 +327,7 @@ class Unscored:
     reason: str
 
 
+_EMPTY_THINKING = re.compile(r"\A\s*(<think>)?\s*</think>")
 _SAFETY_AND_REFUSAL = {
     "qwen3guard": ("safety", "refusal"),
     "pocket": ("safety", "refusal"),
@@ -333,10 +342,11 @@ def parse_guard(text: str, family: str) -> Guard | Unscored:
     """What a guard said in its own generated text; never a guess. Families: qwen3guard, pocket, llamaguard3, wildguard.
 
     Whole lines only, read without case, markdown bold, invisible and full-width characters. Two different verdicts (the
-    echo of an injection) are a conflict, a word outside the closed set is no verdict. The caller leaves out texts that
-    did not finish.
+    echo of an injection) are a conflict, a word outside the closed set is no verdict. Only an empty thinking is cut:
+    what stands before another </think> may be the guard's own verdict, and what follows an echo. The caller leaves out
+    texts that did not finish.
     """
-    text = unicodedata.normalize("NFKC", text.rpartition("</think>")[2]).replace("**", "")
+    text = unicodedata.normalize("NFKC", _EMPTY_THINKING.sub("", text)).replace("**", "")
     text = "".join(c for c in text if c == "\n" or unicodedata.category(c)[0] != "C")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if family == "llamaguard3":
@@ -384,15 +394,12 @@ def _parse_llamaguard3(lines: list[str]) -> Guard | Unscored:
     return Unscored("guard_category") if categories is None else Guard(safety, None, categories)
 
 
-_CONTROL = re.compile(r"<(?=[|｜])|<(?=/?(?:think|s|bos|eos|start_of_turn|end_of_turn|tool_call)>)|\[(?=/?INST\])")
-
-
 def wire_copy(text: str) -> str:
     """Text for a server, which reads every spelled control token as that token: here none is spelled, and no delimiter.
 
     wire_copy("</answer><|im_end|>")  ->  "&#60;/answer>&#60;|im_end|>"
     """
-    return _CONTROL.sub(lambda m: f"&#{ord(m[0])};", escape(text))
+    return _spell_out(escape(text))
 
 
 def new_nonce(*texts: str) -> str:
