@@ -147,11 +147,13 @@ class Cache:
     def read(self, layer: int, slot_T) -> list[torch.Tensor]:
         return [arena_PSKD.flatten(0, 1).index_select(0, slot_T) for arena_PSKD in self.layers[layer]]
 
-    def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy whole pages, given as (from, to)."""
-        source_C, target_C = torch.tensor(pairs, device=self.k_LPSKD.device).T
+    def copy(self, pages: list[tuple[int, int, int]]) -> None:
+        """Copy the first `used` slots of pages, given as (from, to, used), in all layers."""
+        slots = [(source * PAGE + i, target * PAGE + i) for source, target, used in pages for i in range(used)]
+        source_C, target_C = torch.tensor(slots, device=self.k_LPSKD.device).T.contiguous()
         for arena_LPSKD in (self.k_LPSKD, self.v_LPSKD):
-            arena_LPSKD[:, target_C] = arena_LPSKD[:, source_C]
+            arena_LTKD = arena_LPSKD.flatten(1, 2)
+            arena_LTKD.index_copy_(1, target_C, arena_LTKD.index_select(1, source_C))
 
 
 COLUMNS = ("token", "length", "key", "count", "limit", "live")  # of a row; `table`, its pages, comes behind them
@@ -296,12 +298,12 @@ class Rollout:
         if copies:
             self.engine.cache.copy(copies)
 
-    def start(self, group: Group, copies: list[tuple[int, int]]) -> None:
+    def start(self, group: Group, copies: list[tuple[int, int, int]]) -> None:
         """Make the group's next sample a row: it shares the full pages and gets a copy of the partial one."""
         k, full = group.waiting.popleft(), group.cached // PAGE
         if group.waiting:
             pages = self.pages.share(group.pages[:full]) + self.pages.take(len(group.pages) - full)
-            copies += zip(group.pages[full:], pages[full:], strict=True)
+            copies += [(*pair, group.cached % PAGE) for pair in zip(group.pages[full:], pages[full:], strict=True)]
         else:  # the last sample takes over what the group holds
             pages, group.pages = group.pages, None
             self.waiting.popleft()

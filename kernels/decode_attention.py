@@ -9,6 +9,7 @@ is read back by the host, so the launch can be captured in a CUDA graph.
 """
 
 import math
+from bisect import bisect_right
 
 import torch
 
@@ -16,7 +17,8 @@ from kernels import dispatch
 from kernels.dispatch import accumulator, check, jit, tl
 
 PAGE = 64
-PAGES_AT_ONCE = 32  # copied by the CPU reference: 0.5 MB of keys a head of 64, so that they stay in its cache
+PART = 16  # tokens: what the CPU reference reads of a page is a multiple of it
+PARTS_AT_ONCE = 128  # copied by the CPU reference: 0.5 MB of keys a head of 64, so that they stay in its cache
 
 
 def decode_attention(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B):
@@ -45,27 +47,42 @@ def decode_attention(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_
 
 @torch.no_grad()
 def reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B):
-    """Rows with equally many pages together: no dead page is read, and a row's result cannot depend on its batch."""
-    pages_B = (lengths_B + PAGE - 1) // PAGE
+    """Rows with equally many parts together: no dead part is read, and a row's result cannot depend on its batch."""
+    parts_B, order_B = ((lengths_B + PART - 1) // PART).sort()
+    q_BHD, table_BN, lengths_B = (t.index_select(0, order_B) for t in (q_BHD, block_table_BN, lengths_B))
+    arenas = [pages.unflatten(1, (-1, PART)).flatten(0, 1) for pages in (k_pages_PSKD, v_pages_PSKD)]
+    place_S, within = torch.arange(-PART, 0, device=q_BHD.device), torch.arange(PAGE // PART, device=q_BHD.device)
+    live_BS = place_S + parts_B[:, None] * PART < lengths_B[:, None]  # of each row's last part
     o_BHD = torch.zeros_like(q_BHD)
-    for pages in filter(None, pages_B.unique().tolist()):
-        rows_R = (pages_B == pages).nonzero().squeeze(1)
-        for rows in rows_R.split(max(1, PAGES_AT_ONCE // pages)):
-            table = block_table_BN[rows, :pages].flatten()
-            k, v = (arena.index_select(0, table).unflatten(0, (-1, pages)) for arena in (k_pages_PSKD, v_pages_PSKD))
-            o_BHD[rows] = _attend(q_BHD[rows], k, v, lengths_B[rows])
-    return o_BHD
+    for parts, begin, end in _chunks(parts_B.tolist()):
+        pages_RN = table_BN[begin:end, : dispatch.cdiv(parts, len(within))]
+        taken = (pages_RN[:, :, None] * len(within) + within).flatten(1)[:, :parts].flatten()
+        k, v = (arena.index_select(0, taken).unflatten(0, (-1, parts)) for arena in arenas)
+        o_BHD[begin:end] = _attend(q_BHD[begin:end], k, v, live_BS[begin:end])
+    return torch.empty_like(q_BHD).index_copy_(0, order_B, o_BHD)
 
 
-def _attend(q_RHD, k_RNSKD, v_RNSKD, lengths_R):
-    """One softmax over a row's N pages; k and v are the caller's own copies and are changed."""
-    (rows, pages, _, kv_heads, dim), acc = k_RNSKD.shape, accumulator(q_RHD.dtype)
-    dead_RS = torch.arange((pages - 1) * PAGE, pages * PAGE, device=q_RHD.device) >= lengths_R[:, None]
-    v_RNSKD[:, -1][dead_RS] = 0  # behind the length p is 0, but 0 * NaN of a stale page is NaN
+def _chunks(parts):
+    """(parts, begin, end) of rows that are read together, from sorted ones: [0, 1, 1, 200] -> (1, 1, 3), (200, 3, 4)"""
+    begin = 0
+    while begin < len(parts):
+        size = max(1, PARTS_AT_ONCE // max(1, parts[begin]))
+        end = min(bisect_right(parts, parts[begin]), begin + size)
+        if parts[begin]:
+            yield parts[begin], begin, end
+        begin = end
+
+
+def _attend(q_RHD, k_RNSKD, v_RNSKD, live_RS):
+    """One softmax over a row's N parts; k and v are the caller's own copies and are changed."""
+    (rows, _, _, kv_heads, dim), acc = k_RNSKD.shape, accumulator(q_RHD.dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[v_RNSKD.element_size()]
+    # behind the length p is 0, but 0 * NaN of a stale page is NaN: all bits go (masked_fill_ takes three times as long)
+    v_RNSKD.view(bits)[:, -1].bitwise_and_(-live_RS.to(bits)[:, :, None, None])
     q_RKGD = q_RHD.to(acc).view(rows, kv_heads, -1, dim) * dim**-0.5
     k_RKnD, v_RKnD = (t.flatten(1, 2).to(acc).transpose(1, 2).contiguous() for t in (k_RNSKD, v_RNSKD))
     score_RKGn = q_RKGD @ k_RKnD.transpose(2, 3)
-    score_RKGn[..., -PAGE:].masked_fill_(dead_RS[:, None, None], -torch.inf)
+    score_RKGn[..., -PART:].masked_fill_(~live_RS[:, None, None], -torch.inf)
     return (score_RKGn.softmax(3) @ v_RKnD).reshape(q_RHD.shape).to(q_RHD.dtype)
 
 
