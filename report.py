@@ -23,6 +23,7 @@ from runs import UserError
 COLOURS = 8
 SHOWN = 3  # items a suite whose texts are shown
 TEXT = 1500  # characters of a text that are shown
+NAME = 120  # characters of a name
 POINTS = 400  # of a curve
 
 # Published figures as independent notes on the paper give them, percent. Nobody here has seen the paper's own tables.
@@ -60,8 +61,9 @@ def visible(text) -> str:
 
 
 def e(text) -> str:
-    """Any text as part of the page."""
-    return html.escape(visible(text))
+    """Any text as part of the page, as a name: cut where it is long."""
+    text = str(text)
+    return html.escape(visible(text if len(text) <= NAME else text[:NAME] + "…"))
 
 
 def quoted(text: str | None) -> str:
@@ -70,7 +72,7 @@ def quoted(text: str | None) -> str:
         return "<p class=none>(nothing)</p>"
     cut = len(text) - TEXT
     shown = text if cut <= 0 else f"{text[: TEXT * 2 // 3]}\n[{cut:,} characters left out]\n{text[-TEXT // 3 :]}"
-    return f"<pre>{e(shown)}</pre>"
+    return f"<pre>{html.escape(visible(shown))}</pre>"
 
 
 def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
@@ -814,43 +816,81 @@ def page(found: list[Run]) -> str:
 # ------------------------------------------------------------------------------------------------- PNG
 
 
-def draw(methods: dict[str, list[Run]], path: Path) -> None:
-    """The intervals as a PNG, for a paper or a slide."""
+PALETTE = ("#6b7480", "#2f74c0", "#d9662b", "#2c9a7a", "#a7479c", "#b08a1a", "#5a5fcf", "#c23b4b")  # as in report.css
+
+
+def panels(count: int, height: float):
+    """(figure, list of axes) of a grid of small charts, the surplus ones hidden. Text is never read as mathematics."""
+    from matplotlib import pyplot
+
+    columns = min(4, count)
+    lines = -(-count // columns)
+    canvas, grid = pyplot.subplots(
+        lines, columns, figsize=(3.6 * columns, height * lines), squeeze=False, layout="constrained"
+    )
+    for axes in list(grid.flat)[count:]:
+        axes.set_visible(False)
+    return canvas, list(grid.flat)[:count]
+
+
+def draw_intervals(methods: dict[str, list[Run]]):
+    suites = suites_of(methods)
+    canvas, grid = panels(len(suites), 0.9 + 0.28 * len(methods))
+    for axes, (suite, metric) in zip(grid, suites.items(), strict=True):
+        for y, group in enumerate(methods.values()):
+            if (f := figure(group, suite)) is not None:
+                colour = PALETTE[y % COLOURS]
+                axes.plot([100 * f.low, 100 * f.high], [y, y], color=colour, alpha=0.35, linewidth=7)
+                axes.plot([100 * p for p in f.points], [y] * len(f.points), "|", color=colour)
+                axes.plot(100 * f.value, y, "o", color=colour)
+        arrow = "↓" if metric in scores.LOWER_IS_BETTER else "↑"
+        axes.set(title=f"{visible(suite)[:30]} {arrow}", xlim=(0, 100), yticks=range(len(methods)))
+        axes.set_yticklabels([visible(name)[:24] for name in methods])
+        axes.invert_yaxis()
+    return canvas
+
+
+def draw_curves(methods: dict[str, list[Run]], found: list[Run]):
+    """Every curve of every training run; None where there is none."""
+    names, lines = list(methods), {}
+    for run in found:
+        for folder in run.training:
+            for name, points in read_curves(folder).items():
+                lines.setdefault(name, []).append((PALETTE[names.index(run.method) % COLOURS], points))
+    if not lines:
+        return None
+    canvas, grid = panels(len(lines), 2.4)
+    for axes, (name, drawn) in zip(grid, lines.items(), strict=True):
+        for colour, points in drawn:
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2)
+        axes.set(title=CURVES[name], xlabel="step")
+    return canvas
+
+
+def draw(found: list[Run], out: Path) -> None:
+    """intervals.png and curves.png, for a paper or a slide. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    suites = suites_of(methods)
-    columns = min(4, len(suites))
-    lines = -(-len(suites) // columns)
+    methods = by_method(found)
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False, "font.size": 9}):
-        size = (3.4 * columns, (0.9 + 0.28 * len(methods)) * lines + 0.4)
-        canvas, grid = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for axes, (suite, metric) in zip(grid.flat, suites.items(), strict=False):
-            for y, (name, group) in enumerate(methods.items()):
-                if (f := figure(group, suite)) is not None:
-                    axes.plot([100 * f.low, 100 * f.high], [y, y], color=f"C{y}", alpha=0.35, linewidth=7)
-                    axes.plot([100 * p for p in f.points], [y] * len(f.points), "|", color=f"C{y}")
-                    axes.plot(100 * f.value, y, "o", color=f"C{y}", label=visible(name))
-            aim = "lower is better" if metric in scores.LOWER_IS_BETTER else "higher is better"
-            axes.set(title=f"{visible(suite)} ({aim})", xlim=(0, 100), yticks=range(len(methods)))
-            axes.set_yticklabels([visible(name)[:24] for name in methods])
-            axes.invert_yaxis()
-        for axes in list(grid.flat)[len(suites) :]:
-            axes.set_visible(False)
-        canvas.savefig(path, dpi=160)
-        path.chmod(0o600)
-        pyplot.close(canvas)
+        drawings = {"intervals": draw_intervals(methods), "curves": draw_curves(methods, found)}
+        for name, canvas in drawings.items():
+            if canvas is not None:
+                canvas.savefig(out / f"{name}.png", dpi=160)
+                (out / f"{name}.png").chmod(0o600)
+                pyplot.close(canvas)
 
 
 def write(folders: list[Path], out: Path) -> Path:
-    """report.html and intervals.png in `out`; the path of the page. Raises UserError."""
+    """report.html and the PNGs in `out`; the path of the page. Raises UserError."""
     found = [run for folder in folders for run in read_run(folder)]
     text = page(found)
     runs.write_atomic(out / "report.html", text.encode("utf-8"))
     try:
-        draw(by_method(found), out / "intervals.png")
+        draw(found, out)
     except ImportError:
         print("no PNGs: they need matplotlib, pip install -r requirements-extra.txt")
     return out / "report.html"

@@ -1,4 +1,4 @@
-"""Evaluation and training folders made up for tests of comparison and report: what evaluate.py and the trainers write."""
+"""Evaluation and training folders made up for tests of comparison and report, as evaluate.py and the trainers write."""
 
 import json
 import random
@@ -21,8 +21,9 @@ def items(rng: random.Random, rates: dict[str, float], n: int, text: str) -> lis
             hit, cut = rng.random() < rate, i % 20 == 19
             truth = ("safe", "unsafe")[i % 2]
             item = {
-                "id": f"{suite}/{i:03d}", "suite": suite, "metric": metric, "kind": KIND[metric], "cluster": f"c{i // 2}",
-                "prompt": f"request {i} {text}", "completion": text, "thinking": f"it is harmful {text}" if hit else text,
+                "id": f"{suite}/{i:03d}", "suite": suite, "metric": metric, "kind": KIND[metric],
+                "cluster": f"c{i // 2}", "prompt": f"request {i} {text}", "completion": text,
+                "thinking": f"it is harmful {text}" if hit else text,
                 "answer": None if cut else f"answer {text}", "finish_reason": "length" if cut else "stop",
                 "tokens": rng.randint(5, 96), "category": ("tonic", "toxin", text)[i % 3], "sample": 0,
             }  # fmt: skip
@@ -36,10 +37,12 @@ def items(rng: random.Random, rates: dict[str, float], n: int, text: str) -> lis
 def evaluation(folder: Path, method: str, seed: int | None, rates: dict, *, n=40, text="mix it", training=(), **config):
     """A finished evaluation whose figures are those of its items."""
     folder.mkdir(parents=True)
-    labelled = items(random.Random(f"{method}{seed}"), rates, n, text)
-    rows = {name: {**row, "judge": "pocket", "decoding": "temperature 1"} for name, row in scores.score(labelled).items()}
+    labelled = items(random.Random(ascii((method, seed))), rates, n, text)
+    rows = {
+        name: {**row, "judge": "pocket", "decoding": "temperature 1"} for name, row in scores.score(labelled).items()
+    }
     agreement = {"pocket / other": scores.agreement(labelled, labelled)}
-    summary = {"world_seed": 0, "method": method, "seed": seed, "rewarded_by": [], "training": [str(t) for t in training],
+    summary = {"world_seed": 0, "method": method, "seed": seed, "rewarded_by": [], "training": list(map(str, training)),
                "seconds": {"generate": 3.0, "judge": 0.5}, "usage": {}, "agreement": agreement}  # fmt: skip
     values = {"model": "pocket/base", "seed": seed or 0, **config}
     for name, value in (("config", {"script": "evaluate", "values": values}), ("result", rows), ("summary", summary)):
