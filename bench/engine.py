@@ -15,11 +15,12 @@ cached keys and values take to be read, or than its products take:
                                                                        S mean context, k cache bytes a token
 
 The bandwidth is that of a large copy on this device, measured here; the share is limit / measured step. Then the
-protocol of nano-vllm's bench.py in the shape of Qwen3-0.6B: seed 0, 256 prompts of 100-1024 ids, 100-1024 new tokens.
+protocol of nano-vllm's bench.py in the shape of Qwen3-0.6B: seed 0, 256 prompts of 100-1024 ids, 100-1024 new tokens,
+all rows at once; its limit is the sum over the steps, and the products of the prefill. Then what the log-probs of the
+sampler and the trainer differ by. Capturing the graphs is in no time: every call runs once before it is timed.
 """
 
 import argparse
-import gc
 import json
 import random
 import statistics
@@ -32,8 +33,10 @@ import transformers
 import kernels
 import model
 import safety
-from engine import Engine
+from bench.kernels import PEAKS, origin
+from engine import Engine, pages_for
 
+DATA = Path(__file__).parent.parent / "pocket" / "data" / "verify.jsonl"
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 R1_DISTILL_1_5B = {
     "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,
@@ -47,7 +50,6 @@ QWEN3_0_6B = {
 }  # fmt: skip
 TOY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 64,
        "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, vendor's figure
 
 
 # ------------------------------------------------------------------------------------------------- beside transformers
@@ -55,7 +57,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, ven
 
 def pocket_prompts(tokenizer, count: int) -> list[list[int]]:
     """Token ids of the first `count` different requests of the pocket's training data."""
-    lines = Path("pocket/data/verify.jsonl").read_text().splitlines()
+    lines = DATA.read_text(encoding="utf-8").splitlines()
     texts = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))[:count]
     return [safety.render(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
@@ -85,7 +87,7 @@ def transformers_sampler(folder: str, prompts, n: int, limit: int, eos_ids: set[
 
 def beside_transformers(folder: str, count=64, n=8, limit=96, repeats=5) -> dict:
     ours, tokenizer = model.load(folder)
-    prompts, eos_ids = pocket_prompts(tokenizer, count), {tokenizer.eos_token_id}
+    prompts, eos_ids = pocket_prompts(tokenizer, count), model.end_ids(ours, tokenizer)
     sampler, theirs = Engine(ours, eos_ids), transformers_sampler(folder, prompts, n, limit, eos_ids)
     seeds = iter(range(repeats + 1))
 
@@ -132,6 +134,13 @@ def bandwidth(device: str, megabytes: int) -> float:
     return 2 * source.numel() / best
 
 
+def measured_speeds(device: str, megabytes: int) -> dict:
+    """The copy's bandwidth, and the vendor's peak of this device (0: unknown, the products' part of the limit is 0)."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    flops = next((tflops * 1e12 for part, (tflops, _) in PEAKS.items() if part in name), 0.0)
+    return {"bytes_per_s": bandwidth(device, megabytes), "flops": flops}
+
+
 def timed(call, device: str) -> float:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
@@ -141,24 +150,35 @@ def timed(call, device: str) -> float:
     return time.perf_counter() - begun
 
 
+def used_parameters(transformer) -> int:
+    """Parameters that a token is multiplied with: an input embedding of its own is only looked up."""
+    untied = 0 if transformer.config.tie_word_embeddings else transformer.head_weight.numel()
+    return sum(p.numel() for p in transformer.parameters()) - untied
+
+
 def step_limit(transformer, rows: int, context: float, bytes_per_s: float, flops: float) -> float:
     """Seconds that a decode step takes at least: the formula of this file's docstring."""
-    config, size = transformer.config, transformer.head_weight.element_size()
-    used = sum(p.numel() for p in transformer.parameters())
-    used -= 0 if config.tie_word_embeddings else transformer.head_weight.numel()  # the input embedding is looked up
+    config, size, used = transformer.config, transformer.head_weight.element_size(), used_parameters(transformer)
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    return max(used * size / bytes_per_s, 2 * used * rows / flops) + rows * context * cached / bytes_per_s
+    products = 2 * used * rows / flops if flops else 0.0
+    return max(used * size / bytes_per_s, products) + rows * context * cached / bytes_per_s
 
 
 def cell(transformer, rows: int, context: int, new: int, device: str, speeds: dict, repeats: int) -> dict:
-    """One batch size at one context: contexts grow from `context - new / 2` to `context + new / 2`."""
+    """One batch size at one context: contexts grow from `context - new / 2` to `context + new / 2`.
+
+    A step is the difference between a call with one token and a call with 1 + new, divided by new.
+    """
     generator = torch.Generator().manual_seed(0)
     vocab = transformer.config.vocab_size
     prompts = torch.randint(0, vocab, (rows, context - new // 2), generator=generator).tolist()
     sampler = Engine(transformer, (), max_rows=rows, max_context=context + new)
+    if sampler.pages <= rows * pages_for(context + new):
+        return {"rows": rows, "context": context, "note": f"the cache has {sampler.pages} pages, too few for all rows"}
     first = [timed(lambda: sampler.generate(prompts, max_tokens=1), device) for _ in range(repeats + 1)][1:]
     whole = [timed(lambda: sampler.generate(prompts, max_tokens=1 + new), device) for _ in range(repeats + 1)][1:]
     seconds = (statistics.median(whole) - statistics.median(first)) / new
+    sampler.close()  # before the next engine asks how much memory is free
     limit = step_limit(transformer, rows, context, **speeds)
     return {
         "rows": rows, "context": context, "ms_a_step": round(seconds * 1e3, 3), "limit_ms": round(limit * 1e3, 3),
@@ -168,16 +188,12 @@ def cell(transformer, rows: int, context: int, new: int, device: str, speeds: di
 
 
 def against_the_limit(raw: dict, rows, contexts, new: int, device: str, dtype, megabytes=2048, repeats=5) -> dict:
-    transformer = random_model(raw, device, dtype)
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    flops = next((peak for part, peak in PEAK_FLOPS.items() if part in name), float("inf"))
-    speeds = {"bytes_per_s": bandwidth(device, megabytes), "flops": flops}
-    cells = []
+    transformer, speeds, cells = random_model(raw, device, dtype), measured_speeds(device, megabytes), []
     for context in contexts:
         for count in rows:
             cells.append(cell(transformer, count, context, new, device, speeds, repeats))
             print("  ", cells[-1], flush=True)
-    return {"device": name, "gb_per_s": round(speeds["bytes_per_s"] / 1e9), "cells": cells}
+    return {"gb_per_s": round(speeds["bytes_per_s"] / 1e9), "tflops": round(speeds["flops"] / 1e12), "cells": cells}
 
 
 def nano_vllm_lengths(count: int, longest: int, vocab: int = 10_000):
@@ -187,15 +203,29 @@ def nano_vllm_lengths(count: int, longest: int, vocab: int = 10_000):
     return prompts, [rng.randint(100, longest) for _ in range(count)]
 
 
-def nano_vllm_protocol(raw: dict, count: int, longest: int, device: str, dtype, vocab: int = 10_000) -> dict:
-    """Tokens a second over the whole list, after one short call; its temperature 0.6, no end token."""
+def nano_vllm_limit(transformer, prompts, limits, speeds: dict) -> float:
+    """Seconds at least: the prompts' products, then the decode steps; step t has the rows that draw more than t."""
+    tokens, flops = sum(map(len, prompts)), speeds["flops"]
+    seconds = 2 * used_parameters(transformer) * tokens / flops if flops else 0.0
+    for t in range(max(limits)):
+        contexts = [len(prompt) + t for prompt, limit in zip(prompts, limits, strict=True) if limit > t]
+        seconds += step_limit(transformer, len(contexts), statistics.mean(contexts), **speeds)
+    return seconds
+
+
+def nano_vllm_protocol(raw: dict, count: int, longest: int, device: str, dtype, vocab=10_000, megabytes=2048) -> dict:
+    """Generated tokens a second over the whole list, prefill included; its temperature 0.6, no end token."""
     prompts, limits = nano_vllm_lengths(count, longest, vocab)
-    sampler = Engine(random_model(raw, device, dtype), ())
-    sampler.generate(prompts, max_tokens=2, temperature=0.6)
+    transformer, speeds = random_model(raw, device, dtype), measured_speeds(device, megabytes)
+    sampler = Engine(transformer, ())
     sampler.generate(prompts, max_tokens=limits, temperature=0.6)  # captures the graphs of a shrinking batch
     seconds = timed(lambda: sampler.generate(prompts, max_tokens=limits, temperature=0.6), device)
-    return {"prompt_tokens": sum(map(len, prompts)), "tokens": sum(limits), "seconds": round(seconds, 2),
-            "tokens_per_s": round(sum(limits) / seconds)}  # fmt: skip
+    sampler.close()
+    return {
+        "prompt_tokens": sum(map(len, prompts)), "tokens": sum(limits), "seconds": round(seconds, 2),
+        "tokens_per_s": round(sum(limits) / seconds),
+        "share_of_limit": round(nano_vllm_limit(transformer, prompts, limits, speeds) / seconds, 3),
+    }  # fmt: skip
 
 
 def sampler_trainer_gap(raw: dict, device: str, dtype, prompts=32, new=256) -> dict:
@@ -203,8 +233,8 @@ def sampler_trainer_gap(raw: dict, device: str, dtype, prompts=32, new=256) -> d
     transformer = random_model(raw, device, dtype)
     generator = torch.Generator().manual_seed(0)
     asked = torch.randint(0, transformer.config.vocab_size, (prompts, 64), generator=generator).tolist()
-    gaps = []
-    for prompt, (sample,) in zip(asked, Engine(transformer, ()).generate(asked, max_tokens=new), strict=True):
+    gaps, sampler = [], Engine(transformer, (), max_rows=prompts)
+    for prompt, (sample,) in zip(asked, sampler.generate(asked, max_tokens=new), strict=True):
         ids = torch.tensor(prompt + sample.ids, device=device)
         with torch.inference_mode():
             x_TH = transformer(ids, torch.tensor([0, len(ids)], dtype=torch.int32, device=device))
@@ -220,12 +250,11 @@ def sampler_trainer_gap(raw: dict, device: str, dtype, prompts=32, new=256) -> d
 def gpu_tables(tiny: bool) -> dict:
     if tiny:
         toy, device, dtype = {**R1_DISTILL_1_5B, **TOY}, "cpu", torch.float32
-        table = against_the_limit(toy, (1, 3), (96,), 8, device, dtype, megabytes=4, repeats=2)
-        nano = nano_vllm_protocol({**QWEN3_0_6B, **TOY}, 4, 120, device, dtype, vocab=500)
+        table = against_the_limit(toy, (1, 3), (96,), 8, device, dtype, megabytes=4, repeats=1)
+        nano = nano_vllm_protocol({**QWEN3_0_6B, **TOY}, 3, 105, device, dtype, vocab=500, megabytes=4)
         return {"table": table, "nano_vllm": nano, "gap": sampler_trainer_gap(toy, device, dtype, 2, 8)}
     device, dtype = "cuda", torch.bfloat16
     table = against_the_limit(R1_DISTILL_1_5B, (1, 8, 64, 256), (512, 2048, 4096), 128, device, dtype)
-    gc.collect()
     return {
         "table": table,
         "nano_vllm": nano_vllm_protocol(QWEN3_0_6B, 256, 1024, device, dtype),
@@ -240,12 +269,15 @@ def main(argv=None) -> dict:
     parser.add_argument("--tiny", action="store_true", help="toy shapes, seconds")
     parser.add_argument("--write", action="store_true", help=f"renew {RESULTS.name}")
     args = parser.parse_args(argv)
+    if args.tiny and args.write:
+        parser.error("toy shapes are no result: --tiny does not go with --write")
     torch.set_num_threads(1)
-    shape = {"count": 4, "n": 2, "limit": 8, "repeats": 2} if args.tiny else {"repeats": args.repeats}
-    result = {"torch": torch.__version__, "cpu": beside_transformers(args.model, **shape)}
+    shape = {"count": 4, "n": 2, "limit": 8, "repeats": 1} if args.tiny else {"repeats": args.repeats}
+    result = {"origin": f"{origin('cpu')}; transformers {transformers.__version__}"}
+    result["cpu"] = beside_transformers(args.model, **shape)
     print(json.dumps(result["cpu"], indent=1))
     if args.tiny or torch.cuda.is_available():
-        result["gpu"] = gpu_tables(args.tiny)
+        result["gpu"] = {"origin": origin("cpu" if args.tiny else "cuda"), **gpu_tables(args.tiny)}
         print(json.dumps(result["gpu"], indent=1))
     else:
         print("no CUDA device: the GPU tables are not measured here")

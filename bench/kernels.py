@@ -355,7 +355,7 @@ def origin(device):
     """What a figure is worth nothing without: device, versions, commit, day."""
     triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device != "cpu" else "CPU, toy shapes"
+    name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
     return f"{name}; torch {torch.__version__}; triton {triton}; commit {commit}; {datetime.date.today()}"
 
 
