@@ -51,10 +51,10 @@ class Appender:
         self.path, self.key, self.done = path, key, stored(path, key)
         self.file = open(path, "a", encoding="ascii", opener=runs.private)  # noqa: SIM115 (closed by __exit__)
 
-    def add(self, record: dict) -> None:
-        """Keep a record unless one of its key is there. Raises UserError where the disk is full."""
+    def add(self, record: dict) -> bool:
+        """Keep a record unless one of its key is there; whether it was new. Raises UserError where the disk is full."""
         if self.key(record) in self.done:
-            return
+            return False
         try:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
@@ -62,6 +62,7 @@ class Appender:
             kept = f"what came before is kept: make room, then --resume {self.path.parent}"
             raise UserError(f"{self.path} cannot be written ({error.strerror}); {kept}") from None
         self.done[self.key(record)] = record
+        return True
 
     def __enter__(self):
         return self
@@ -163,21 +164,24 @@ def generate(config, target: Target, items: list[dict], path: Path, greedy: bool
     groups = {}
     for item in items:
         groups.setdefault(decoding(config, item, greedy), []).append(item)
-    with Appender(path) as file, tqdm(total=len(items), desc=path.stem, unit="item") as bar:
-        for how, group in groups.items():
-            there = lambda item, how=how: all((item["id"], k) in file.done for k in range(how.samples))  # noqa: E731
-            places = [place for place, item in enumerate(group) if not there(item)]
-            bar.update(len(group) - len(places))
+    wanted = [(i["id"], k) for i in items for k in range(decoding(config, i, greedy).samples)]
+    with Appender(path) as file, tqdm(total=len(wanted), desc=path.stem, unit="sample") as bar:
+        bar.update(len(file.done.keys() & set(wanted)))
+        cut = sum(record["finish_reason"] == "length" for record in file.done.values())
 
-            def keep(_, record, how=how):
-                file.add(record)
-                cut = sum(one["finish_reason"] == "length" for one in file.done.values())
+        def keep(_, record: dict) -> None:
+            nonlocal cut
+            if file.add(record):
+                cut += record["finish_reason"] == "length"
                 bar.set_postfix_str(f"cut off {cut}", refresh=False)
-                bar.update(1 / how.samples)
+                bar.update()
 
+        for how, group in groups.items():
+            there = [all((item["id"], k) in file.done for k in range(how.samples)) for item in group]
+            places = [place for place, whole in enumerate(there) if not whole]
             if places:
                 target.sample([group[place] for place in places], how, places, keep)
-        return [file.done[i["id"], k] for i in items for k in range(decoding(config, i, greedy).samples)]
+        return [file.done[key] for key in wanted]
 
 
 # ------------------------------------------------------------------------------------------------- judging
