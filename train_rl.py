@@ -238,10 +238,12 @@ def as_item(prompt: dict) -> dict:
 
 
 def draw(sampler, tokenizer, prompts: list[dict], n: int, seed: int, config: Config) -> list[list[Drawing]]:
-    """n answers to each prompt, from the weights as they are."""
-    drawn = sampler.generate(
-        [p["ids"] for p in prompts], n=n, max_tokens=config.max_tokens, temperature=config.temperature, seed=seed
-    )
+    """n answers to each prompt, from the weights as they are. Raises UserError where those give no distribution."""
+    ids, settings = [p["ids"] for p in prompts], {"max_tokens": config.max_tokens, "temperature": config.temperature}
+    try:
+        drawn = sampler.generate(ids, n=n, seed=seed, **settings)
+    except engine.EngineError as error:
+        raise UserError(f"sampling: {error}; where the weights have diverged, try a smaller --lr") from None
     opened, groups = safety.thinking_open(tokenizer), []
     for prompt, samples in zip(prompts, drawn, strict=True):
         groups.append([])
@@ -471,16 +473,15 @@ def note(state: dict, line: dict, answers: int) -> None:
 
 
 def samples(groups: list[list[Drawing]]) -> list[dict]:
-    """A few whole answers of a step, two each of groups that it trained on, of any where there is none."""
+    """A few whole answers of a step: worst and best of two groups that it trained on, of any where there is none."""
     live = [group for group in groups if any(d.advantage is not None for d in group)]
-    shown = [
-        d for group in (live or groups)[:SHOWN] for d in sorted(group, key=lambda d: d.reward or 0.0)[:: len(group) - 1]
-    ]
+    ranked = [sorted(group, key=lambda d: d.reward or 0.0) for group in (live or groups)[:SHOWN]]
     names = ("id", "kind", "prompt", "completion", "finish_reason")
     return [
         {name: d.item.get(name) for name in names}
         | {"reward": d.reward, "parts": d.parts, "label": d.label, "advantage": d.advantage}
-        for d in shown
+        for group in ranked
+        for d in (group[0], group[-1])
     ]
 
 

@@ -365,6 +365,16 @@ def test_a_rollout_is_a_function_of_seed_and_step(folder, monkeypatch):
     assert len(seeds) == 2500 and min(seeds) > 10**9
 
 
+def test_weights_that_have_diverged_are_named(folder, monkeypatch):
+    def sick(folder):
+        transformer, trainee = fresh(folder)
+        transformer.head_weight.data.fill_(math.nan)
+        return transformer, trainee
+
+    with pytest.raises(runs.UserError, match="not finite.*smaller --lr"):
+        run_step(folder, monkeypatch, trainee_of=sick)
+
+
 # ------------------------------------------------------------------------------------------------- rewards
 
 REQUEST = {"kind": "request", "harmful": True, "thinking": "hm", "answer": "x", "finish_reason": "stop"}
@@ -587,3 +597,19 @@ def test_a_plan_that_does_not_fit_is_refused_with_figures():
     with pytest.raises(runs.UserError, match=r"16.00 GiB of free GPU memory: weights 3.00, Adam 12.00 GiB"):
         optim.share_memory(plan, 16 << 30, answer_bytes=1 << 28, guard_share=0.25)
     assert optim.share_memory(plan, 0, 1, 0.3)["policy cache"] is None
+
+
+def test_the_guard_next_to_the_policy_is_in_the_plan(folder, tmp_path, monkeypatch):
+    other = tiny.model_folder(tmp_path / "guard", num_hidden_layers=4)
+    config = settings(model=str(folder), reward="", guard=f"qwen3guard={other}", guard_share=0.25)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    plan = train_rl.plan_memory(config, "cuda", torch.bfloat16)
+    assert plan["guard"] == 2 * sum(p.numel() for p in optim.shape_of(str(other)).parameters())
+    assert plan["guard cache"] > 0 and plan["policy cache"] == pytest.approx(3 * plan["guard cache"], abs=4)
+    assert sum(plan.values()) == pytest.approx(0.95 * (1 << 30), abs=4)
+    alone = train_rl.plan_memory(replace(config, guard="pocket"), "cuda", torch.bfloat16)
+    assert alone["guard cache"] == 0 and "guard" not in alone
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 20))
+    with pytest.raises(runs.UserError, match="does not fit"):
+        train_rl.plan_memory(config, "cuda", torch.bfloat16)
+    assert train_rl.plan_memory(config, "cpu", torch.float32)["policy cache"] is None

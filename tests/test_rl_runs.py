@@ -19,7 +19,7 @@ import model
 import optim
 import runs
 import train_rl
-from tests import toy
+from tests import tiny, toy
 from tests.test_sft import as_flags, lines
 from train_rl import Config
 
@@ -80,7 +80,8 @@ def settings_of(folder, tmp_path, **changes) -> dict:
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"say {d}"}) + "\n" for d in toy.DIGITS))
     (tmp_path / "reward.py").write_text(toy.REWARD)
     settings = {
-        "model": str(folder), "prompts": (f"own={tmp_path}/own.jsonl:kind=benign",), "reward": str(tmp_path / "reward.py"),
+        "model": str(folder), "prompts": (f"own={tmp_path}/own.jsonl:kind=benign",),
+        "reward": str(tmp_path / "reward.py"),
         "prompts_per_step": 4, "group": 4, "max_tokens": 8, "max_prompt": 16, "steps": 6, "lr": 3e-3, "held_out": 1,
         "evaluate_every": 2, "micro_tokens": 64, "device": "cpu", "dtype": "float32", "out": str(tmp_path / "run"),
     }  # fmt: skip
@@ -202,6 +203,20 @@ def test_a_judge_that_fails_gives_exit_3_after_everything_is_written(folder, tmp
     (tmp_path / "reward.py").write_text("def reward(p, c, m): return (None if len(c) % 2 else 1.0), {}")
     run = start(settings, code=runs.EXIT_UNSCORED)
     assert json.loads((run / "result.json").read_text())["unscored_share"] > 0.01 and (run / "model").is_dir()
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path, thinking):
+    """A random guard of four layers, benign and harmful prompts and problems in one mixture."""
+    guard = tiny.model_folder(tmp_path / "guard", num_hidden_layers=4, max_position_embeddings=2048)
+    settings = settings_of(folder, tmp_path, steps=2, group=8, max_unscored=0.99, judge_thinking=thinking, held_out=0)
+    (tmp_path / "maths.jsonl").write_text('{"prompt": "say 1", "target": "1"}\n')
+    kinds = (f"own={tmp_path}/own.jsonl:kind=benign", f"own={tmp_path}/own.jsonl:kind=harmful")
+    prompts = (*kinds, f"own={tmp_path}/maths.jsonl:kind=maths@2")
+    run = start(settings | {"reward": "", "guard": f"qwen3guard={guard}", "prompts": prompts})
+    for line in lines(run / "metrics.jsonl"):
+        assert {"reward_benign", "reward_harmful", "reward_maths"} <= line.keys()
+        assert line["reward_maths"] is not None and line["unscored"] < 1
 
 
 def test_data_or_rewards_that_changed_are_not_gone_on_with(folder, tmp_path):

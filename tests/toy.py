@@ -1,4 +1,4 @@
-"""A toy world for RL: eight words, a tiny random model, and a task that is soon learned: say the digit that is asked."""
+"""A toy world for RL: eight words, a tiny random model, a task that is soon learned: say the digit that is asked."""
 
 from pathlib import Path
 
