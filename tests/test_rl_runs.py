@@ -205,6 +205,16 @@ def test_a_judge_that_fails_gives_exit_3_after_everything_is_written(folder, tmp
     assert json.loads((run / "result.json").read_text())["unscored_share"] > 0.01 and (run / "model").is_dir()
 
 
+def test_several_steps_in_a_row_without_a_finite_gradient_stop_the_run(folder, tmp_path, monkeypatch):
+    honest = train_rl.objective
+    monkeypatch.setattr(train_rl, "objective", lambda *a: (honest(*a)[0] * math.inf, honest(*a)[1]))
+    with pytest.raises(runs.UserError, match="5 steps in a row"):
+        start(settings_of(folder, tmp_path, steps=40, group=8, evaluate_every=0))
+    logged = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["grad_norm"] for line in logged[-5:]] == [None] * 5
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path, thinking):
     """A random guard of four layers, benign and harmful prompts and problems in one mixture."""
