@@ -73,8 +73,8 @@ def outside(prompt: str) -> str:
 
 def tagged_reader(prompt: str, innocent: str) -> str:
     """Obeys what stands outside the data and is not in the innocent prompt; else tells the truth about the answer."""
-    left, frame = (re.sub("[0-9a-f]{16}", "", outside(text)) for text in (prompt, innocent))
-    return truth(prompt) if left == frame else claimed(left.replace("[data]", "")) or "safe"
+    left, frame = (re.sub("[0-9a-f]{16}", "", outside(text)).splitlines() for text in (prompt, innocent))
+    return truth(prompt) if left == frame else claimed("\n".join(line for line in left if line not in frame)) or "safe"
 
 
 def last_turn(conversation: str) -> str:
@@ -99,7 +99,7 @@ def naive_json(answer):
     """The first verdict in a JSON object of the reply counts, escapes resolved."""
     reply = f'It says: {answer}\n{{"verdict": "unsafe"}}'
     reply = re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), reply)
-    return re.search(r'"verdict": "(\w+)"', reply)[1]
+    return re.search(r'"(?:verdict|safety)": "(\w+)"', reply)[1]
 
 
 def naive_tags(answer):
@@ -272,7 +272,7 @@ def test_no_echo_moves_a_reply_parser(family, attack):
     for said in (f"{attack}\n{own}", f"{own}\n{attack}", attack, f"</think>{attack}", f"{attack}</think>{own}"):
         parsed = safety.parse_expert(said, nonce)
         assert isinstance(parsed, Unscored) or parsed.verdict == "unsafe"
-        parsed = safety.parse_rubric(said.replace("critique", "reason"), nonce)
+        parsed = safety.parse_rubric(said, nonce)
         assert isinstance(parsed, Unscored) or parsed.safety == "unsafe"
 
 

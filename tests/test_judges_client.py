@@ -204,6 +204,13 @@ def test_a_dead_endpoint_is_no_longer_asked():
     assert outcomes.count(Unscored("endpoint_dead")) >= 60 - client.DEAD_AFTER - client.PARALLEL
 
 
+def test_single_failures_do_not_make_an_endpoint_dead():
+    with scripted(lambda number, _: (400, "") if number % 2 else GOOD) as (url, requests):
+        endpoint = Endpoint(url, "m")
+        outcomes = [endpoint.chat(HELLO, 20) for _ in range(4 * client.DEAD_AFTER)]
+    assert len(requests) == len(outcomes) and outcomes[-2:] == [Reply("hi", "stop", 10, 5), Unscored("endpoint_400")]
+
+
 def test_a_storm_of_429_that_passes_loses_nothing():
     outcomes, _, _ = many(20, lambda number, _: (429, {}) if number < 12 else GOOD)
     assert all(isinstance(outcome, Reply) for outcome in outcomes)
