@@ -1,0 +1,151 @@
+"""Recipes: --dry-run prints command lines, and every flag in them is one that its script takes."""
+
+import dataclasses
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import judges
+import runs
+import suites
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if os.access(path, os.X_OK))
+
+
+def start(recipe: Path, *flags, **variables) -> subprocess.CompletedProcess:
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
+    return subprocess.run(["bash", recipe, *flags], capture_output=True, text=True, cwd="/", env=environment)
+
+
+def commands(recipe: Path, **variables) -> list[list[str]]:
+    done = start(recipe, "--dry-run", **variables)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def parsed(words: list[str]):
+    """The Config of a command line; files that earlier steps will have made may be missing."""
+    python, script, *flags = words
+    assert python == "python" and (ROOT / script).is_file()
+    config_class = importlib.import_module(script.removesuffix(".py")).Config
+    try:
+        return runs.parse(config_class, flags)[0]
+    except runs.UserError as error:
+        assert all("no such file" in line for line in str(error).splitlines()), error
+        fields = {f.name: f for f in dataclasses.fields(config_class)}
+        given = runs.command_line(fields, flags, "")
+        return config_class(**{name: runs.convert(text, fields[name]) for name, text in given.items()})
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_there_are_three():
+    assert [path.name for path in RECIPES] == ["pocket.sh", "r1_1.5b.sh", "r1_7b_paper.sh"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_flag_is_one_that_its_script_takes(recipe):
+    lines = commands(recipe)
+    scripts = [words[1] for words in lines]
+    assert {"make_data.py", "train_sft.py", "train_rl.py", "evaluate.py"} == set(scripts)
+    assert "--report" in lines[-1] and any("--compare" in words for words in lines)
+    for words in lines:
+        parsed(words)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_step_reads_what_an_earlier_one_writes(recipe):
+    made = {"pocket/base"}
+    for words in commands(recipe):
+        config = parsed(words)
+        named = [getattr(config, "adapter", ""), getattr(config, "data", ""), *getattr(config, "compare", ())]
+        named += [*getattr(config, "report", ()), *re.findall("verify=([^, ]+)", " ".join(words))]
+        for path in filter(None, named):
+            assert any(path == folder or path.startswith(f"{folder}/") for folder in made), path
+        if "--report" not in words and "--compare" not in words:
+            assert config.out not in made
+            made.add(config.out)
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:], ids=lambda path: path.name)
+def test_names_of_suites_judges_and_sets_are_known(recipe):
+    for words in commands(recipe):
+        config = parsed(words)
+        if words[1] == "evaluate.py" and config.judge and "--suite" in words:
+            assert {name.partition("=")[0] for name in config.suite.split(",")} <= set(suites.SUITES)
+            kinds = [name.partition("=")[0] for name in config.judge.split(",")]
+            assert set(kinds) <= set(judges.FAMILIES) and kinds[0] != "qwen3guard"  # the first is not the reward
+        for name in getattr(config, "prompts", ()):
+            assert re.split("[@#]", name)[0] in suites.TRAINING
+
+
+def test_the_papers_settings_are_in_its_recipe():
+    lines = commands(ROOT / "recipes" / "r1_7b_paper.sh")
+    data, sft, rl = (next(parsed(w) for w in lines if w[1] == s and "candidates" not in w[-1])
+                     for s in ("make_data.py", "train_sft.py", "train_rl.py"))  # fmt: skip
+    assert (data.n, data.records) == (8, 6000)
+    assert (sft.lora_r, sft.lora_alpha, sft.lr, sft.epochs, sft.target) == (16, 32, 2e-4, 2, "both")
+    assert (rl.prompts_per_step, rl.group, rl.advantage) == (64, 8, "std")
+    assert "dapo@3#3000" in rl.prompts and rl.guard.startswith("qwen3guard") and rl.lr == 1e-5
+
+
+def test_variables_change_the_commands():
+    changed = {"RL_LORA_R": "0", "RL_LR": "1e-6", "OUT": "runs/my run", "METHODS": "safechain"}
+    lines = commands(ROOT / "recipes" / "r1_1.5b.sh", **changed, RL_METHODS="safechain")
+    rl = next(parsed(words) for words in lines if words[1] == "train_rl.py")
+    assert (rl.lora_r, rl.lr, rl.adapter) == (0, 1e-6, "runs/my run/safechain-0/model")
+    assert not any("verification" in word for words in lines for word in words)
+
+
+def test_another_flag_is_refused():
+    done = start(RECIPES[0], "--dry")
+    assert done.returncode == 2 and "usage" in done.stderr
+
+
+def test_what_is_open_has_a_reason():
+    """Each variable of the paper's recipe stands with its reason on its line, deviations before them all."""
+    text = (ROOT / "recipes" / "r1_7b_paper.sh").read_text()
+    settings = [line for line in text.splitlines() if re.match("[A-Z_0-9]+=", line)]
+    without = [line for line in settings if "  # " not in line and not line.startswith(("MODEL", "OUT", "PRICE_OUT"))]
+    assert len(settings) > 25 and not without
+    assert text.index("Deviations") < text.index(settings[0])
+
+
+FAKE = """#!{python}
+import json, pathlib, sys
+words = sys.argv[1:]
+print("ran", *words)
+flag = "--out" if "--out" in words else "--resume" if "--resume" in words else None
+folder = pathlib.Path(words[words.index(flag) + 1]) if flag else None
+if "evaluate.py" in words[0] and "fail" in str(folder):
+    sys.exit(5)
+if folder:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "config.json" if "train_rl" in words[0] and flag == "--out" else "result.json"
+    (folder / name).write_text("{{}}")
+sys.exit(3 if "make_data" in words[0] else 0)
+"""
+
+
+def test_finished_steps_are_kept_and_begun_ones_gone_on_with(tmp_path):
+    """With a stand-in for Python: exit 3 goes on with a word of caution, any other failure ends the recipe."""
+    fake = tmp_path / "python"
+    fake.write_text(FAKE.format(python=sys.executable))
+    fake.chmod(0o755)
+    first = start(RECIPES[0], PYTHON=str(fake), OUT=str(tmp_path / "out"))
+    assert first.returncode == 0 and "caution" in first.stderr and first.stdout.count("ran make_data.py") == 1
+    second = start(RECIPES[0], PYTHON=str(fake), OUT=str(tmp_path / "out"))
+    assert "data is finished" in second.stdout and "ran make_data.py" not in second.stdout
+    assert "ran train_rl.py --resume" in second.stdout
+    failed = start(RECIPES[0], PYTHON=str(fake), OUT=str(tmp_path / "fail"))
+    assert failed.returncode == 5 and "--report" not in failed.stdout
