@@ -11,17 +11,16 @@ a benign prompt keeps one; the expert writes a critique and a verdict for each a
 
 Every stage adds lines to a file of its own (prompts, samples, labels, critiques), each line under a key that hashes all
 that made it: what is there is never made again, and what is missing is. The records are a function of these files.
-Written beside them: answer-centric baselines with as many supervised tokens, and data_card.json.
+Written beside them: answer-centric baselines with as many supervised tokens (records.py), and data_card.json.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import operator
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from tqdm import tqdm
 import runs
 from runs import UserError, option
 
-baselines, client, judges, safety, stages, suites, torch = map(
-    runs.Lazy, ("baselines", "client", "judges", "safety", "stages", "suites", "torch")
+client, judges, records, safety, stages, suites, torch = map(
+    runs.Lazy, ("client", "judges", "records", "safety", "stages", "suites", "torch")
 )
 
 
@@ -153,13 +152,13 @@ def fingerprint(transformer, tokenizer) -> str:
     for name, weight in sorted(transformer.named_parameters()):
         values = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
         parts += [name, tuple(weight.shape), values.numpy().tobytes().hex()]
-    return baselines.digest(*parts)
+    return records.digest(*parts)
 
 
 def sample_keys(prompt: dict, origin: str, config: Config) -> list[str]:
     """The keys of a prompt's N samples: who answers, how it is drawn, and what is asked."""
     settings = (config.temperature, config.top_p, config.max_tokens, config.seed, prompt["place"])
-    return [baselines.digest(origin, *settings, prompt["prompt"], k) for k in range(config.n)]
+    return [records.digest(origin, *settings, prompt["prompt"], k) for k in range(config.n)]
 
 
 def short(item: dict) -> dict:
@@ -301,7 +300,7 @@ def collect(prompts: list[dict], choose: Callable, config: Config) -> tuple[list
 
 def critique_job(prompt: dict, sample: dict, config: Config, spec) -> dict:
     """What the expert is asked about one chosen answer."""
-    key = baselines.digest("critique", config.expert, spec.sha256, prompt["prompt"], sample["answer"])
+    key = records.digest("critique", config.expert, spec.sha256, prompt["prompt"], sample["answer"])
     job = {"key": key, "prompt": prompt["prompt"], "answer": sample["answer"], "spec": config.spec}
     job |= {"label": sample["label"], "prompt_id": prompt["id"]}
     return {**job, "item": prompt["item"]} if "item" in prompt else job
@@ -323,51 +322,7 @@ def stage_critiques(expert, jobs: list[dict], log) -> dict[str, str]:
     return unscored
 
 
-def verification_records(jobs: list[dict], critiques, config: Config, spec) -> tuple[list[dict], list[dict]]:
-    """(records, those on whose verdict expert and guard disagree); no record without a critique."""
-    agreed, disputed = [], []
-    for job in jobs:
-        if said := critiques.done.get(job["key"]):
-            meta = {"spec_sha256": spec.sha256, "prompt_id": job["prompt_id"], "guard": config.guard}
-            record = {
-                "kind": "verify",
-                "id": baselines.digest("verify", job["prompt"], job["answer"]),
-                "prompt": job["prompt"],
-                "answer": job["answer"],
-                "spec": config.spec,
-                "critique": said["critique"],
-                "verdict": said["verdict"],
-                "source": f"own samples, {config.expert} expert",
-                "meta": {"item": job["item"], **meta} if "item" in job else meta,
-            }
-            same = said["verdict"] == job["label"]
-            (agreed if same else disputed).append(record if same else record | {"guard_verdict": job["label"]})
-    return agreed, disputed
-
-
 # ------------------------------------------------------------------------------------------------- card, table
-
-
-def write_jsonl(path: Path, records: list[dict], tokenizer) -> dict:
-    """Write; what the card says of the file."""
-    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    runs.write_atomic(path, data)
-    sizes = [baselines.size(tokenizer, record) or (0, 0) for record in records]
-    entry = {"records": len(records), "sha256": hashlib.sha256(data).hexdigest(), "unit": "tokens"}
-    entry |= {} if tokenizer else {"unit": "characters"}
-    entry |= {"supervised": sum(s for s, _ in sizes), "all": sum(t for _, t in sizes)}
-    return entry | dict(Counter(record["verdict"] for record in records if "verdict" in record))
-
-
-def write_records(folder: Path, verify, disputed, streams: Iterable[tuple], tokenizer) -> tuple[dict, dict]:
-    """(card entries of all files, what the baselines left out). Baselines get as many supervised tokens as `verify`."""
-    files = {"verify.jsonl": write_jsonl(folder / "verify.jsonl", verify, tokenizer)}
-    files["disagreements.jsonl"] = write_jsonl(folder / "disagreements.jsonl", disputed, tokenizer)
-    left = {}
-    for name, candidates in streams:
-        records, left[name] = baselines.matched(candidates, files["verify.jsonl"]["supervised"], tokenizer)
-        files[name] = write_jsonl(folder / name, records, tokenizer)
-    return files, {name: dict(counter) for name, counter in left.items() if counter}
 
 
 def state(sample: dict, unscored: dict[str, str]) -> str:
@@ -400,6 +355,22 @@ class Tools:
     endpoints: dict
 
 
+def note_usage(folder: Path, tools: Tools) -> None:
+    """What this sitting of a run used of its endpoints; a process killed by -9 leaves no note."""
+    if tools.endpoints:
+        runs.append_jsonl(folder / "usage.jsonl", {name: e.usage for name, e in tools.endpoints.items()})
+
+
+def total_usage(folder: Path) -> dict:
+    """{endpoint: requests, tokens, cost} of all sittings."""
+    path = folder / "usage.jsonl"
+    total = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        for name, usage in json.loads(line).items():
+            total.setdefault(name, Counter()).update(usage)
+    return total
+
+
 def open_tools(config: Config, world) -> Tools:
     """Load model, guard and expert, or refuse, before anything is written."""
     device = runs.pick_device(config.device)
@@ -411,7 +382,7 @@ def open_tools(config: Config, world) -> Tools:
     tokenizer, server = None, None
     if config.endpoint:
         server = client.Endpoint(config.endpoint, config.model, **limits)
-        who, sample = baselines.digest(server.url, config.model), lambda *work: sample_endpoint(server, *work, config)
+        who, sample = records.digest(server.url, config.model), lambda *work: sample_endpoint(server, *work, config)
     else:
         transformer, tokenizer = runs.load_model(config.model, device, dtype, config.adapter)
         who = fingerprint(transformer, tokenizer)
@@ -464,10 +435,10 @@ def make_records(config, world, spec, tools: Tools, logs: Logs, prompts: list[di
     kept, selection = collect(prompts, choose, config)
     jobs = [critique_job(prompt, sample, config, spec) for prompt, chosen in kept for sample in chosen]
     logs.silent |= stage_critiques(tools.expert, jobs, logs.critiques)
-    verify, disputed = verification_records(jobs, logs.critiques, config, spec)
+    verify, disputed = records.verification_records(jobs, logs.critiques.done, config, spec)
     groups = [(prompt, own(prompt)) for prompt in prompts]
-    streams = [baselines.candidates(name, config, world, groups, tested, sets) for name in config.baseline]
-    files, left = write_records(folder, verify, disputed, streams, tools.tokenizer)
+    streams = [records.candidates(name, config, world, groups, tested, sets) for name in config.baseline]
+    files, left = records.write(folder, verify, disputed, streams, tools.tokenizer)
     states = Counter(state(sample, logs.unscored) for _, group in groups for sample in group)
     counts = {
         "samples": states + Counter({f"failed: {reason}": n for reason, n in logs.failed.items()}),
@@ -489,6 +460,7 @@ def main(config: Config, origin: dict) -> int:
     runs.show(config, origin)
     prompts, facts = stage_prompts(folder, gathered)
     with contextlib.ExitStack() as stack:
+        stack.callback(note_usage, folder, tools)
         files = [stages.Appender(folder / f"{name}.jsonl", by_key) for name in ("samples", "labels", "critiques")]
         logs = Logs(*map(stack.enter_context, files))
         made = make_records(config, world, spec, tools, logs, prompts, tested, folder)
@@ -502,7 +474,7 @@ def main(config: Config, origin: dict) -> int:
         **made,
         "suites not at hand": missing,
         "counts": counts,
-        "endpoints": {name: endpoint.usage for name, endpoint in tools.endpoints.items()},
+        "endpoints": total_usage(folder),
         "versions": json.loads((folder / "source.json").read_text())["versions"],
     }
     runs.write_json(folder / "data_card.json", card)

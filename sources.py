@@ -24,7 +24,10 @@ from runs import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """A published set: where it lies, what its rows look like, and what an item or a training prompt takes from one."""
+    """A published set: where it lies, what its rows look like, and what an item or a training prompt takes from one.
+
+    Licences are as far as could be established; the set's own card holds.
+    """
 
     hub: str  # id of a data set, address of a CSV file, or nothing where there is no public copy
     licence: str
@@ -43,7 +46,7 @@ class Source:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # with a byte order mark or without
         if path.suffix == ".json":  # one list of objects
             listed = json.load(file)
             if not isinstance(listed, list):
@@ -53,16 +56,17 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(file, 1):
             try:
                 yield f"{path}, line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         yield from table_rows(file, str(path), "\t" if path.suffix == ".tsv" else ",")
 
 
 def table_rows(file, name: str, delimiter: str) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(2**24)  # attacks are long
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     for row in reader:
         where = f"{name}, line {reader.line_num}"
@@ -89,7 +93,7 @@ def local_rows(path: Path) -> Iterator[tuple[str, object]]:
     for file in files:
         try:
             yield from READERS[file.suffix](file)
-        except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, not JSON, not parquet
+        except (OSError, ValueError, RecursionError, csv.Error) as error:  # not UTF-8, not JSON, not parquet, ...
             raise UserError(f"{file}: {error}") from None
 
 
@@ -103,7 +107,7 @@ def hub_rows(name: str, source: Source) -> Iterator[tuple[str, dict]]:
     try:
         if source.hub.startswith("https://"):  # one CSV file
             with urllib.request.urlopen(source.hub, timeout=60) as reply:
-                yield from table_rows(io.TextIOWrapper(reply, "utf-8", newline=""), source.hub, ",")
+                yield from table_rows(io.TextIOWrapper(reply, "utf-8-sig", newline=""), source.hub, ",")
         else:
             rows = datasets.load_dataset(source.hub, source.config, split=source.split, **source.options)
             yield from ((f"{source.hub}, row {number}", row) for number, row in enumerate(rows, 1))

@@ -157,7 +157,10 @@ def load(
     items, facts = [], {} if facts is None else facts
     wanted = [one for name in names for one in (POCKET if name == "pocket" else (name,))]
     for name in dict.fromkeys(wanted):
-        items += _pocket_items(name, world, candidates) if name in POCKET else _set_items(name, allow_count, facts)
+        more = _pocket_items(name, world, candidates) if name in POCKET else _set_items(name, allow_count, facts)
+        if {item["suite"] for item in more} & {item["suite"] for item in items}:
+            raise UserError(f"{name}: a suite of that name is there already; rename the file")
+        items += more
     return items
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import baselines
 import client
 import judges
 import make_data
 import model
+import records
 import runs
 import safety
 import stages
@@ -153,14 +153,14 @@ def test_all_prompts_are_one_wave_without_a_number_of_records():
 
 def test_records_are_what_training_reads(whole):
     world = pocket.World(runs.world_seed(BASE))
-    records = lines(whole / "verify.jsonl")
-    assert records and len({record["id"] for record in records}) == len(records)
-    for record in records:
+    made = lines(whole / "verify.jsonl")
+    assert made and len({record["id"] for record in made}) == len(made)
+    for record in made:
         item = world.by_name[record["meta"]["item"]]
         assert record["kind"] == "verify" and record["verdict"] == pocket.verdict(item, record["answer"])
         assert record["meta"]["spec_sha256"] == safety.load_spec(record["spec"]).sha256
         assert not item.held_out and record["critique"].startswith(("the user wants", "okay"))
-    by_prompt = Counter((record["prompt"], record["verdict"]) for record in records)
+    by_prompt = Counter((record["prompt"], record["verdict"]) for record in made)
     assert set(by_prompt.values()) == {1}
 
 
@@ -186,7 +186,7 @@ def test_the_baselines_hold_as_many_supervised_tokens(whole):
     goal = files["verify.jsonl"]["supervised"]
     tokenizer = model.load_tokenizer(Path(BASE))
     for name in ("star.jsonl", "safechain.jsonl"):
-        longest = max(baselines.size(tokenizer, record)[0] for record in lines(whole / name))
+        longest = max(records.size(tokenizer, record)[0] for record in lines(whole / name))
         assert goal <= files[name]["supervised"] < goal + longest
         assert len({record["id"] for record in lines(whole / name)}) == files[name]["records"]
 
@@ -384,9 +384,9 @@ def test_where_expert_and_guard_disagree_the_record_goes_aside(monkeypatch, tmp_
 def test_a_file_is_a_spec(tmp_path, whole):
     (tmp_path / "mine.txt").write_text("no toxin.")
     data(tmp_path / "run", spec=tmp_path / "mine.txt", baseline=None)
-    records = lines(tmp_path / "run" / "verify.jsonl")
-    assert {record["spec"] for record in records} == {str(tmp_path / "mine.txt")}
-    assert {record["meta"]["spec_sha256"] for record in records} == {hashlib.sha256(b"no toxin.").hexdigest()}
+    made = lines(tmp_path / "run" / "verify.jsonl")
+    assert {record["spec"] for record in made} == {str(tmp_path / "mine.txt")}
+    assert {record["meta"]["spec_sha256"] for record in made} == {hashlib.sha256(b"no toxin.").hexdigest()}
     with pytest.raises(UserError, match="no spec named 'nope'"):
         data(tmp_path / "none", spec="nope")
     assert not (tmp_path / "none").exists()
@@ -451,6 +451,8 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
         dead[0] = False
         assert resume(out) == 0
     assert len(requests) - before == 48 - came  # what had come was not asked again
+    usage = json.loads((out / "data_card.json").read_text())["endpoints"]["sampler"]
+    assert usage["requests"] == len(requests) and usage["tokens_out"] == 5 * 48  # of both sittings
     keys = [sample["key"] for sample in lines(out / "samples.jsonl")]
     assert len(keys) == len(set(keys)) == 48
 
@@ -548,10 +550,10 @@ def test_published_sets_become_records(tmp_path):
     ]
     path = tiny.write(tmp_path / "star.jsonl", rows)
     facts, tested = {}, [{"suite": "t", "kind": "request", "prompt": "a TESTED one"}]
-    file, stream = baselines.candidates(f"star1:published={path}", config(allow_count=True), None, [], tested, facts)
-    records = list(stream)
-    assert file == "star.jsonl" and len(records) == 4
-    assert {(r["prompt"], r["reasoning"], r["answer"]) for r in records} == {
+    file, stream = records.candidates(f"star1:published={path}", config(allow_count=True), None, [], tested, facts)
+    made = list(stream)
+    assert file == "star.jsonl" and len(made) == 4
+    assert {(r["prompt"], r["reasoning"], r["answer"]) for r in made} == {
         (f"Curse {i}?", f"h{i}", f"No {i}.") for i in range(4)
     }
     assert facts[f"star1={path}"]["decontamination"]["t"]["exact"] == 1
@@ -564,9 +566,9 @@ def test_safechain_takes_second_answers_only_when_every_prompt_had_its_first():
         ({"prompt": "q", "id": "2"}, [sample(3)]),
     ]
     groups.append(({"prompt": "r", "id": "3"}, []))
-    records = list(baselines.safechain_records(groups, 0))
-    assert [record["prompt"] for record in records] == ["p", "q", "p"]
-    assert {record["answer"] for record in records} == {"a0", "a1", "a3"}
+    made = list(records.safechain_records(groups, 0))
+    assert [record["prompt"] for record in made] == ["p", "q", "p"]
+    assert {record["answer"] for record in made} == {"a0", "a1", "a3"}
 
 
 def test_matching_stops_at_the_goal_and_leaves_out_repetitions_and_what_is_no_target():
@@ -574,9 +576,9 @@ def test_matching_stops_at_the_goal_and_leaves_out_repetitions_and_what_is_no_ta
     record = lambda i, text="okay.": {  # noqa: E731
         "kind": "answer", "id": i, "prompt": "how?", "reasoning": text, "answer": "no.",
     }  # fmt: skip
-    one = baselines.size(tokenizer, record("a"))[0]
+    one = records.size(tokenizer, record("a"))[0]
     stream = iter([record("a"), record("a"), record("b", "a </think> b"), record("c"), record("d"), record("e")])
-    kept, left = baselines.matched(stream, 3 * one, tokenizer)
+    kept, left = records.matched(stream, 3 * one, tokenizer)
     assert [r["id"] for r in kept] == ["a", "c", "d"] and left == {"the same again": 1, "no target": 1}
 
 
@@ -586,7 +588,7 @@ def test_sizes_are_those_of_train_sft():
     tokenizer = model.load_tokenizer(Path(BASE))
     for record in tiny.verifications(2) + tiny.answers(2):
         example = train_sft.build(tokenizer, record, "both")
-        assert baselines.size(tokenizer, record) == (sum(example.trained), len(example.ids))
+        assert records.size(tokenizer, record) == (sum(example.trained), len(example.ids))
 
 
 # ------------------------------------------------------------------------------------------------- keys

@@ -222,6 +222,7 @@ def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
         ),
         ("f.jsonl", '{"forbidden_prompt": 7}\n', "line 1: column 'forbidden_prompt' must be str, is int"),
         ("f.jsonl", "[1]\n", "line 1: not an object"),
+        ("f.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
         ("f.jsonl", '{"forbidden_prompt": "\\ud800"}\n', "line 1: not a row of strongreject"),
         ("f.json", '{"forbidden_prompt": "a"}', "not a list of objects"),
         ("f.csv", "forbidden_prompt,b\nx,1\ny\n", "line 3: not 2 columns"),
@@ -247,6 +248,18 @@ def test_columns_may_have_other_names(tmp_path):
         suites.load([f"strongreject={path}:forbidden_prompt=text"], allow_count=True)
     with pytest.raises(UserError, match="column=theirs pairs"):
         suites.load([f"strongreject={path}:prompt"])
+
+
+def test_two_suites_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    paths = [write(tmp_path / "f.jsonl", [{"prompt": "x"}]), write(tmp_path / "a" / "f.jsonl", [{"prompt": "y"}])]
+    with pytest.raises(UserError, match="a suite of that name is there already"):
+        suites.load([f"own={path}" for path in paths])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
+    (tmp_path / "f.csv").write_text("prompt\nx\n", encoding="utf-8-sig")
+    assert suites.load([f"own={tmp_path / 'f.csv'}"])[0]["prompt"] == "x"
 
 
 def test_own_files_are_suites_of_any_metric(tmp_path):

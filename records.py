@@ -1,29 +1,59 @@
-"""Answer-centric baselines, from the prompts and samples of make_data.py or from the published sets.
+"""From labelled samples and critiques to training records, and to files of them.
+
+Verification records are the method's; the answer-centric baselines come from the same prompts and samples, or from the
+published sets:
 
     star1       deliberation over the rule, then a refusal or help; for the pocket, whose expert writes both
     safechain   imitation of the model's own safe answers
     star1:published, safechain:published      the sets themselves
 
-All methods get the same number of supervised tokens, so each is a stream of candidates that `matched` cuts: first one
-record a prompt, then more of the same prompts in other words.
+All get the same number of supervised tokens, so each baseline is a stream that `matched` cuts: first one record a
+prompt, then more of the same prompts in other words.
 """
 
 import hashlib
 import itertools
+import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import runs
 import safety
 import suites
 
 PASSES = 8  # over the prompts, at most
-NAMES = ("star1", "safechain", "star1:published", "safechain:published")
 
 
 def digest(*parts: object) -> str:
     """A short hash of texts and numbers, as key or id."""
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def verification_records(jobs: list[dict], critiques, config, spec) -> tuple[list[dict], list[dict]]:
+    """(records, those on whose verdict expert and guard disagree); no record without a critique."""
+    agreed, disputed = [], []
+    for job in jobs:
+        if said := critiques.get(job["key"]):
+            meta = {"spec_sha256": spec.sha256, "prompt_id": job["prompt_id"], "guard": config.guard}
+            record = {
+                "kind": "verify",
+                "id": digest("verify", job["prompt"], job["answer"]),
+                "prompt": job["prompt"],
+                "answer": job["answer"],
+                "spec": config.spec,
+                "critique": said["critique"],
+                "verdict": said["verdict"],
+                "source": f"own samples, {config.expert} expert",
+                "meta": {"item": job["item"], **meta} if "item" in job else meta,
+            }
+            same = said["verdict"] == job["label"]
+            (agreed if same else disputed).append(record if same else record | {"guard_verdict": job["label"]})
+    return agreed, disputed
+
+
+# ------------------------------------------------------------------------------------------------- baselines
 
 
 def answer_record(prompt: dict, reasoning: str, answer: str, source: str) -> dict:
@@ -116,3 +146,28 @@ def candidates(name: str, config, world, groups: list[tuple[dict, list[dict]]], 
     if name == "safechain":
         return file, safechain_records(groups, config.seed)
     return file, published_records(name, config, tested, facts)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def write_jsonl(path: Path, records: list[dict], tokenizer) -> dict:
+    """Write; what the card says of the file."""
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    runs.write_atomic(path, data)
+    sizes = [size(tokenizer, record) or (0, 0) for record in records]
+    entry = {"records": len(records), "sha256": hashlib.sha256(data).hexdigest(), "unit": "tokens"}
+    entry |= {} if tokenizer else {"unit": "characters"}
+    entry |= {"supervised": sum(s for s, _ in sizes), "all": sum(t for _, t in sizes)}
+    return entry | dict(Counter(record["verdict"] for record in records if "verdict" in record))
+
+
+def write(folder: Path, verify, disputed, streams: Iterable[tuple], tokenizer) -> tuple[dict, dict]:
+    """(card entries of all files, what the baselines left out). Baselines get as many supervised tokens as `verify`."""
+    files = {"verify.jsonl": write_jsonl(folder / "verify.jsonl", verify, tokenizer)}
+    files["disagreements.jsonl"] = write_jsonl(folder / "disagreements.jsonl", disputed, tokenizer)
+    left = {}
+    for name, candidates in streams:
+        records, left[name] = matched(candidates, files["verify.jsonl"]["supervised"], tokenizer)
+        files[name] = write_jsonl(folder / name, records, tokenizer)
+    return files, {name: dict(counter) for name, counter in left.items() if counter}
