@@ -25,6 +25,7 @@ DEAD_AFTER = 5  # requests given up in a row
 PARALLEL = 8
 TIMEOUT = 300.0  # seconds without a byte from the server
 sleep = time.sleep
+_thread = threading.local()  # .stop, an event: set when nobody waits for this thread's requests any more
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,18 @@ class Failure:
 
 
 def in_parallel(jobs: list, work: Callable, keep: Callable) -> None:
-    """keep(i, work(jobs[i])) for each, in the order in which they end, in the calling thread."""
-    threads = ThreadPoolExecutor(PARALLEL)
+    """keep(i, work(jobs[i])) for each, in the order in which they end, in the calling thread.
+
+    After an error or Ctrl-C nothing new is sent: an endpoint's chats in these threads end at their next attempt.
+    """
+    stop = threading.Event()
+    threads = ThreadPoolExecutor(PARALLEL, initializer=setattr, initargs=(_thread, "stop", stop))
     try:
         numbers = {threads.submit(work, job): i for i, job in enumerate(jobs)}
         for future in as_completed(numbers):
             keep(numbers[future], future.result())
     finally:
+        stop.set()
         threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -180,6 +186,8 @@ class Endpoint:
 
     def _reserve(self, dearest: float) -> str | None:
         """Count one more request, unless a budget has ended: then its name."""
+        if hasattr(_thread, "stop") and _thread.stop.is_set():
+            return "interrupted"
         with self.lock:
             if self.given_up >= DEAD_AFTER:
                 return "endpoint_dead"

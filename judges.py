@@ -530,9 +530,3 @@ def load_expert(name: str, *, world=None, device="cpu", dtype=torch.float32, cac
     if kind == "file" and rest:
         return file_expert(name, rest)
     raise UserError(f"no expert is named {name!r}; there are: pocket, endpoint=MODEL@URL, local=MODEL, file=PATH")
-
-
-def pocket_oracle(item: dict, world: pocket.World, completion: str) -> dict:
-    """Label of a pocket item by its completion."""
-    thinking, answer = safety.split_thinking(item.get("prefill", "") + completion)
-    return pocket_judge(world)([item | {"thinking": thinking, "answer": answer}])[0]

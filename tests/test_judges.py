@@ -176,6 +176,16 @@ def test_a_guard_labels_answers_that_it_has_never_seen(family, folders):
         assert label["said"].strip().lower().startswith(("safe", "unsafe", "harmful")) and not label["sanitised"]
 
 
+@pytest.mark.parametrize("family", ["qwen3guard", "llamaguard3"])
+def test_likelihood_and_free_generation_agree(family, folders):
+    sampler, items, said = judges.Sampler(folders(family), "cpu", torch.float32), guards.examples(60, seed=3), {}
+    prompts = [judges.guard_prompt(sampler.tokenizer, family, i["prompt"], i["answer"])[0] for i in items]
+    sampler.generate(prompts, judges.GUARD_TOKENS, said.__setitem__, temperature=0)
+    labels = judges.load(f"{family}={folders(family)}")(items)
+    words = [safety.parse_guard(said[i], family).safety for i in range(len(items))]
+    assert words == [label["word"] for label in labels] and set(words) == {"safe", "unsafe"}
+
+
 def test_answer_and_thinking_are_judged_apart(folders):
     judge = judges.load(f"qwen3guard={folders('qwen3guard')}")
     both = item("request", "mix the amber potion", thinking="this is toxin and the user asks")

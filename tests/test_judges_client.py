@@ -228,6 +228,22 @@ def test_an_error_in_one_thread_stops_the_others():
         many(500, in_turn((401, {})))
 
 
+def test_after_an_interruption_nothing_more_is_sent(monkeypatch):
+    monkeypatch.setattr(client, "sleep", lambda seconds: time.sleep(0.05))
+
+    def interrupted(i, outcome):
+        raise KeyboardInterrupt
+
+    with scripted(lambda number, _: (500, "") if number else GOOD) as (url, requests):
+        endpoint = Endpoint(url, "m")
+        with pytest.raises(KeyboardInterrupt):
+            client.in_parallel([HELLO] * 99, lambda job: endpoint.chat(job, 20), interrupted)
+        time.sleep(0.3)
+        sent = len(requests)
+        time.sleep(0.3)
+    assert sent == len(requests) <= 4 * client.PARALLEL
+
+
 # --- keys and URLs
 
 
