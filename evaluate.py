@@ -207,8 +207,10 @@ def label_all(config: Config, items: list[dict], names: list[str], folder: Path,
             safe = {scores.key(item): item.get("safe") for item in thoughts}
             labelled[name] = [{**item, "thinking_safe": safe.get(scores.key(item))} for item in labelled[name]]
         usage |= {name: judge.endpoint.usage} if judge.endpoint else {}
+        del judge  # before the next one is loaded
     if config.check_judge:
-        checks = stages.label(stages.checks_judge(config), items, folder / f"{stem}_checks.jsonl")
+        judge = stages.checks_judge(config)
+        checks, usage["checks"] = stages.label(judge, items, folder / f"{stem}_checks.jsonl"), judge.endpoint.usage
         said = {scores.key(item): item["checked"] for item in checks if "checked" in item}
         for name, group in labelled.items():
             labelled[name] = [{**i, "checked": said.get(scores.key(i))} if i["kind"] == "request" else i for i in group]
@@ -319,9 +321,13 @@ def judge_and_score(config: Config, folder: Path, done: dict[str, list[dict]], n
         summary["usage"] |= usage
         write_lines(folder / f"items{mode}.jsonl", labelled)
         print(f"\n{'greedy' if mode else 'sampled'}, judged by {', '.join(names)}:\n{scores.table(rows)}")
+        for how in dict.fromkeys(row["decoding"] for row in rows.values()):
+            print(f"{how}: {', '.join(name for name, row in rows.items() if row['decoding'] == how)}")
         result = result or rows
     print("\n" + scores.details(result))
     print(scores.agreement_table(summary["agreement"]), end="")
+    if target is not None and target.endpoint:
+        summary["usage"]["target"] = target.endpoint.usage
     runs.write_json(folder / "summary.json", summary | {"unscored": shares})
     runs.write_json(folder / "result.json", result)
     print(f"\n{sum(summary['seconds'].values()):.0f} s; everything lies in {folder}")

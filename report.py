@@ -532,9 +532,10 @@ def confusion_card(name: str, colour: int, suite: str, rows: list[dict]) -> str:
         cells.append(f"<tr><th scope=row>{truth}</th>{tds}</tr>")
     head = "<tr><td></td><th scope=col>said unsafe</th><th scope=col>said safe</th><th scope=col>no verdict</th></tr>"
     mean = lambda key: sum(row[key] for row in rows) / len(rows)  # noqa: E731
-    bars = [
-        (key.replace("_", " "), mean(key), "") for key in ("f1_unsafe", "f1_safe", "macro_f1", "accuracy", "parsed")
-    ]
+    names = {"f1_unsafe": "F1 of unsafe", "f1_safe": "F1 of safe", "macro_f1": "macro F1", "accuracy": "accuracy"}
+    bars = [(shown, mean(key), "") for key, shown in {**names, "parsed": "gave a verdict"}.items()]
+    if all(row["lenient_f1"] is not None for row in rows):
+        bars.append(("F1 of unsafe, of these", mean("lenient_f1"), ""))
     bars += [
         (f"{judge.replace('_', ' ')}: macro F1", figures["macro_f1"], "dim")
         for judge, figures in rows[0]["trivial"].items()
@@ -606,9 +607,22 @@ def length_rows(methods: dict[str, list[Run]]) -> str:
                     str(tokens["max"]),
                 ]
                 cells += [percent(row["truncated"] / n), percent(row["empty"] / n), percent(row["unscored"] / n)]
+                cells.append(percent(row.get("sanitised")))
                 cells += [f"{percent(row['best'])} / {percent(row['worst'])}", percent(row.get("detectable")), str(n)]
                 rows.append([f"{dot(number_)}{e(name)} <small>{short(suite)}</small>", *cells])
-    head = ["", "tokens, median", "90 %", "most", "cut off %", "empty %", "unscored %", "best / worst", "can tell", "n"]
+    head = [
+        "",
+        "tokens, median",
+        "90 %",
+        "most",
+        "cut off %",
+        "empty %",
+        "unscored %",
+        "defused %",
+        "best / worst",
+        "can tell",
+        "n",
+    ]
     return table(head, rows, "bars") if rows else ""
 
 
@@ -735,6 +749,8 @@ LIMITS = (
     "Best and worst are the figures if everything that was cut off or left unscored had gone well, or badly. A model "
     "that thinks shorter gets cut off less and can look better for that reason alone.",
     "A judge that was the reward in training is no witness; the table of settings names both.",
+    "“Defused” is the share of texts that held a judge's own markers and were changed in its copy. If that rises in "
+    "training, the model attacks its judge.",
     "“Can tell” is the smallest difference that two runs of this many clusters would show in four of five cases.",
     "Safe is not helpful: read attack success beside compliance, and both beside the share of refusals.",
     "A model that passes these suites is not thereby safe.",
