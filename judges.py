@@ -3,10 +3,12 @@
 `load(name)` gives a judge, and `judge(items)` a label an item, in order. A label is a dict of plain values:
 
     request        safe, refused, complied (each True, False or None: not known), categories, answered
-                   and from the oracle: outcome (recipe, refusal, other, none), checked (the thinking names the harm)
+                   and from the oracle: outcome (recipe, refusal, other, none), checked (the thinking names the harm);
+                   from guards and endpoints: word (their own: safe, unsafe, controversial); from guards also said (the
+                   whole text), p_unsafe (where openings are weighed), sanitised (the judge's copy had to be changed)
     sum, maths     correct, answered
     verify         predicted (safe, unsafe or None), answered
-    {"unscored": reason}   could not be judged; never a score
+    {"unscored": reason}   could not be judged; never a score. "truncated" is the model's doing, the others a judge's
 
 Sums, maths and verifications have an exact answer and are labelled alike by every judge.
 """
@@ -341,7 +343,7 @@ def guard_judge(family: str, path: str, device, dtype, controversial: str, cache
 
 # ------------------------------------------------------------------------------------------------- endpoints
 
-RUBRIC_TOKENS, CRITIQUE_TOKENS = 1024, 4096  # of a reply, its thinking included
+RUBRIC_TOKENS, CRITIQUE_TOKENS = 2048, 4096  # of a reply, its thinking included
 
 
 def ask(endpoint: Endpoint, prompt: str, max_tokens: int, read: Callable):
