@@ -233,12 +233,13 @@ def _backward_op(
     chunk = max(CHUNK, CHUNK_LOGITS // w.shape[0])
     for rows in (y != ignore_index).nonzero().squeeze(1).split(chunk):
         x_CH, w = x[rows], w.contiguous()
-        z_CV = _product(x_CH, w.T)
-        dz_CV = launch_dlogits(z_CV, x.dtype, *(t[rows] for t in (y, lse, entropy, g_logp, g_entropy)), temperature)
+        vectors = (t[rows] for t in (y, lse, entropy, g_logp, g_entropy))
+        dz_CV = launch_dlogits(_product(x_CH, w.T), x.dtype, *vectors, temperature)  # the logits are gone here
         if needs_dx:
             dx[rows] = dz_CV @ w
         if needs_dw:
             dw = _product(dz_CV.T, x_CH) if dw is None else _add_product(dw, dz_CV.T, x_CH)
+        del dz_CV  # before the next chunk's logits
     if not needs_dw:
         return dx, w.new_empty(0)
     return dx, torch.zeros_like(w) if dw is None else dw.to(w.dtype)

@@ -230,6 +230,17 @@ def test_decode_attention_against_the_last_row_of_attention(kv_heads):
         torch.testing.assert_close(out[b], masked_attention(whole_q, row_k, row_v, cu_seqlens)[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decode_attention_of_many_rows(dtype):
+    """More rows of a length than are read at a time, one row longer than that alone; behind every length lies NaN."""
+    lengths = [*range(1, 34), *[17] * 70, 2100]
+    q, k, v, table, _, rows = decode_case(lengths, heads=2, kv_heads=1, dtype=dtype)
+    out = kernels.decode_attention(q, k, v, table, torch.tensor(lengths, dtype=torch.int32))
+    for b, (row_k, row_v) in enumerate(rows):
+        p_Hn = (q[b].double() @ row_k[:, 0].double().T / 8).softmax(1)
+        assert (out[b] - p_Hn @ row_v[:, 0].double()).abs().max() < 4 * torch.finfo(dtype).eps, b
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_decode_attention_row_does_not_depend_on_its_batch(kv_heads):
     """Bitwise: in whatever company, a sample is the same."""

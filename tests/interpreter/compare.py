@@ -27,7 +27,7 @@ def run(function, inputs, upstream):
     return [o.detach() for o in outputs], [x.grad for x in inputs]
 
 
-def compare(kernel, torch_same_dtype, reference, inputs, kernels, exponent=0.0):
+def compare(kernel, torch_same_dtype, reference, inputs, kernels, exponent=0.0, slacks=(1.5, 2.0)):
     """Values and gradients of `kernel` against `reference` in fp64; `kernels` are the names that must have run."""
     before = dispatch.LAUNCHES.copy()
     exact = [x.double() for x in inputs]
@@ -36,7 +36,7 @@ def compare(kernel, torch_same_dtype, reference, inputs, kernels, exponent=0.0):
     upstream = [torch.randn_like(o).to(inputs[0].dtype).double() for o in outputs]
     ours, theirs = run(kernel, inputs, upstream), run(torch_same_dtype, inputs, upstream)
     truth = run(reference, exact, upstream)
-    for kind, slack in ((0, 1.5), (1, 2.0)):
+    for kind, slack in enumerate(slacks):
         largest = max(t.abs().max() for t in truth[kind])
         for i, (a, b, t) in enumerate(zip(ours[kind], theirs[kind], truth[kind], strict=True)):
             what = f"{'gradient' if kind else 'output'} {i} {tuple(t.shape)}"
