@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
@@ -61,13 +62,14 @@ def greedy_of_transformers(theirs, prompt, limit, eos):
 def packed_logprobs(transformer, prompts, samples, temperature):
     """What the trainer would say: one packed forward of all prompts with their samples, linear_logp on the result."""
     rows = [(p, s.ids) for p, group in zip(prompts, samples, strict=True) for s in group]
-    ids_T = torch.tensor([i for p, c in rows for i in p + c])
-    ends = torch.tensor([0] + [len(p) + len(c) for p, c in rows]).cumsum(0)
-    target_T = torch.cat([torch.tensor([-100] * (len(p) - 1) + c + [-100]) for p, c in rows])
+    device = transformer.head_weight.device
+    ids_T = torch.tensor([i for p, c in rows for i in p + c], device=device)
+    ends = torch.tensor([0] + [len(p) + len(c) for p, c in rows], device=device).cumsum(0)
+    target_T = torch.cat([torch.tensor([-100] * (len(p) - 1) + c + [-100]) for p, c in rows]).to(device)
     with torch.no_grad():
         x_TH = transformer(ids_T, ends.int())
         logp_T, _ = kernels.linear_logp(x_TH, transformer.head_weight, target_T, temperature)
-    return logp_T[target_T != -100].float()
+    return logp_T[target_T != -100].float().cpu()
 
 
 def flat(samples):
@@ -593,18 +595,50 @@ def test_low_memory_gives_the_arena_back_and_says_what_it_cost(capsys):
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: captures CUDA graphs")
 
 
+def on_gpu(family, dtype=torch.bfloat16):
+    """Heads of 64, as the kernels take them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(SHAPE | FAMILIES[family] | {"head_dim": 64}))
+    raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [f"{family}ForCausalLM"]}
+    ours = model.Transformer(model.Config.from_dict(raw)).cuda().to(dtype)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
+    return ours
+
+
 @cuda
-def test_graphs_give_what_the_eager_step_gives(monkeypatch):
+@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+def test_graphs_give_what_the_eager_step_gives(family, monkeypatch):
     """Same kernels, same random numbers; then the log-probs against the packed forward on the GPU."""
-    ours = pair("Qwen3")[1]
-    ours = model.Transformer(ours.config).cuda().to(torch.bfloat16)
-    prompts = prompts_of(3, 64, 100)
+    ours, prompts = on_gpu(family), prompts_of(3, 64, 100)
     graphed = Engine(ours, {9}, max_context=256)
-    a = graphed.generate(prompts, n=8, max_tokens=60)
-    assert graphed.graphs
+    got = graphed.generate(prompts, n=8, max_tokens=60)
+    assert len(graphed.graphs) > 1  # a batch that shrinks
     eager = Engine(ours, {9}, max_context=256)
-    monkeypatch.setattr(eager, "_capture", lambda what: type("Eager", (), {"replay": eager.step, "pool": None})())
-    assert eager.generate(prompts, n=8, max_tokens=60) == a
+    monkeypatch.setattr(eager, "_capture", lambda what: SimpleNamespace(replay=eager.step))
+    assert eager.generate(prompts, n=8, max_tokens=60) == got
+    gap = (flat(got) - packed_logprobs(ours, prompts, got, 1.0)).abs()
+    assert gap.mean() < 0.02 and gap.max() < 0.5
+
+
+@cuda
+def test_graphs_see_an_update_of_the_weights_and_fp32_is_exact():
+    ours, prompts = on_gpu("Qwen3", torch.float32), prompts_of(3, 64, 100)
+    sampler = Engine(ours, {9}, max_context=256)
+    for _ in range(2):
+        got = sampler.generate(prompts, n=4, max_tokens=40)
+        assert (flat(got) - packed_logprobs(ours, prompts, got, 1.0)).abs().max() < 1e-4
+        with torch.no_grad():
+            ours.model.layers[0].mlp.down_proj.weight.normal_(std=0.15)  # in place: the graphs read the new weights
+
+
+@cuda
+def test_fifty_rollouts_do_not_grow_on_the_gpu():
+    sampler, marks = Engine(on_gpu("Qwen3"), {7}, max_context=256, cache_bytes=1 << 26), []
+    for i in range(55):
+        sampler.generate(prompts_of(5, 66, 20), n=4, max_tokens=12, seed=i)
+        marks.append((torch.cuda.memory_allocated(), len(sampler.graphs)))
+    assert marks[-1][0] <= marks[4][0] + (1 << 20) * (marks[-1][1] - marks[4][1])  # a graph that came later
 
 
 @cuda
