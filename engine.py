@@ -388,11 +388,11 @@ class Rollout:
 class Engine:
     """Samples from `transformer` as it is at each call: nothing is copied, so an update of the weights needs no sync.
 
-    eos_ids: ids that end a sample (generation_config.json has them). max_rows: samples decoded at a time. max_context:
-    longest prompt plus completion (default: the model's). cache_bytes: the arena of pages, allocated at the first call
-    and kept, like the CUDA graphs (default: GPU_SHARE of the free GPU memory or CPU_CACHE_BYTES, and no more than
-    max_rows contexts need), so give it where two engines share a GPU, or train beside one; low_memory gives both back
-    after each call and prints what that costs.
+    eos_ids: ids that end a sample (model.end_ids). max_rows: samples decoded at a time. max_context: longest prompt
+    plus completion (default: the model's; a step's workspace on a GPU grows with it, so give what is needed).
+    cache_bytes: the arena of pages, allocated at the first call and kept, like the CUDA graphs (default: GPU_SHARE of
+    the free GPU memory or CPU_CACHE_BYTES, and no more than max_rows contexts need), so give it where two engines share
+    a GPU, or train beside one; low_memory gives both back after each call and prints what that costs.
     """
 
     def __init__(self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None, low_memory=False):

@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
+VERSIONS = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+pytestmark = pytest.mark.skipif(
+    VERSIONS[0] < (3, 7) and VERSIONS[1] >= (2, 4), reason="the interpreter of Triton 3.6 needs numpy below 2.4"
+)
 ROOT = Path(__file__).parent.parent
 
 
