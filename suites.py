@@ -133,7 +133,7 @@ SUITES |= dict([_requests_suite("plain", "compliance", "benign"), _requests_suit
 SUITES |= {"pocket:sums": _pocket("accuracy", _sums), "pocket:verify": _pocket("f1", verify_items)}
 POCKET = tuple(SUITES)
 SUITES |= {name: Suite(metric, source=source) for name, (metric, source) in EVALUATION.items()}
-SUITES["math500"] = replace(SUITES["math500"], max_tokens=32768)
+SUITES["math500"] = replace(SUITES["math500"], max_tokens=16384)
 SUITES |= {name: replace(SUITES[name], max_tokens=32768, samples=16) for name in ("aime24", "aime25")}  # 30 problems
 
 

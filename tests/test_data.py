@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import client
 import judges
@@ -632,3 +633,30 @@ def test_the_fingerprint_sees_weights_adapter_and_template(tmp_path):
     tokenizer.chat_template = tokenizer.chat_template[:-1]
     model.add_lora(ours, 2, 4.0, 0)
     assert make_data.fingerprint(ours, tokenizer) != first
+
+
+# ------------------------------------------------------------------------------------------------- what ships
+
+
+def test_the_shipped_data_are_those_of_the_shipped_base():
+    folder = ROOT / "pocket" / "data"
+    card = json.loads((folder / "data_card.json").read_text())
+    ours, tokenizer = runs.load_model(BASE, "cpu", torch.float32)
+    assert card["model"]["hash"] == make_data.fingerprint(ours, tokenizer)
+    for name in ("verify.jsonl", "star.jsonl", "safechain.jsonl"):
+        assert card["files"][name]["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    defaults, _ = runs.parse(make_data.Config, ["--model", BASE])
+    own = ("model", "out", "device", "dtype", "resume")
+    for name, value in card["settings"].items():
+        wanted = getattr(defaults, name)
+        assert name in own or value == (list(wanted) if isinstance(wanted, tuple) else wanted), name
+
+
+@pytest.mark.slow
+def test_the_shipped_data_are_what_the_script_writes(tmp_path):
+    """To the byte on the machine that made them; elsewhere products round otherwise and a sample in some thousands
+    falls differently, so most records must be the same."""
+    assert data(tmp_path / "run", fraction=None, n=None, decontaminate=None) == 0
+    for name in ("verify.jsonl", "star.jsonl", "safechain.jsonl"):
+        ours, theirs = ({line["id"] for line in lines(f / name)} for f in (tmp_path / "run", ROOT / "pocket" / "data"))
+        assert len(ours & theirs) > 0.9 * max(len(ours), len(theirs)), name
