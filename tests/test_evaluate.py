@@ -170,6 +170,17 @@ def test_a_resumed_sample_is_drawn_from_its_own_place(copy, done):
     assert after.keys() == before.keys() and after != before
 
 
+def test_of_two_samples_the_one_that_is_there_is_kept(tmp_path):
+    config, path = parsed("--suite", "pocket:plain", "--limit", 4, "--samples", 2)[0], tmp_path / "generations.jsonl"
+    items = loaded("--suite", "pocket:plain", "--limit", 4)
+    whole = stages.generate(config, stages.Target(config), items, path, greedy=False)
+    kept = path.read_bytes().splitlines(keepends=True)[:3]  # an odd number: of one item half is there
+    path.write_bytes(b"".join(kept))
+    assert stages.generate(config, stages.Target(config), items, path, greedy=False) == whole
+    assert path.read_bytes().startswith(b"".join(kept)) and len(lines(path)) == 8
+    assert {scores.key(record) for record in lines(path)} == {(item["id"], k) for item in items for k in (0, 1)}
+
+
 def test_a_line_that_is_no_record_is_named(copy):
     (copy / "result.json").unlink()
     with open(copy / "labels_pocket.jsonl", "a") as file:
