@@ -19,6 +19,7 @@ import dataclasses
 import json
 import operator
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -115,12 +116,9 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> tuple[list[dict
     used = kept[: round(config.fraction * len(kept))]
     if not used:
         raise UserError(f"--prompts {' '.join(config.prompts)}: none is left of {len(drawn)} ({hits or 'no suite'})")
-    counts = {
-        "drawn": len(drawn),
-        "in two sets": len(drawn) - len(distinct),
-        "held by a suite": len(distinct) - len(kept),
-    }
-    facts = {"sets": facts, "counts": counts | {"used": len(used)}, "decontamination": hits}
+    counts = {"drawn": len(drawn), "in two sets": len(drawn) - len(distinct), "used": len(used)}
+    counts["held by a suite"] = len(distinct) - len(kept)
+    facts = {"sets": facts, "counts": counts, "decontamination": hits}
     return [{**prompt, "place": place} for place, prompt in enumerate(used)], facts
 
 
@@ -355,10 +353,35 @@ class Tools:
     endpoints: dict
 
 
+@dataclass
+class Given:
+    """What a run is given before its first stage."""
+
+    tested: list[dict]  # items of the suites that no prompt may be in
+    missing: dict  # {suite that is not at hand: why}
+    prompts: tuple[list[dict], dict] | None  # with facts; None: a resumed run has them
+    published: dict  # {baseline: records}
+    sets: dict  # facts of the published baselines' sets
+
+
+def gather(config: Config, world) -> Given:
+    """Read every set that was named, or refuse, before anything is loaded or written."""
+    tested, missing = tested_items(config, world)
+    begun = config.resume and (Path(config.resume) / "prompts.json").exists()
+    prompts, sets = None if begun else gather_prompts(config, world, tested), {}
+    names = [name for name in config.baseline if ":published" in name]
+    published = {name: records.published_records(name, config, tested, sets) for name in names}
+    return Given(tested, missing, prompts, published, sets)
+
+
 def note_usage(folder: Path, tools: Tools) -> None:
     """What this sitting of a run used of its endpoints; a process killed by -9 leaves no note."""
-    if tools.endpoints:
-        runs.append_jsonl(folder / "usage.jsonl", {name: e.usage for name, e in tools.endpoints.items()})
+    if not (usage := {name: endpoint.usage for name, endpoint in tools.endpoints.items()}):
+        return
+    try:
+        runs.append_jsonl(folder / "usage.jsonl", usage)
+    except OSError as error:  # the disk is full; the run says so itself
+        print(f"not noted in usage.jsonl ({error.strerror}): {usage}", file=sys.stderr)
 
 
 def total_usage(folder: Path) -> dict:
@@ -418,9 +441,8 @@ class Logs:
     silent: dict = field(default_factory=dict)  # {critique's key: reason} of the expert
 
 
-def make_records(config, world, spec, tools: Tools, logs: Logs, prompts: list[dict], tested, folder: Path) -> dict:
+def make_records(config, world, spec, tools: Tools, logs: Logs, prompts: list[dict], published, folder: Path) -> dict:
     """All stages from the samples to the records' files. What the card says of them."""
-    sets: dict = {}  # of the published baselines
     keys = {prompt["id"]: sample_keys(prompt, tools.who, config) for prompt in prompts}
 
     def own(prompt: dict) -> list[dict]:
@@ -437,7 +459,7 @@ def make_records(config, world, spec, tools: Tools, logs: Logs, prompts: list[di
     logs.silent |= stage_critiques(tools.expert, jobs, logs.critiques)
     verify, disputed = records.verification_records(jobs, logs.critiques.done, config, spec)
     groups = [(prompt, own(prompt)) for prompt in prompts]
-    streams = [records.candidates(name, config, world, groups, tested, sets) for name in config.baseline]
+    streams = [records.candidates(name, config, world, groups, published) for name in config.baseline]
     files, left = records.write(folder, verify, disputed, streams, tools.tokenizer)
     states = Counter(state(sample, logs.unscored) for _, group in groups for sample in group)
     counts = {
@@ -446,24 +468,22 @@ def make_records(config, world, spec, tools: Tools, logs: Logs, prompts: list[di
         "critiques": Counter({"agreed": len(verify), "disagreed": len(disputed)}) + Counter(logs.silent.values()),
         "left out of baselines": {f"{name}: {why}": n for name, c in left.items() for why, n in c.items()},
     }
-    return {"baseline sets": sets, "counts": counts, "files": files}
+    return {"counts": counts, "files": files}
 
 
 def main(config: Config, origin: dict) -> int:
     world, spec = load_world(config), load_spec(config)
-    tested, missing = tested_items(config, world)
-    begun = config.resume and (Path(config.resume) / "prompts.json").exists()
-    gathered = None if begun else gather_prompts(config, world, tested)
+    given = gather(config, world)
     tools = open_tools(config, world)
     folder = runs.new_folder(config, origin, "make_data")  # from here on nothing is wrong with what was asked for
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
-    prompts, facts = stage_prompts(folder, gathered)
+    prompts, facts = stage_prompts(folder, given.prompts)
     with contextlib.ExitStack() as stack:
         stack.callback(note_usage, folder, tools)
         files = [stages.Appender(folder / f"{name}.jsonl", by_key) for name in ("samples", "labels", "critiques")]
         logs = Logs(*map(stack.enter_context, files))
-        made = make_records(config, world, spec, tools, logs, prompts, tested, folder)
+        made = make_records(config, world, spec, tools, logs, prompts, given.published, folder)
     counts = {"prompts": facts.pop("counts"), **made.pop("counts")}
     card = {
         "settings": dataclasses.asdict(config),
@@ -472,16 +492,19 @@ def main(config: Config, origin: dict) -> int:
         "world_seed": world.seed if world else None,
         **facts,
         **made,
-        "suites not at hand": missing,
+        "baseline sets": given.sets,
+        "suites not at hand": given.missing,
         "counts": counts,
         "endpoints": total_usage(folder),
         "versions": json.loads((folder / "source.json").read_text())["versions"],
     }
     runs.write_json(folder / "data_card.json", card)
     report(counts, made["files"], folder)
+    if given.missing:
+        print(f"prompts were not compared with {', '.join(given.missing)}: not at hand (data_card.json says why)")
     runs.write_json(folder / "result.json", {"counts": counts, "files": made["files"]})
     shares = (len(logs.unscored), len(logs.labels.done)), (len(logs.silent), len(logs.critiques.done))
-    bad = [missing for missing, given in shares if missing > config.max_unscored * (missing + given)]
+    bad = [missing for missing, there in shares if missing > config.max_unscored * (missing + there)]
     return runs.EXIT_UNSCORED if bad else runs.EXIT_OK
 
 

@@ -93,15 +93,13 @@ def safechain_records(samples: list[tuple[dict, list[dict]]], seed: int) -> Iter
                 yield answer_record(prompt, own[place]["thinking"], own[place]["answer"], "safechain-like")
 
 
-def published_records(name: str, config, tested: list[dict], facts: dict) -> Iterator[dict]:
+def published_records(name: str, config, tested: list[dict], facts: dict) -> list[dict]:
     """Records of the published STAR-1 or SafeChain, without prompts of a suite; all prompts are shuffled."""
     base, _, path = name.partition(":published")
     drawn = suites.prompts([base + path], seed=config.seed, allow_count=config.allow_count, facts=facts, responses=True)
     kept, facts[base + path]["decontamination"] = suites.decontaminate(drawn, tested)
-    for prompt in kept:
-        thinking, answer = safety.split_thinking(prompt["response"])
-        if answer:
-            yield answer_record(prompt, thinking, answer, f"{base}, published")
+    split = [(prompt, *safety.split_thinking(prompt["response"])) for prompt in kept]
+    return [answer_record(prompt, *parts, f"{base}, published") for prompt, *parts in split if parts[1]]
 
 
 def size(tokenizer, record: dict) -> tuple[int, int] | None:
@@ -138,14 +136,12 @@ def matched(records: Iterable[dict], goal: int, tokenizer) -> tuple[list[dict], 
     return kept, left
 
 
-def candidates(name: str, config, world, groups: list[tuple[dict, list[dict]]], tested, facts: dict):
+def candidates(name: str, config, world, groups: list[tuple[dict, list[dict]]], published: dict[str, list[dict]]):
     """(file name, stream of its records) of one baseline; `groups`: [(prompt, its labelled samples)]."""
     file = "star.jsonl" if name.startswith("star1") else "safechain.jsonl"
     if name == "star1":
         return file, star_records(world, [prompt for prompt, _ in groups], config.seed)
-    if name == "safechain":
-        return file, safechain_records(groups, config.seed)
-    return file, published_records(name, config, tested, facts)
+    return file, safechain_records(groups, config.seed) if name == "safechain" else published[name]
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -257,6 +257,7 @@ def prompts(
             facts[name] = {"from": "pocket/world.py", "licence": licence, "used": len(drawn), "role": "train"}
         else:
             source, renamed = own_prompts(renamed) if name == "own" else (TRAINING[name], renamed)
+            name = f"own:{Path(path).stem}" if name == "own" else name
             drawn, facts[text] = read(name, source, path, renamed, unique=True, allow_count=allow_count)
             facts[text]["role"], licence = "train", source.licence
             random.Random(f"{name}-{seed}").shuffle(drawn)
@@ -264,6 +265,8 @@ def prompts(
             entry = {k: v for k, v in entry.items() if k != "response" or responses}
             entry = {"id": f"{name}/{entry.pop('row', place):05d}", **entry, "source": name, "licence": licence}
             found.append(entry)
+    if len({prompt["id"] for prompt in found}) < len(found):
+        raise UserError(f"two of the sets {', '.join(names)} have one name; rename a file, or name a set once")
     return found
 
 
@@ -318,11 +321,12 @@ def decontaminate(prompts: list[dict], items: list[dict]) -> tuple[list[dict], d
 
 
 def at_hand(names: list[str]) -> tuple[list[dict], dict[str, str]]:
-    """(items of the suites that can be read, {suite: why not}); `all` names every suite with a public copy."""
-    public = {name for name, (_, source) in EVALUATION.items() if source.hub} - {parse_name(name)[0] for name in names}
-    names = [one for name in names for one in (sorted(public) if name == "all" else (name,))]
-    items, missing = [], {}
-    for name in names:
+    """(items of the named suites, {suite: why not}); `all` names every suite with a public copy, and those of them that
+    cannot be read are left out. Raises UserError for a suite that was named itself."""
+    named = [name for name in names if name != "all"]
+    public = {name for name, (_, source) in EVALUATION.items() if source.hub} - {parse_name(name)[0] for name in named}
+    items, missing = load(named), {}
+    for name in sorted(public) if "all" in names else ():
         try:
             items += load([name])
         except UserError as error:

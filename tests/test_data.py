@@ -524,6 +524,9 @@ def test_wrong_flags_are_all_in_one_message(tmp_path, flags, messages):
         ({"guard": "nobody"}, "no judge is named 'nobody'"),
         ({"expert": "nobody", "baseline": "safechain"}, "no expert is named 'nobody'"),
         ({"expert": "file=nowhere.jsonl", "baseline": "safechain"}, "nowhere.jsonl"),
+        ({"baseline": "star1:published=nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"decontaminate": "nowhere"}, "unknown suite nowhere"),
+        ({"prompts": "pocket:nowhere"}, "unknown training set pocket:nowhere"),
     ],
 )
 def test_what_does_not_exist_is_named(tmp_path, flags, message):
@@ -564,8 +567,9 @@ def test_published_sets_become_records(tmp_path):
     ]
     path = tiny.write(tmp_path / "star.jsonl", rows)
     facts, tested = {}, [{"suite": "t", "kind": "request", "prompt": "a TESTED one"}]
-    file, stream = records.candidates(f"star1:published={path}", config(allow_count=True), None, [], tested, facts)
-    made = list(stream)
+    name = f"star1:published={path}"
+    published = {name: records.published_records(name, config(allow_count=True), tested, facts)}
+    file, made = records.candidates(name, config(), None, [], published)
     assert file == "star.jsonl" and len(made) == 4
     assert {(r["prompt"], r["reasoning"], r["answer"]) for r in made} == {
         (f"Curse {i}?", f"h{i}", f"No {i}.") for i in range(4)

@@ -416,6 +416,14 @@ def test_prompts_are_shuffled_by_the_seed_and_limited_by_set(tmp_path):
     assert [p["prompt"] for p in suites.prompts([f"own={path}"], limit=7)] == orders[0][:7]
 
 
+def test_prompts_of_two_files_keep_apart(tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": name, "kind": "benign"}]) for name in "ab"]
+    drawn = suites.prompts([f"own={path}" for path in paths])
+    assert [prompt["id"] for prompt in drawn] == ["own:a/00000", "own:b/00000"]
+    with pytest.raises(UserError, match="have one name"):
+        suites.prompts([f"own={paths[0]}"] * 2)
+
+
 def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
     path = write(tmp_path / "f.jsonl", [{"q": "a", "what": "harmful"}])
     for names in (f"own={path}:prompt=q:kind=what", f"own={path}:prompt=q:kind=harmful"):
