@@ -25,6 +25,7 @@ SHOWN = 3  # items a suite whose texts are shown
 TEXT = 1500  # characters of a text that are shown
 NAME = 120  # characters of a name
 POINTS = 400  # of a curve
+OWN = "verify:own"  # the suite of a model's own answers
 
 # Published figures as independent notes on the paper give them, percent. Nobody here has seen the paper's own tables.
 PAPER_COLUMNS = ("strongreject", "fortress", "wildjailbreak:250", "hcot", "xstest", "aime24")
@@ -226,7 +227,7 @@ def paired(reference: list[Run], group: list[Run]) -> dict:
     if len(reference) != 1 or len(group) != 1:
         return {}
     first, second = ({scores.key(i): i for i in read_items(side[0]) if "answer" in i} for side in (reference, group))
-    shared = {k: item for k, item in first.items() if k in second and item["suite"] != "verify:own"}
+    shared = {k: item for k, item in first.items() if k in second and item["suite"] != OWN}
     return scores.compare(shared, second) if shared else {}
 
 
@@ -247,8 +248,9 @@ def family(methods: dict[str, list[Run]]) -> dict[tuple[str, str], float]:
 
 
 def group_mean(figures: dict, metric: str) -> float | None:
-    """Mean value over a run's suites of one metric."""
-    values = [row["value"] for row in figures.values() if row["metric"] == metric and row["value"] is not None]
+    """Mean value over a run's suites of one metric. Own answers differ from model to model, so they are left out."""
+    rows = [row for name, row in figures.items() if row["metric"] == metric and name != OWN]
+    values = [row["value"] for row in rows if row["value"] is not None]
     return sum(values) / len(values) if values else None
 
 
@@ -299,7 +301,7 @@ def spread(names: list[tuple[float, float, str]]) -> list[str]:
 
 def bars_card(title: str, methods: dict[str, list[Run]], measures: dict) -> str:
     """Bars, a block a measure and a bar a method. measures: {label: figures of a run -> share or None}."""
-    width, thick = 420, 13 if len(methods) < 7 else 8
+    width, thick = 420, min(26, max(8, 290 // (len(measures) * len(methods))))
     parts, y = [f"<text class=title x=0 y=14>{title}</text>"], 38
     for label, measure in measures.items():
         rows = [[v for run in group if (v := measure(run.figures)) is not None] for group in methods.values()]
@@ -312,7 +314,7 @@ def bars_card(title: str, methods: dict[str, list[Run]], measures: dict) -> str:
                 mean = sum(values) / len(values)
                 wide, c = max((width - 44) * mean, 1), colour % COLOURS
                 parts.append(f"<rect class='solid c{c}' x=0 y={y} width={wide:.1f} height={thick - 3} rx=3 />")
-                parts.append(f"<text class=tick x={wide + 6:.1f} y={y + thick - 4}>{100 * mean:.1f}</text>")
+                parts.append(f"<text class=tick x={wide + 6:.1f} y={y + (thick + 5) / 2:.1f}>{100 * mean:.1f}</text>")
             y += thick
         y += 16
     card = f"<figure class=card><svg viewBox='0 0 {width} {max(y, 420)}' role=img>{''.join(parts)}</svg></figure>"
@@ -442,6 +444,8 @@ CURVES = {
     "gradient norm", "lr": "learning rate",
 }  # fmt: skip
 
+SHARES = ("verdict_accuracy", "reward", "safe", "refused_benign", "correct", "truncated")  # drawn from 0 to 1
+
 
 def finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -470,7 +474,7 @@ def curve_chart(name: str, lines: list[tuple[int, list[tuple[float, float]]]]) -
     xs = [p[0] for _, points in lines for p in points]
     ys = [p[1] for _, points in lines for p in points]
     low, high = min(ys), max(ys)
-    low, high = (min(low, 0), high) if low < 0.4 * high else (low, high)
+    low, high = (0, 1) if name in SHARES else (min(low, 0), high) if low < 0.4 * high else (low, high)
     high = high if high > low else low + (abs(low) or 1)
     last = max(max(xs), 1)
     x = lambda v: left + (width - left - 12) * v / last  # noqa: E731
@@ -665,7 +669,7 @@ def differences(methods: dict[str, list[Run]], holm: dict) -> str:
         pairs, rows = paired(methods[names[0]], methods[name]), []
         for suite in suites_of(methods):
             a, b = figure(methods[names[0]], suite), figure(methods[name], suite)
-            if a is None or b is None:
+            if a is None or b is None or suite == OWN:
                 continue
             row, p = pairs.get(suite), holm.get((name, suite))
             flips = f"{row['up']} up, {row['down']} down" if row and row["n"] else ""
