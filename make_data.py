@@ -19,7 +19,6 @@ import dataclasses
 import json
 import operator
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -374,26 +373,6 @@ def gather(config: Config, world) -> Given:
     return Given(tested, missing, prompts, published, sets)
 
 
-def note_usage(folder: Path, tools: Tools) -> None:
-    """What this sitting of a run used of its endpoints; a process killed by -9 leaves no note."""
-    if not (usage := {name: endpoint.usage for name, endpoint in tools.endpoints.items()}):
-        return
-    try:
-        runs.append_jsonl(folder / "usage.jsonl", usage)
-    except OSError as error:  # the disk is full; the run says so itself
-        print(f"not noted in usage.jsonl ({error.strerror}): {usage}", file=sys.stderr)
-
-
-def total_usage(folder: Path) -> dict:
-    """{endpoint: requests, tokens, cost} of all sittings."""
-    path = folder / "usage.jsonl"
-    total = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        for name, usage in json.loads(line).items():
-            total.setdefault(name, Counter()).update(usage)
-    return total
-
-
 def open_tools(config: Config, world) -> Tools:
     """Load model, guard and expert, or refuse, before anything is written."""
     device = runs.pick_device(config.device)
@@ -480,7 +459,7 @@ def main(config: Config, origin: dict) -> int:
     runs.show(config, origin)
     prompts, facts = stage_prompts(folder, given.prompts)
     with contextlib.ExitStack() as stack:
-        stack.callback(note_usage, folder, tools)
+        stack.callback(records.note_usage, folder, tools.endpoints)
         files = [stages.Appender(folder / f"{name}.jsonl", by_key) for name in ("samples", "labels", "critiques")]
         logs = Logs(*map(stack.enter_context, files))
         made = make_records(config, world, spec, tools, logs, prompts, given.published, folder)
@@ -495,7 +474,7 @@ def main(config: Config, origin: dict) -> int:
         "baseline sets": given.sets,
         "suites not at hand": given.missing,
         "counts": counts,
-        "endpoints": total_usage(folder),
+        "endpoints": records.total_usage(folder),
         "versions": json.loads((folder / "source.json").read_text())["versions"],
     }
     runs.write_json(folder / "data_card.json", card)

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -167,3 +168,23 @@ def write(folder: Path, verify, disputed, streams: Iterable[tuple], tokenizer) -
         records, left[name] = matched(candidates, files["verify.jsonl"]["supervised"], tokenizer)
         files[name] = write_jsonl(folder / name, records, tokenizer)
     return files, {name: dict(counter) for name, counter in left.items() if counter}
+
+
+def note_usage(folder: Path, endpoints: dict) -> None:
+    """What this sitting of a run used of its endpoints; a process killed by -9 leaves no note."""
+    if not (usage := {name: endpoint.usage for name, endpoint in endpoints.items()}):
+        return
+    try:
+        runs.append_jsonl(folder / "usage.jsonl", usage)
+    except OSError as error:  # the disk is full; the run says so itself
+        print(f"not noted in usage.jsonl ({error.strerror}): {usage}", file=sys.stderr)
+
+
+def total_usage(folder: Path) -> dict:
+    """{endpoint: requests, tokens, cost} of all sittings."""
+    path = folder / "usage.jsonl"
+    total = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        for name, usage in json.loads(line).items():
+            total.setdefault(name, Counter()).update(usage)
+    return total
