@@ -132,8 +132,8 @@ def chosen(items: list[dict], limit: int, stratify: bool) -> list[dict]:
         stratum = (item.get("category") or item["cluster"]) if stratify else ""
         turn = seen[item["suite"], stratum] = seen.get((item["suite"], stratum), 0) + 1
         ranked.setdefault(item["suite"], []).append((turn, item))
-    kept = [i["id"] for group in ranked.values() for _, i in sorted(group, key=lambda pair: pair[0])[: limit or None]]
-    return [item for item in items if item["id"] in set(kept)]
+    kept = {i["id"] for group in ranked.values() for _, i in sorted(group, key=lambda pair: pair[0])[: limit or None]}
+    return [item for item in items if item["id"] in kept]
 
 
 # ------------------------------------------------------------------------------------------------- who may judge
@@ -263,11 +263,10 @@ def verify_own(config: Config, target, labelled: list[dict], folder: Path) -> li
 # ------------------------------------------------------------------------------------------------- scoring
 
 
-def headline(by_judge: dict[str, list[dict]]) -> tuple[dict, list[dict]]:
-    """(figures, labelled items): of each suite, those of the first judge that scored anything in it."""
-    figures = {name: scores.score(items) for name, items in by_judge.items()}
-    first, source = next(iter(figures.values())), {}
-    for suite in first:
+def headline(by_judge: dict[str, list[dict]], figures: dict[str, dict]) -> tuple[dict, list[dict]]:
+    """(rows, labelled items): of each suite, those of the first judge that scored anything in it."""
+    source = {}
+    for suite in next(iter(figures.values())):
         able = [name for name in figures if figures[name][suite]["value"] is not None]
         source[suite] = able[0] if able else next(iter(figures))
     rows = {suite: {**figures[name][suite], "judge": name} for suite, name in source.items()}
@@ -298,40 +297,51 @@ def write_lines(path: Path, items: list[dict]) -> None:
     runs.write_atomic(path, "".join(json.dumps(item) + "\n" for item in items).encode("ascii"))
 
 
-def judge_and_score(config: Config, folder: Path, done: dict[str, list[dict]], names, world, target, plan) -> int:
-    """Everything after the samples: labels, own verifications, figures, files. `done`: {"" or "_greedy": samples}."""
-    summary, result, shares = {**plan, "figures": {}, "agreement": {}, "usage": {}}, {}, {}
-    for mode, items in done.items():
+def judge_mode(config: Config, folder: Path, mode: str, items: list[dict], names, world, target, plan) -> dict:
+    """Labels, own verifications and figures of one way of decoding: its part of the summary, with `rows` in front."""
+    begun = time.perf_counter()
+    by_judge, usage = label_all(config, items, names, folder, f"labels{mode}", world)
+    figures = {name: scores.score(group) for name, group in by_judge.items()}
+    rows, labelled = headline(by_judge, figures)
+    plan["seconds"][f"judge{mode}"] = time.perf_counter() - begun
+    if not mode and (config.verify_own or (folder / "own.jsonl").exists()):
         begun = time.perf_counter()
-        by_judge, usage = label_all(config, items, names, folder, f"labels{mode}", world)
-        rows, labelled = headline(by_judge)
-        summary["seconds"][f"judge{mode}"] = time.perf_counter() - begun
-        if not mode and (config.verify_own or (folder / "own.jsonl").exists()):
-            begun = time.perf_counter()
-            own = verify_own(config, target, labelled, folder)
-            rows |= {name: {**row, "judge": names[0]} for name, row in scores.score(own).items()}
-            labelled += own
-            summary["seconds"]["own answers"] = time.perf_counter() - begun
-        for name, row in rows.items():
-            row["decoding"] = plan["decoding"].get(mode, {}).get(name, "as the suites that it comes from")
-        figures = {name: scores.score(group) for name, group in by_judge.items()}
-        shares |= {f"{name}{mode}": share for name, share in unscored_shares(figures).items()}
-        summary["figures"][mode or "sampled"] = figures | {"headline": rows}
-        summary["agreement"] |= {f"{pair}{mode}": table for pair, table in pairs_of(by_judge).items()}
-        summary["usage"] |= usage
-        write_lines(folder / f"items{mode}.jsonl", labelled)
-        print(f"\n{'greedy' if mode else 'sampled'}, judged by {', '.join(names)}:\n{scores.table(rows)}")
-        for how in dict.fromkeys(row["decoding"] for row in rows.values()):
-            print(f"{how}: {', '.join(name for name, row in rows.items() if row['decoding'] == how)}")
-        result = result or rows
-    print("\n" + scores.details(result))
-    print(scores.agreement_table(summary["agreement"]), end="")
+        own = verify_own(config, target, labelled, folder)
+        rows |= {name: {**row, "judge": names[0]} for name, row in scores.score(own).items()}
+        labelled += own
+        plan["seconds"]["own answers"] = time.perf_counter() - begun
+    for name, row in rows.items():
+        row["decoding"] = plan["decoding"][mode].get(name, "as the suites that they come from")
+    write_lines(folder / f"items{mode}.jsonl", labelled)
+    shares = {f"{name}{mode}": share for name, share in unscored_shares(figures).items()}
+    agreement = {f"{pair}{mode}": table for pair, table in pairs_of(by_judge).items()}
+    return {"rows": rows, "figures": figures, "usage": usage, "agreement": agreement, "unscored": shares}
+
+
+def show_mode(mode: str, rows: dict, names: list[str]) -> None:
+    print(f"\n{'greedy' if mode else 'sampled'}, judged by {', '.join(names)}:\n{scores.table(rows)}")
+    for how in dict.fromkeys(row["decoding"] for row in rows.values()):
+        print(f"{how}: {', '.join(name for name, row in rows.items() if row['decoding'] == how)}")
+
+
+def judge_and_score(config: Config, folder: Path, done: dict[str, list[dict]], names, world, target, plan) -> int:
+    """Everything after the samples, `done`: {"" or "_greedy": samples}. Returns the exit code, all files written."""
+    parts = {}
+    for mode, items in done.items():
+        parts[mode] = judge_mode(config, folder, mode, items, names, world, target, plan)
+        show_mode(mode, parts[mode]["rows"], names)
+    result = next(iter(parts.values()))["rows"]
+    summary = {**plan, "figures": {m or "sampled": {**p["figures"], "headline": p["rows"]} for m, p in parts.items()}}
+    for name in ("agreement", "usage", "unscored"):
+        summary[name] = {key: value for part in parts.values() for key, value in part[name].items()}
     if target is not None and target.endpoint:
         summary["usage"]["target"] = target.endpoint.usage
-    runs.write_json(folder / "summary.json", summary | {"unscored": shares})
+    print("\n" + scores.details(result))
+    print(scores.agreement_table(summary["agreement"]), end="")
+    runs.write_json(folder / "summary.json", summary)
     runs.write_json(folder / "result.json", result)
     print(f"\n{sum(summary['seconds'].values()):.0f} s; everything lies in {folder}")
-    left = {name: share for name, share in shares.items() if share > config.max_unscored}
+    left = {name: share for name, share in summary["unscored"].items() if share > config.max_unscored}
     for name, share in left.items():
         print(f"{name} left {share:.1%} unscored, more than --max-unscored {config.max_unscored:.1%}", file=sys.stderr)
     return runs.EXIT_UNSCORED if left else runs.EXIT_OK
