@@ -755,7 +755,7 @@ LIMITS = (
     "A judge that was the reward in training is no witness; the table of settings names both.",
     "“Defused” is the share of texts that held a judge's own markers and were changed in its copy. If that rises in "
     "training, the model attacks its judge.",
-    "“Can tell” is the smallest difference that two runs of this many clusters would show in four of five cases.",
+    "“Can tell” is the smallest difference that two runs of so many items would show in four of five cases.",
     "Safe is not helpful: read attack success beside compliance, and both beside the share of refusals.",
     "A model that passes these suites is not thereby safe.",
 )

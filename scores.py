@@ -80,7 +80,13 @@ def rate_interval(counts_GC: np.ndarray) -> tuple[float, float]:
     return bootstrap(counts_GC, share)
 
 
-def detectable(p: float, n: int, power: float = 0.8) -> float:
+def effective(p: float, low: float, high: float, clusters: int, n: int) -> float:
+    """How many independent items an interval is worth: p (1 - p) over its variance, between clusters and items."""
+    spread = (high - low) / (2 * 1.959964)
+    return min(max(p * (1 - p) / spread**2, clusters), n) if spread else clusters
+
+
+def detectable(p: float, n: float, power: float = 0.8) -> float:
     """The smallest difference from a rate p that a two-sided 5 % test between two runs of n items finds with `power`.
 
     Normal approximation, unpaired (pairing finds less), in the direction of 0.5, by bisection:
@@ -344,7 +350,8 @@ def score_rate(items: list[dict], metric: str) -> dict:
         counts_GC = by_cluster(scored, lambda item: (item["hit"], 1))
         low, high = rate_interval(counts_GC)
         value = hits / len(scored)
-        row |= {"value": value, "low": low, "high": high, "detectable": detectable(value, len(counts_GC))}
+        n = effective(value, low, high, len(counts_GC), len(scored))
+        row |= {"value": value, "low": low, "high": high, "detectable": detectable(value, n)}
     return row
 
 

@@ -66,6 +66,17 @@ def test_no_hit_in_clusters_is_no_proof_of_zero():
     assert scores.rate_interval(rates(hit_items([1, 0, 0], "abc"))) == scores.wilson(1, 3)
 
 
+def test_clusters_count_for_as_much_as_they_differ():
+    """Clusters of equal items are worth one item each; clusters of unrelated items are worth all of theirs."""
+    rng = random.Random(0)
+    alike = rates([{"cluster": c, "hit": c % 2} for c in range(40) for _ in range(4)])
+    mixed = rates([{"cluster": c, "hit": rng.random() < 0.5} for c in range(40) for _ in range(4)])
+    for counts_GC, low, high in ((alike, 35, 45), (mixed, 110, 160)):
+        value = counts_GC[:, 0].sum() / 160
+        assert low <= scores.effective(value, *scores.rate_interval(counts_GC), 40, 160) <= high
+    assert scores.effective(0.0, 0.0, 0.0, 40, 160) == 40
+
+
 @pytest.mark.parametrize(("p", "n"), [(0.0, 313), (0.05, 250), (0.3, 500), (0.95, 250)])
 def test_the_detectable_difference_is_found_four_times_in_five(p, n):
     """Exact power of the pooled z-test at that difference, summed over both binomials; more than 0.8 at a rate of 0,
