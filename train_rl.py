@@ -31,8 +31,8 @@ from tqdm import tqdm
 import runs
 from runs import UserError, option
 
-engine, judges, kernels, mixture, model, optim = map(
-    runs.Lazy, ("engine", "judges", "kernels", "mixture", "model", "optim")
+engine, judges, kernels, mixture, model, trainers = map(
+    runs.Lazy, ("engine", "judges", "kernels", "mixture", "model", "trainers")
 )
 pocket, safety, scores, torch = map(runs.Lazy, ("pocket.world", "safety", "scores", "torch"))
 
@@ -211,7 +211,7 @@ def schedule(step: int, config: Config) -> float:
 def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config: Config) -> dict:
     """One update on the answers of live groups. The figures are means over their tokens, `max_gap` their largest."""
     total, loss, sums = denominator(live, config), 0.0, []
-    for group in optim.fill(live, config.micro_tokens):
+    for group in trainers.fill(live, config.micro_tokens):
         ids_T, labels_T, sampler_T, advantage_T, cu_seqlens = pack(group, transformer.head_weight.device)
         hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=config.checkpointing)
         logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T, config.temperature)
@@ -399,7 +399,7 @@ def validate(step: int, sampler, tokenizer, scorer, held_out: list[dict], config
         figures = {f"held_out_{name}": value for name, value in health(groups).items() if name in shown}
     if config.evaluate:
         path = folder / f"evaluation-{step}.json"
-        suite_figures, _ = optim.evaluate(sampler.transformer, tokenizer, config.model, config.seed, path)
+        suite_figures, _ = trainers.evaluate(sampler.transformer, tokenizer, config.model, config.seed, path)
         figures |= {name: row["value"] for name, row in suite_figures.items()}
     return figures
 
@@ -502,7 +502,7 @@ def report_plan(pools: list, dropped: int, held_out: list[dict], plan: dict, con
         print(f"{pool.name}: {len(pool.prompts)} prompts ({share}; {licences}), {count} a step")
     print(f"{dropped} prompts dropped as too long, {len(held_out)} held out")
     print(f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group} answers, lr {config.lr:.1e}")
-    print(f"memory: {optim.in_words(plan)}")
+    print(f"memory: {trainers.in_words(plan)}")
 
 
 def load_policy(config: Config, device: str, dtype):
@@ -542,17 +542,17 @@ def load_scorer(config: Config, world, device: str, dtype, cache_bytes: int | No
 
 def plan_memory(config: Config, device: str, dtype) -> dict[str, int | None]:
     """Bytes by what they are for, before anything is loaded. Raises UserError where they are too many."""
-    shape = optim.shape_of(config.model)
-    plan = optim.training_bytes(shape, config.lora_r, dtype, config.micro_tokens, config.checkpointing)
+    shape = trainers.shape_of(config.model)
+    plan = trainers.training_bytes(shape, config.lora_r, dtype, config.micro_tokens, config.checkpointing)
     token_bytes = 2 * shape.config.num_hidden_layers * shape.config.num_key_value_heads * shape.config.head_dim
     answer = token_bytes * dtype.itemsize * (config.max_prompt + config.max_tokens + engine.PAGE)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
     family, _, guard = config.guard.partition("=")
     if config.reward or family not in judges.FAMILIES:  # nothing that takes memory here
-        return optim.share_memory(plan, free, answer, 0.0)
-    guard = optim.shape_of(guard or judges.FAMILIES[family].model)
+        return trainers.share_memory(plan, free, answer, 0.0)
+    guard = trainers.shape_of(guard or judges.FAMILIES[family].model)
     plan["guard"] = sum(p.numel() for p in guard.parameters()) * dtype.itemsize
-    return optim.share_memory(plan, free, answer, config.guard_share)
+    return trainers.share_memory(plan, free, answer, config.guard_share)
 
 
 def finish(result: dict, before, after, config: Config, folder: Path) -> int:
@@ -593,15 +593,15 @@ def main(config: Config, origin: dict) -> int:
     report_plan(pools, dropped, held_out, plan, config)
 
     runs.seed_everything(config.seed)
-    trainee = optim.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
+    trainee = trainers.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
     end, longest = model.end_ids(transformer, tokenizer), config.max_prompt + config.max_tokens
     sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=plan["policy cache"])
-    measure = functools.partial(optim.evaluate, transformer, tokenizer, config.model, config.seed)
+    measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
     before = measure(folder / "before.json") if config.evaluate else None
-    state = optim.resume(folder, trainee, FRESH | {"data_sha256": sha256})
+    state = trainers.resume(folder, trainee, FRESH | {"data_sha256": sha256})
     train(sampler, tokenizer, trainee, scorer, pools, held_out, config, folder, state)
 
-    optim.save(transformer, tokenizer, config.model, folder / "model")
+    trainers.save(transformer, tokenizer, config.model, folder / "model")
     after = measure(folder / "after.json") if config.evaluate else None
     result = {**state, "training_minutes": state["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
     return finish(result, before, after, config, folder)

@@ -13,7 +13,6 @@ data order a pure function of (seed, epoch) - so a resumed run is the uninterrup
 import functools
 import hashlib
 import itertools
-import json
 import math
 import random
 import time
@@ -27,8 +26,8 @@ from tqdm import tqdm
 import runs
 from runs import UserError, option
 
-engine, kernels, model, optim, safety, scores, suites, torch = map(
-    runs.Lazy, ("engine", "kernels", "model", "optim", "safety", "scores", "suites", "torch")
+engine, kernels, model, trainers, safety, scores, suites, torch = map(
+    runs.Lazy, ("engine", "kernels", "model", "trainers", "safety", "scores", "suites", "torch")
 )
 
 
@@ -157,26 +156,11 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
     return [e for e in examples if e.record["prompt"] not in kept], [e for e in examples if e.record["prompt"] in kept]
 
 
-def fill(examples: list[Example], limit: int) -> list[list[Example]]:
-    """Consecutive groups of at most `limit` tokens. A packed row has no padding: an unfilled one costs nothing.
-
-    lengths 4 3 2 5, limit 7  ->  [4 3] [2 5]
-    """
-    groups, size = [], 0
-    for example in examples:
-        if not groups or size + len(example.ids) > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(example)
-        size += len(example.ids)
-    return groups
-
-
 def epoch_steps(examples: list[Example], epoch: int, config: Config) -> list[list[Example]]:
     """The optimizer steps of one epoch: a shuffle that depends on (seed, epoch) alone, cut by tokens."""
     order = list(examples)
     random.Random(f"order-{config.seed}-{epoch}").shuffle(order)
-    return fill(order, config.tokens_per_step)
+    return trainers.fill(order, config.tokens_per_step)
 
 
 def all_steps(examples: list[Example], config: Config) -> Iterator[tuple[list[Example], bool]]:
@@ -223,7 +207,7 @@ def optimizer_step(transformer, trainee, examples: list[Example], lr: float, con
     """One update. The loss is a mean over the step's supervised tokens, however they fall into micro-batches."""
     supervised = sum(sum(e.trained) for e in examples)
     loss = 0.0
-    for group in fill(examples, config.micro_tokens):
+    for group in trainers.fill(examples, config.micro_tokens):
         mean_part = nll_sum(transformer, group, config.checkpointing) / supervised
         mean_part.backward()
         loss += mean_part.detach()
@@ -244,7 +228,7 @@ def validate(transformer, tokenizer, held_out: list[Example], config: Config) ->
     if not held_out:
         return {}, []
     with torch.no_grad():
-        total = sum(nll_sum(transformer, group).item() for group in fill(held_out, config.micro_tokens))
+        total = sum(nll_sum(transformer, group).item() for group in trainers.fill(held_out, config.micro_tokens))
     figures = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}
     samples = sample(transformer, tokenizer, held_out[:VALIDATION_SAMPLES])
     verdicts = [s for s in samples if s["kind"] == "verify"] if config.target != "critique" else []
@@ -271,20 +255,6 @@ def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
     return done
 
 
-def evaluate(transformer, tokenizer, config: Config, path: Path) -> tuple[dict, list[dict]]:
-    """(figures, items) of the pocket's suites, kept in `path`; read from there if a resumed run has them already."""
-    if not path.exists():
-        from pocket import world as pocket
-
-        world = pocket.World(runs.world_seed(config.model))
-        items = suites.load(["pocket"], world, suites.candidates(config.model))
-        figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=config.seed + 1000)
-        runs.write_json(path, {"figures": figures, "items": labelled, "seconds": seconds})
-        print(f"{path.stem}: {len(labelled)} prompts in {seconds:.0f} s")
-    stored = json.loads(path.read_text())
-    return stored["figures"], stored["items"]
-
-
 # ------------------------------------------------------------------------------------------------- reports
 
 
@@ -306,7 +276,7 @@ def report_plan(account: dict, training: list[Example], held_out: list[Example],
     print(f"longest {account['longest']} tokens; dropped: {account['dropped'] or 'none'}")
     print(f"{len(training)} records to train on, {len(held_out)} held out by prompt")
     steps = epoch_steps(training, 0, config)
-    rows = [row for step in steps for row in fill(step, config.micro_tokens)]
+    rows = [row for step in steps for row in trainers.fill(step, config.micro_tokens)]
     tokens = sum(len(e.ids) for e in training)
     print(
         f"an epoch: {len(steps)} steps of {tokens // len(steps):,} tokens, {len(rows)} packed rows,"
@@ -328,7 +298,7 @@ def train(transformer, tokenizer, trainee, training, held_out, config: Config, f
 
     state: step, seconds (of training steps alone), skipped (non-finite), in_a_row (of those), figures (validation).
     """
-    total, flops = total_steps(training, config), optim.flops_a_token(transformer, bool(config.lora_r))
+    total, flops = total_steps(training, config), trainers.flops_a_token(transformer, bool(config.lora_r))
 
     def progress() -> float:
         return state["seconds"] / 60 / config.minutes if config.minutes else state["step"] / total
@@ -348,7 +318,7 @@ def train(transformer, tokenizer, trainee, training, held_out, config: Config, f
             state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
             speed = figures["tokens"] / seconds
             line = {"step": state["step"], **figures, "tokens_per_s": speed, "seconds": seconds}
-            line |= {"peak_gib": runs.peak_memory(), **optim.mfu(speed * flops)}
+            line |= {"peak_gib": runs.peak_memory(), **trainers.mfu(speed * flops)}
             if ends_epoch or progress() >= 1:
                 state["figures"], samples = validate(transformer, tokenizer, held_out, config)
                 line |= state["figures"]
@@ -377,20 +347,6 @@ def log_line(line: dict, skipped: int) -> str:
     return shown + (f" skipped {skipped}" if skipped else "")
 
 
-def resume(folder: Path, trainee, data_sha256: str) -> dict:
-    """The state to go on from: that of the newest checkpoint, or of step 0 where there is none yet."""
-    state = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "figures": {}, "data_sha256": data_sha256}
-    if found := runs.load_checkpoint(folder):
-        tensors, state = found
-        trainee.restore(tensors)
-    if state["data_sha256"] != data_sha256:
-        raise UserError(f"{folder}: the data have changed since its last checkpoint")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        runs.rewind(folder / name, state["step"])
-    print(f"from step {state['step']}")
-    return state
-
-
 def main(config: Config, origin: dict) -> int:
     begun = time.monotonic()
     records = runs.read_jsonl(config.data, FIELDS)
@@ -411,26 +367,25 @@ def main(config: Config, origin: dict) -> int:
     runs.seed_everything(config.seed)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
-    trainee = optim.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
-    before = evaluate(transformer, tokenizer, config, folder / "before.json") if config.evaluate else None
-    state = resume(folder, trainee, hashlib.sha256(Path(config.data).read_bytes()).hexdigest())
+    trainee = trainers.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
+    seed, before = config.seed, None
+    if config.evaluate:
+        before = trainers.evaluate(transformer, tokenizer, config.model, seed, folder / "before.json")
+    state = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "figures": {}}
+    state["data_sha256"] = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    state = trainers.resume(folder, trainee, state)
     train(transformer, tokenizer, trainee, training, held_out, config, folder, state)
 
-    if config.lora_r:
-        model.save_adapter(transformer, folder / "model", base=config.model)
-    else:
-        model.save(transformer, tokenizer, folder / "model")
-        runs.copy_world(config.model, folder / "model")
     result = {**state, **account, "training_minutes": state["seconds"] / 60}
+    trainers.save(transformer, tokenizer, config.model, folder / "model")
     if before:
-        after = evaluate(transformer, tokenizer, config, folder / "after.json")
+        after = trainers.evaluate(transformer, tokenizer, config.model, seed, folder / "after.json")
         result |= {"before": before[0], "after": after[0]}
         print("\n" + scores.table(before[0], after[0]))
         print(scores.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
     result["minutes"] = (time.monotonic() - begun) / 60
     runs.write_json(folder / "result.json", result)
     print(f"\n{state['seconds']:.0f} s of training, {result['minutes']:.1f} minutes in all; all files: {folder}")
-    print(f"{'the adapter (PEFT format)' if config.lora_r else 'the model (Hugging Face format)'}: {folder / 'model'}")
     return runs.EXIT_OK
 
 

@@ -31,7 +31,7 @@ import runs
 import train_rl
 from runs import UserError, option
 
-engine, model, optim, torch = map(runs.Lazy, ("engine", "model", "optim", "torch"))
+engine, model, trainers, torch = map(runs.Lazy, ("engine", "model", "trainers", "torch"))
 
 LENGTHS = Path(__file__).parent / "lengths.json"
 PARTS = ("prefill", "decode", "reward", "update", "optimizer")
@@ -142,7 +142,7 @@ def ours(config: Config, device: str) -> list[dict]:
     """Seconds by part of each step of train_rl."""
     rl = train_rl.Config(prompts=("bench",), prompts_per_step=config.prompts, group=config.group, lora_r=0, lr=1e-6)
     transformer, tokenizer = runs.load_model(config.folder, device, torch.float32)
-    trainee = optim.Trainee(transformer, runs.pick_dtype("auto", device), (rl.beta1, rl.beta2), rl.weight_decay)
+    trainee = trainers.Trainee(transformer, runs.pick_dtype("auto", device), (rl.beta1, rl.beta2), rl.weight_decay)
     limits, clock, lines = [answer for _, answer in lengths(config, device)], Clock(device), []
     longest = max(prompt + answer for prompt, answer in lengths(config, device))
     sampler = engine.Engine(transformer, set(), max_context=longest)

@@ -21,7 +21,7 @@ import runs
 import train_sft
 from runs import UserError, option
 
-engine, model, optim, torch = map(runs.Lazy, ("engine", "model", "optim", "torch"))
+engine, model, trainers, torch = map(runs.Lazy, ("engine", "model", "trainers", "torch"))
 
 
 @dataclass
@@ -91,7 +91,7 @@ def ours(config: Config, steps: list[list[train_sft.Example]], transformer, devi
     dtype = runs.pick_dtype("auto", device)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, sft.lora_alpha, config.seed)
-    trainee = optim.Trainee(transformer, dtype, (sft.beta1, sft.beta2), sft.weight_decay)
+    trainee = trainers.Trainee(transformer, dtype, (sft.beta1, sft.beta2), sft.weight_decay)
     lines = []
     for number, examples in enumerate(steps):
         clock = Clock(device)

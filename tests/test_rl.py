@@ -14,9 +14,9 @@ import engine
 import kernels
 import mixture
 import model
-import optim
 import runs
 import train_rl
+import trainers
 from tests import families, tiny
 from train_rl import Config, Drawing
 
@@ -39,7 +39,7 @@ def transformer(folder):
 
 def fresh(folder):
     transformer = runs.load_model(str(folder), "cpu", torch.float32)[0]
-    return transformer, optim.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
+    return transformer, trainers.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
 
 
 def drawn(transformer, temperature=1.0, stop=False, seed=0) -> list[Drawing]:
@@ -579,10 +579,10 @@ def test_the_plan_counts_every_byte_of_the_training_state():
     with torch.device("meta"):
         shape = model.Transformer(model.Config.from_dict(R1_1_5B))
     n = sum(p.numel() for p in shape.parameters())
-    full = optim.training_bytes(shape, 0, torch.bfloat16, 16384, False)
+    full = trainers.training_bytes(shape, 0, torch.bfloat16, 16384, False)
     assert full["weights"] == 2 * n and full["fp32 masters"] == 4 * n and full["Adam"] == 8 * n
-    assert optim.training_bytes(shape, 0, torch.float32, 16384, False)["fp32 masters"] == 0
-    lora = optim.training_bytes(shape, 16, torch.bfloat16, 16384, True)
+    assert trainers.training_bytes(shape, 0, torch.float32, 16384, False)["fp32 masters"] == 0
+    lora = trainers.training_bytes(shape, 16, torch.bfloat16, 16384, True)
     pairs = 28 * 16 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
     assert lora["fp32 masters"] == 4 * pairs and lora["Adam"] == 8 * pairs
     assert lora["activations"] < full["activations"] / 10
@@ -590,13 +590,13 @@ def test_the_plan_counts_every_byte_of_the_training_state():
 
 def test_a_plan_that_does_not_fit_is_refused_with_figures():
     plan = {"weights": 3 << 30, "Adam": 12 << 30}
-    shared = optim.share_memory(plan, 80 << 30, answer_bytes=1 << 28, guard_share=0.25)
+    shared = trainers.share_memory(plan, 80 << 30, answer_bytes=1 << 28, guard_share=0.25)
     rest = int(0.95 * (80 << 30)) - (15 << 30)
     assert shared["policy cache"] == pytest.approx(0.75 * rest, abs=2)
     assert shared["guard cache"] == pytest.approx(0.25 * rest, abs=2)
     with pytest.raises(runs.UserError, match=r"16.00 GiB of free GPU memory: weights 3.00, Adam 12.00 GiB"):
-        optim.share_memory(plan, 16 << 30, answer_bytes=1 << 28, guard_share=0.25)
-    assert optim.share_memory(plan, 0, 1, 0.3)["policy cache"] is None
+        trainers.share_memory(plan, 16 << 30, answer_bytes=1 << 28, guard_share=0.25)
+    assert trainers.share_memory(plan, 0, 1, 0.3)["policy cache"] is None
 
 
 def test_the_guard_next_to_the_policy_is_in_the_plan(folder, tmp_path, monkeypatch):
@@ -604,7 +604,7 @@ def test_the_guard_next_to_the_policy_is_in_the_plan(folder, tmp_path, monkeypat
     config = settings(model=str(folder), reward="", guard=f"qwen3guard={other}", guard_share=0.25)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
     plan = train_rl.plan_memory(config, "cuda", torch.bfloat16)
-    assert plan["guard"] == 2 * sum(p.numel() for p in optim.shape_of(str(other)).parameters())
+    assert plan["guard"] == 2 * sum(p.numel() for p in trainers.shape_of(str(other)).parameters())
     assert plan["guard cache"] > 0 and plan["policy cache"] == pytest.approx(3 * plan["guard cache"], abs=4)
     assert sum(plan.values()) == pytest.approx(0.95 * (1 << 30), abs=4)
     alone = train_rl.plan_memory(replace(config, guard="pocket"), "cuda", torch.bfloat16)

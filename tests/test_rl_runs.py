@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import engine
 import mixture
 import model
-import optim
 import runs
 import train_rl
+import trainers
 from tests import tiny, toy
 from tests.test_sft import as_flags, lines
 from train_rl import Config
@@ -41,7 +41,7 @@ def learn(folder, seed: int, spoil: bool, steps: int = 90) -> list[float]:
         prompts=("toy",), prompts_per_step=16, group=16, max_tokens=8, lora_r=0, lr=6e-3, reward="toy", seed=seed,
         micro_tokens=4096, warmup=0, evaluate=False,
     )  # fmt: skip
-    trainee = optim.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
+    trainee = trainers.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
     sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=32)
     texts = [f"say {digit}" for digit in toy.DIGITS]
     prompts = [{"id": t, "prompt": t, "kind": "own", "source": "toy"} for t in texts]

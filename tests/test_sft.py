@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, get_scheduler
 import engine
 import kernels
 import model
-import optim
 import runs
 import safety
 import train_sft
+import trainers
 from tests import families, tiny
 from train_sft import Config, Example
 
@@ -51,7 +51,7 @@ def fresh(folder, **settings):
     transformer, _ = runs.load_model(config.model, "cpu", dtype if config.lora_r else torch.float32)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
-    return transformer, optim.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay), config
+    return transformer, trainers.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay), config
 
 
 # ------------------------------------------------------------------------------------------------- rows and labels
@@ -70,7 +70,7 @@ def test_labels_are_the_next_tokens_where_those_are_trained():
 
 def test_groups_are_consecutive_and_hold_at_most_the_limit():
     lengths = [4, 3, 2, 5, 7, 1]
-    groups = train_sft.fill([example([0] * n, [1] * n) for n in lengths], 7)
+    groups = trainers.fill([example([0] * n, [1] * n) for n in lengths], 7)
     assert [[len(e.ids) for e in group] for group in groups] == [[4, 3], [2, 5], [7], [1]]
 
 
@@ -297,14 +297,14 @@ def test_bf16_training_learns_like_fp32(folder, examples):
 
 
 def test_the_check_notices_missing_masters(folder, examples, monkeypatch):
-    honest = optim.Trainee.__init__
+    honest = trainers.Trainee.__init__
 
     def pure_bf16(self, transformer, dtype, *rest):
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
         honest(self, transformer, torch.float32, *rest)
 
-    monkeypatch.setattr(optim.Trainee, "__init__", pure_bf16)
+    monkeypatch.setattr(trainers.Trainee, "__init__", pure_bf16)
     with pytest.raises(AssertionError):
         bf16_learns_like_fp32(folder, examples)
 
@@ -529,6 +529,6 @@ def test_non_finite_steps_are_counted_and_several_in_a_row_stop_the_run(folder, 
 def test_mfu_needs_a_known_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert optim.mfu(989e12 / 2) == {"mfu": 0.5}
+    assert trainers.mfu(989e12 / 2) == {"mfu": 0.5}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Unheard-of 1")
-    assert optim.mfu(1e12) == {}
+    assert trainers.mfu(1e12) == {}
