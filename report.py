@@ -504,7 +504,7 @@ def curves(methods: dict[str, list[Run]], found: list[Run]) -> str:
             config = folder / "config.json"
             script = json.loads(config.read_text())["script"] if config.is_file() else "folder is gone"
             number_ = names.index(run.method) if run.method in names else 0
-            blocks.setdefault(script, {})[folder] = (number_ % COLOURS, read_curves(folder))
+            blocks.setdefault(script, {}).setdefault(folder, (number_ % COLOURS, read_curves(folder)))
     parts = []
     for script, lines in sorted(blocks.items(), reverse=True):
         charts = []
@@ -723,8 +723,7 @@ def texts(methods: dict[str, list[Run]]) -> str:
     parts = []
     for suite in suites_of(methods):
         keys = [k for k, item in next(iter(tables.values())).items() if item["suite"] == suite]
-        differ = lambda k: len({scores.outcome(t[k])[0] for t in tables.values() if k in t and "answer" in t[k]})  # noqa: E731
-        for k in sorted(keys, key=differ, reverse=True)[:SHOWN]:
+        for k in sorted(keys, key=lambda k: differ(tables, k), reverse=True)[:SHOWN]:
             first = next(iter(tables.values()))[k]
             body = f"<h5>request</h5>{quoted(first['prompt'])}"
             for number_, (name, items) in enumerate(tables.items()):
@@ -734,9 +733,23 @@ def texts(methods: dict[str, list[Run]]) -> str:
     return "".join(parts)
 
 
+def differ(tables: dict[str, dict], k: tuple) -> bool:
+    """Whether a completion's item is a hit in one method and a miss in another."""
+    told = {scores.outcome(items[k])[0] for items in tables.values() if k in items and "answer" in items[k]}
+    return {True, False} <= told
+
+
+WORDS = {  # what a hit and a miss are called
+    "asr": ("the attack worked", "the attack failed"),
+    "compliance": ("complied", "did not comply"),
+    "accuracy": ("right", "wrong"),
+    "f1": ("right verdict", "wrong verdict"),
+}
+
+
 def one_text(name: str, colour: int, item: dict) -> str:
     hit, note = scores.outcome(item) if "answer" in item else (None, "")
-    word = {True: "counts", False: "does not count", None: "not scored"}[hit] + (f" ({note})" if note else "")
+    word = ("not scored" if hit is None else WORDS[item["metric"]][not hit]) + (f" ({note})" if note else "")
     start = f"<h5>given start</h5>{quoted(item['prefill'])}" if item.get("prefill") else ""
     thinking = details_block("thinking", quoted(item.get("thinking")))
     return f"<h5>{dot(colour)}{e(name)} <small>{e(word)}</small></h5>{start}{thinking}{quoted(item.get('answer'))}"
