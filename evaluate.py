@@ -233,7 +233,7 @@ def own_verifications(items: list[dict], spec_text: str, n: int, seed: int) -> l
     drawn = random.Random(f"own-{seed}").sample(usable, min(n, len(usable)))
     return [
         {
-            "id": f"verify:own/{item['id']}", "suite": "verify:own", "like": item.get("like", item["suite"]),
+            "id": f"{stages.OWN}/{item['id']}", "suite": stages.OWN, "like": item.get("like", item["suite"]),
             "metric": "f1", "kind": "verify", "cluster": item["cluster"],
             "target": "safe" if item["safe"] else "unsafe",
             "prompt": safety.verification_prompt(spec_text, item.get("goal", item["prompt"]), item["answer"]),
@@ -250,7 +250,7 @@ def verify_own(config: Config, target, labelled: list[dict], folder: Path) -> li
     except ValueError as error:
         raise UserError(f"--spec: {error}") from None
     if target is None:
-        safe = {f"verify:own/{item['id']}": item.get("safe") for item in labelled if item.get("sample", 0) == 0}
+        safe = {f"{stages.OWN}/{item['id']}": item.get("safe") for item in labelled if item.get("sample", 0) == 0}
         done = [i | {"target": "safe" if safe[i["id"]] else "unsafe"} for i in stages.stored(path).values()
                 if safe.get(i["id"]) is not None]  # fmt: skip
     else:
@@ -430,7 +430,7 @@ def compare(config: Config) -> int:
         if not (folder / "items.jsonl").is_file() or not (folder / "result.json").is_file():
             raise UserError(f"{folder} is not a finished evaluation: it has no items.jsonl and result.json")
         items = stages.stored(folder / "items.jsonl")
-        tables.append({key: item for key, item in items.items() if item["suite"] != "verify:own"})
+        tables.append({key: item for key, item in items.items() if item["suite"] != stages.OWN})
         results.append(json.loads((folder / "result.json").read_text()))
     if tables[0].keys() != tables[1].keys():
         raise UserError(f"the two evaluations hold different items ({len(tables[0])} and {len(tables[1])})")

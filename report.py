@@ -19,13 +19,13 @@ from pathlib import Path
 import runs
 import scores
 from runs import UserError
+from stages import OWN
 
 COLOURS = 8
 SHOWN = 3  # items a suite whose texts are shown
 TEXT = 1500  # characters of a text that are shown
 NAME = 120  # characters of a name
 POINTS = 400  # of a curve
-OWN = "verify:own"  # the suite of a model's own answers
 
 # Published figures as independent notes on the paper give them, percent. Nobody here has seen the paper's own tables.
 PAPER_COLUMNS = ("strongreject", "fortress", "wildjailbreak:250", "hcot", "xstest", "aime24")

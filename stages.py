@@ -23,6 +23,7 @@ import suites
 from runs import UserError
 
 torch = runs.Lazy("torch")
+OWN = "verify:own"  # the suite of a model's own answers
 
 # ------------------------------------------------------------------------------------------------- files
 
@@ -88,13 +89,14 @@ class Decoding:
 
 
 def decoding(config, item: dict, greedy: bool) -> Decoding:
-    """Of an item: a flag, else its suite's own."""
+    """Of an item: a flag, else its suite's own. Verifications of own answers have one sample each."""
     own = suites.SUITES.get(item.get("like", item["suite"]), suites.Suite("asr"))
     tokens = config.max_tokens or own.max_tokens
     if greedy:
         return Decoding(0.0, 1.0, tokens, 1)
     temperature = own.temperature if config.temperature < 0 else config.temperature
-    return Decoding(temperature, config.top_p or own.top_p, tokens, config.samples or own.samples)
+    samples = 1 if item["suite"] == OWN else config.samples or own.samples
+    return Decoding(temperature, config.top_p or own.top_p, tokens, samples)
 
 
 def load_model(config):

@@ -22,6 +22,7 @@ import scores
 import stages
 import suites
 from runs import UserError
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "pocket" / "base")
@@ -396,6 +397,35 @@ def test_what_was_not_judged_is_no_truth():
     bad = [{"unscored": "x"}, {"safe": None}, {"answer": None}, {"answer": " "}, {"sample": 1}, {"kind": "verify"}]
     items = [{**base, "id": str(i), **change} for i, change in enumerate([{}, *bad])]
     assert [i["id"] for i in evaluate.own_verifications(items, "rules", 9, 0)] == ["verify:own/0"]
+
+
+def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypatch):
+    """Several samples, an attack on the thinking, categories, own answers, a maths set; one judge and no world."""
+    fake_judge(monkeypatch, wildguard=lambda i, item, part: word(safe=bool(i % 2)))
+    monkeypatch.setattr(safety, "split_thinking", lambda text, opened=True: ("hm", text))  # noise closes no thinking
+    folder = tiny.model_folder(tmp_path / "model")
+    rows = [{"prompt": f"brew {i}", "category": "ab"[i % 2]} for i in range(6)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = f"own={tmp_path / 'own.jsonl'}"
+    words = [
+        "--model",
+        str(folder),
+        "--suite",
+        f"{own},{own}+prefill",
+        "--samples",
+        "2",
+        "--max-tokens",
+        "8",
+        "--device",
+    ]
+    words += ["cpu", "--limit", "4", "--stratify", "--verify-own", "3", "--out", str(tmp_path / "run")]
+    assert evaluate.main(*runs.parse(evaluate.Config, words)) == 0
+    result = read(tmp_path / "run" / "result.json")
+    assert list(result) == ["own:own", "own:own+prefill", "verify:own"]
+    assert [result[name]["n"] for name in result] == [8, 8, 3] and result["own:own"]["items"] == 4
+    assert {"pass@1", "pass@2"} <= result["own:own"].keys() and set(result["own:own"]["categories"]) == {"a", "b"}
+    assert result["own:own"]["decoding"] == "temperature 0.6, top-p 0.95, at most 8 tokens, 2 a prompt"
+    assert not (tmp_path / "run" / "items_greedy.jsonl").exists()
 
 
 # ------------------------------------------------------------------------------------------------- servers
