@@ -243,7 +243,7 @@ def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
     longest = max(sum(e.trained) for e in examples) * 3 // 2
     limits = [min(longest, context - len(e.prompt_ids)) for e in examples]
     room = max(len(e.prompt_ids) + limit for e, limit in zip(examples, limits, strict=True))
-    sampler = engine.Engine(transformer, {tokenizer.eos_token_id}, max_context=room)
+    sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=room)
     drawn = sampler.generate([e.prompt_ids for e in examples], max_tokens=limits, temperature=0.0)
     done = []
     for example, (drawing,) in zip(examples, drawn, strict=True):
