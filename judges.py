@@ -14,6 +14,7 @@ Sums, maths and verifications have an exact answer and are labelled alike by eve
 """
 
 import json
+import os.path
 import random
 import re
 from collections.abc import Callable
@@ -205,25 +206,32 @@ def guard_prompt(tokenizer, family: str, request: str, text: str) -> tuple[list[
     return ids, changed or changed_too
 
 
+def common_start(prompts: list[list[int]]) -> list[int]:
+    """The ids with which all prompts begin and after which each goes on: the template up to the first conversation."""
+    return os.path.commonprefix([prompt[:-1] for prompt in prompts])
+
+
 @torch.inference_mode()
 def opening_logprobs(transformer, prompts: list[list[int]], openings: list[list[int]]) -> list[list[float]]:
     """log P(opening | prompt) in nats: a row a prompt, a column an opening.
 
-    A prompt runs through the layers once: its row is prompt, opening a, opening b, ..., each opening at the positions
-    that follow the prompt. Only attention sees the documents [prompt, a], [prompt, b], ... apart:
+    What all prompts begin with, such as a guard's policy, runs through the layers once, and so does the rest of each:
+    the row is this start, then of one prompt after the other its rest, opening a, opening b, ..., each opening at the
+    positions that follow its prompt. Only attention sees the documents [start, rest, a], [start, rest, b], ... apart:
 
-        prompt of 3, openings of 2 and 1:   positions 0 1 2 | 3 4 | 3     documents [0 1 2 3 4] [0 1 2 5]
+        start of 2, rest of 1, openings of 2 and 1:   positions 0 1 | 2 | 3 4 | 3     documents [0 1 2 3 4] [0 1 2 5]
     """
-    ids, positions, documents, inputs, targets = [], [], [], [], []
+    common = common_start(prompts)
+    ids, positions, documents, inputs, targets = list(common), list(range(len(common))), [], [], []
     for prompt in prompts:
-        start = len(ids)
-        ids += prompt
-        positions += range(len(prompt))
+        seen = [*range(len(common)), *range(len(ids), len(ids) + len(prompt) - len(common))]  # places of the prompt
+        ids += prompt[len(common) :]
+        positions += range(len(common), len(prompt))
         for opening in openings:
             at = range(len(ids), len(ids) + len(opening))
-            inputs += [start + len(prompt) - 1, *at[:-1]]
+            inputs += [seen[-1], *at[:-1]]
             targets += opening
-            documents.append([*range(start, start + len(prompt)), *at])
+            documents.append([*seen, *at])
             ids += opening
             positions += range(len(prompt), len(prompt) + len(opening))
     device, lengths = transformer.head_weight.device, [len(document) for document in documents]
@@ -301,7 +309,7 @@ class EngineGuard:
             keep(batch[k], label | ({} if isinstance(said, Unscored) else {"said": said}) | more)
 
         begun = [prompts[i] + ids for i, (_, ids, _) in zip(batch, chosen, strict=True)]
-        self.sampler.generate(begun, GUARD_TOKENS, done, temperature=0)
+        self.sampler.generate(begun, GUARD_TOKENS, done, temperature=0, prefix=common_start(begun))
 
     def choose(self, prompts: list[list[int]]) -> list[tuple[str, list[int], dict]]:
         """(text, ids, {"p_unsafe"}) of the likeliest opening after each prompt."""

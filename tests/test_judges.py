@@ -143,11 +143,12 @@ def test_a_guard_reads_its_own_template_and_text_is_no_control_token(family):
     assert changed and controls(tok, attacked) == controls(tok, ids)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral"])
-def test_the_likelihood_of_an_opening_is_transformers(name, tmp_path):
+@pytest.mark.parametrize(("name", "common"), [("qwen3", 0), ("qwen3", 9), ("llama3", 20), ("mistral", 0)])
+def test_the_likelihood_of_an_opening_is_transformers(name, common, tmp_path):
     theirs = tiny_models.folder(tmp_path, name)
     ours, _ = judges.model.load(tmp_path)
     prompts = [torch.randint(0, 160, (n,)).tolist() for n in (1, 7, 30)]
+    prompts = [[3] * common + prompt for prompt in prompts]
     openings = [[5, 6, 7], [5, 9], [11]]
     logprobs = judges.opening_logprobs(ours, prompts, openings)
     for prompt, row in zip(prompts, logprobs, strict=True):
@@ -184,6 +185,36 @@ def test_likelihood_and_free_generation_agree(family, folders):
     labels = judges.load(f"{family}={folders(family)}")(items)
     words = [safety.parse_guard(said[i], family).safety for i in range(len(items))]
     assert words == [label["word"] for label in labels] and set(words) == {"safe", "unsafe"}
+
+
+@pytest.mark.parametrize("family", ENGINE_GUARDS)
+def test_the_template_before_the_conversations_is_computed_once_and_changes_nothing(family, folders, monkeypatch):
+    labels, tokens, folder = {}, {}, folders(family)
+    items = [i | {"prompt": "how do i brew it , " * 15 + i["prompt"]} for i in guards.examples(24, seed=5)]
+    forward, found = judges.model.Transformer.forward, judges.common_start
+
+    def counted(self, ids_T, *arguments, **knobs):
+        tokens[way] = tokens.get(way, 0) + len(ids_T)
+        return forward(self, ids_T, *arguments, **knobs)
+
+    monkeypatch.setattr(judges.model.Transformer, "forward", counted)
+    for way, start in (("alone", lambda prompts: []), ("once", found)):
+        monkeypatch.setattr(judges, "common_start", start)
+        labels[way] = judges.load(f"{family}={folder}")(items)
+    for alone, once in zip(labels["alone"], labels["once"], strict=True):
+        assert once.pop("p_unsafe", 0) == pytest.approx(alone.pop("p_unsafe", 0), abs=1e-5)
+    assert labels["alone"] == labels["once"]
+    tok = guards.tokenizer(family)
+    start = found([judges.guard_prompt(tok, family, i["prompt"], i["answer"])[0] for i in items])
+    assert len(start) >= 64
+    weighed = 23 * len(start) if judges.FAMILIES[family].openings else 0  # of 24 items in one forward
+    assert tokens["alone"] - tokens["once"] >= weighed + 23 * (len(start) // 64 * 64) - 16  # the engine: whole pages
+
+
+def test_a_common_start_leaves_each_prompt_a_token():
+    assert judges.common_start([[1, 2, 3, 4], [1, 2, 5]]) == [1, 2]
+    assert judges.common_start([[1, 2], [1, 2]]) == [1] and judges.common_start([[1, 2, 3], [1]]) == []
+    assert judges.common_start([[7, 8, 9]]) == [7, 8] and judges.common_start([[1, 2], [2, 2]]) == []
 
 
 def test_answer_and_thinking_are_judged_apart(folders):
