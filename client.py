@@ -66,7 +66,11 @@ def in_parallel(jobs: list, work: Callable, keep: Callable) -> None:
 
 def checked_url(url: str) -> str:
     """The base URL. Raises UserError for one that would show a key: in clear text, or as a part of the URL."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 (raises where it is no number that a port has)
+    except ValueError as error:
+        raise UserError(f"an endpoint's URL cannot be read: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError("an endpoint's URL must begin with https:// (or http:// on this machine)")
     if parts.username or parts.password or parts.query:

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 import runs
 import scores
 from runs import UserError
@@ -214,12 +216,24 @@ def figure(group: list[Run], suite: str) -> Figure | None:
 
 
 def p_value(reference: list[Run], group: list[Run], suite: str, pairs: dict) -> float | None:
-    """Of a difference from the reference: over seeds where the method has several (a single reference is then taken as
-    fixed), else paired over the items of the two runs; None where neither can be told."""
+    """Of a difference from the reference: over seeds where the method has several, else paired over the items of the
+    two runs; None where neither can be told."""
     a, b = values_of(reference, suite), values_of(group, suite)
     if len(b) > 1 and a:
-        return scores.t_test(dict.fromkeys(b, next(iter(a.values()))) if len(a) == 1 else a, b)
+        return from_one(reference, suite, b) if len(a) == 1 else scores.t_test(a, b)
     return pairs.get(suite, {}).get("careful_p") if len(a) == len(b) == 1 else None
+
+
+def from_one(reference: list[Run], suite: str, values: dict[int, float]) -> float:
+    """p-value of several seeds against a reference of one run, whose error is that of its interval over items; Welch's,
+    as if that error were known."""
+    (row,) = [run.figures[suite] for run in reference if run.figures.get(suite, {}).get("value") is not None]
+    seeds = np.var(list(values.values()), ddof=1).item() / len(values)
+    square = seeds + ((row["high"] - row["low"]) / (2 * 1.959964)) ** 2
+    gap = sum(values.values()) / len(values) - row["value"]
+    if not seeds or square > 20 * seeds:
+        return scores.normal_p(gap, math.sqrt(square))
+    return scores.t_p(gap / math.sqrt(square), (len(values) - 1) * (square / seeds) ** 2)
 
 
 def paired(reference: list[Run], group: list[Run]) -> dict:
@@ -496,6 +510,11 @@ def curve_chart(name: str, lines: list[tuple[int, list[tuple[float, float]]]]) -
     return f"<figure class=card><svg viewBox='0 0 {width} {height}' role=img>{title}{''.join(parts)}</svg></figure>"
 
 
+def colour_of(run: Run, names: list[str]) -> int:
+    """Of its method; the first one's for a training run that measured nothing."""
+    return names.index(run.method) % COLOURS if run.method in names else 0
+
+
 def curves(methods: dict[str, list[Run]], found: list[Run]) -> str:
     """A block a script: supervised and reinforcement runs have nothing to be laid over one another."""
     names, blocks = list(methods), {}
@@ -503,8 +522,7 @@ def curves(methods: dict[str, list[Run]], found: list[Run]) -> str:
         for folder in run.training:
             config = folder / "config.json"
             script = json.loads(config.read_text())["script"] if config.is_file() else "folder is gone"
-            number_ = names.index(run.method) if run.method in names else 0
-            blocks.setdefault(script, {}).setdefault(folder, (number_ % COLOURS, read_curves(folder)))
+            blocks.setdefault(script, {}).setdefault(folder, (colour_of(run, names), read_curves(folder)))
     parts = []
     for script, lines in sorted(blocks.items(), reverse=True):
         charts = []
@@ -889,7 +907,7 @@ def draw_curves(methods: dict[str, list[Run]], found: list[Run]):
     for run in found:
         for folder in run.training:
             for name, points in read_curves(folder).items():
-                lines.setdefault(name, []).append((PALETTE[names.index(run.method) % COLOURS], points))
+                lines.setdefault(name, []).append((PALETTE[colour_of(run, names)], points))
     if not lines:
         return None
     canvas, grid = panels(len(lines), 2.4)

@@ -294,6 +294,8 @@ def test_a_key_is_needed_beyond_this_machine(monkeypatch):
         ("ftp://models.example", "https://"),
         ("models.example/v1", "https://"),
         ("https://", "https://"),
+        ("https://[models.example/v1", "cannot be read"),
+        ("https://user:pw@models.example:99999/v1?key=abc", "cannot be read"),
     ],
 )
 def test_urls_that_would_show_a_key(url, words):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 import report
@@ -208,6 +209,28 @@ def test_one_seed_a_side_is_paired_and_several_are_tested_over_seeds(folders):
     assert p == pairs["pocket:plain"]["careful_p"] >= pairs["pocket:plain"]["p"]
     mixed = {"base": methods["ours"], "ours": methods["base"]}
     assert report.p_value(mixed["base"], mixed["ours"], "pocket:plain", {}) is None
+
+
+def test_a_training_run_that_measured_nothing_is_drawn_beside_an_evaluation(folders, tmp_path):
+    bare = evaluations.training(tmp_path / "bare-0", 0)
+    (bare / "result.json").write_text("{}")
+    assert "training loss" in write([folders[0], bare], tmp_path / "out")
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_a_reference_of_one_run_is_not_taken_as_certain(seeds):
+    """Equal methods: at most about one comparison in twenty may say otherwise."""
+    rng, found = np.random.default_rng(seeds), 0
+
+    def run(seed):
+        hits = rng.binomial(256, 0.5)
+        low, high = scores.wilson(hits, 256)
+        return report.Run(None, "m", seed, "m", {"s": {"value": hits / 256, "low": low, "high": high}})
+
+    for _ in range(400):
+        found += report.p_value([run(None)], [run(seed) for seed in range(seeds)], "s", {}) < 0.05
+    assert 0.01 < found / 400 < 0.08
 
 
 def test_seeds_that_agree_exactly_are_no_certainty(tmp_path):
