@@ -6,6 +6,7 @@
     python evaluate.py --compare runs/a runs/b                      two evaluations, paired item by item
     python evaluate.py --report runs/a runs/b runs/c                one HTML file of evaluations and training runs
     python evaluate.py --rescore runs/a                             judge and score again what was generated; no model
+    python evaluate.py --selftest-injection --judge wildguard       how often planted text turns a judge's verdict
     python evaluate.py --chat                                       talk to the model; /verify judges its last answer
 
 Three stages, generate, judge, score; each appends what it has to a file of the run folder as it comes, so a run that
@@ -24,8 +25,8 @@ from pathlib import Path
 import runs
 from runs import UserError, option
 
-engine, judges, model, report, safety, scores, stages, suites = map(
-    runs.Lazy, ("engine", "judges", "model", "report", "safety", "scores", "stages", "suites")
+engine, injection, judges, model, report, safety, scores, stages, suites = map(
+    runs.Lazy, ("engine", "injection", "judges", "model", "report", "safety", "scores", "stages", "suites")
 )
 PAPER_SUITES = "strongreject,fortress,wildjailbreak:250,hcot,xstest,math500,aime24"
 
@@ -53,8 +54,9 @@ class Config:
     samples: int = option(0, "completions an item; 0: each suite's own")
     method: str = option("", "name of the method in reports; default: of the training run without its seed, or model")
     compare: tuple = option((), "two evaluation folders, paired")
-    report: tuple = option((), "folders of evaluations and training runs; --out takes the report")
+    report: tuple = option((), "folders of evaluations, training runs and self-tests; --out takes the report")
     rescore: str = option("", "evaluation folder to judge and score again, by --judge where given")
+    selftest_injection: bool = option(False, "attack the judges of --judge with planted texts; no model is measured")
     chat: bool = option(False, "talk to the model instead")
     key_env: str = option("OPENAI_API_KEY", "environment variable with the endpoints' key")
     max_requests: int = option(0, "requests an endpoint gets at most; 0: no limit")
@@ -70,7 +72,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Every wrong setting, all at once."""
-        modes = [m for m in ("compare", "report", "rescore", "chat") if getattr(self, m)]
+        modes = [m for m in ("compare", "report", "rescore", "selftest_injection", "chat") if getattr(self, m)]
         least = ("limit", "verify_own", "max_tokens", "samples", "max_requests", "max_cost", "price_in", "price_out")
         checks = {f"{runs.flag(n)} {getattr(self, n)}: must be 0 or more": getattr(self, n) >= 0 for n in least}
         checks |= {
@@ -219,6 +221,7 @@ def label_all(config: Config, items: list[dict], names: list[str], folder: Path,
 
 def load_judge(config: Config, name: str, world):
     device = runs.pick_device(config.device)
+    runs.pick_kernels(config.kernels, device)
     dtype, limits = runs.pick_dtype(config.dtype, device), stages.endpoint_limits(config)
     return judges.load(name, world=world, device=device, dtype=dtype, controversial=config.controversial, limits=limits)
 
@@ -341,7 +344,12 @@ def judge_and_score(config: Config, folder: Path, done: dict[str, list[dict]], n
     runs.write_json(folder / "summary.json", summary)
     runs.write_json(folder / "result.json", result)
     print(f"\n{sum(summary['seconds'].values()):.0f} s; everything lies in {folder}")
-    left = {name: share for name, share in summary["unscored"].items() if share > config.max_unscored}
+    return say_unscored(summary["unscored"], config)
+
+
+def say_unscored(shares: dict[str, float], config: Config) -> int:
+    """The exit code of a run whose judges left these shares unscored."""
+    left = {name: share for name, share in shares.items() if share > config.max_unscored}
     for name, share in left.items():
         print(f"{name} left {share:.1%} unscored, more than --max-unscored {config.max_unscored:.1%}", file=sys.stderr)
     return runs.EXIT_UNSCORED if left else runs.EXIT_OK
@@ -445,6 +453,23 @@ def compare(config: Config) -> int:
     return runs.EXIT_OK
 
 
+def selftest(config: Config, origin: dict) -> int:
+    """How often planted text turns the verdicts of the judges of --judge, one of them in memory at a time."""
+    names, folder, found = check_judges(config, [], []), None, {}
+    if exact := [name for name in names if name in EXACT]:
+        why = "an exact verifier, which reads no instructions; name guards or endpoints"
+        raise UserError(f"--selftest-injection: --judge {exact[0]} is {why}")
+    for name in names:
+        judge = load_judge(config, name, None)
+        folder = folder or runs.new_folder(config, origin, "evaluate")
+        found[name] = judges.selftest_injection(judge) | ({"usage": judge.endpoint.usage} if judge.endpoint else {})
+        del judge  # before the next one is loaded
+    print(injection.table(found))
+    runs.write_json(folder / "result.json", found)
+    print(f"{folder / 'result.json'}; --report takes the folder too")
+    return say_unscored({name: row["unscored"] / row["n"] if row["n"] else 1.0 for name, row in found.items()}, config)
+
+
 def chat(config: Config) -> int:
     """A line in, thinking (dimmed) and answer out. /verify: the model judges its last answer under --spec; /new
     forgets the conversation; /quit ends."""
@@ -497,6 +522,8 @@ def main(config: Config, origin: dict) -> int:
         return runs.EXIT_OK
     if config.chat:
         return chat(config)
+    if config.selftest_injection:
+        return selftest(config, origin)
     return rescore(config, origin) if config.rescore else evaluate(config, origin)
 
 

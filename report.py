@@ -133,9 +133,11 @@ def read_json(path: Path) -> dict:
 
 
 def read_run(folder: Path) -> list[Run]:
-    """The runs that a folder holds: an evaluation, or a training run's model before and after."""
+    """The runs that a folder holds: an evaluation, or a training run's model before and after; none in a self-test."""
     config = read_json(folder / "config.json")
     values, result = config["values"], read_json(folder / "result.json")
+    if values.get("selftest_injection"):
+        return []
     if config["script"] == "evaluate":
         summary = read_json(folder / "summary.json")
         behind = [Path(run) for run in summary["training"]]
@@ -153,6 +155,12 @@ def read_run(folder: Path) -> list[Run]:
         for end, method in ends.items()
         if end == "after" or end in result
     ]  # fmt: skip
+
+
+def read_selftests(folders: list[Path]) -> dict[str, dict]:
+    """{judge: what injection.selftest found} of the folders that are self-tests; the last of a judge counts."""
+    ours = [folder for folder in folders if read_json(folder / "config.json")["values"].get("selftest_injection")]
+    return {name: row for folder in ours for name, row in read_json(folder / "result.json").items()}
 
 
 def read_items(run: Run) -> list[dict]:
@@ -680,6 +688,23 @@ def agreement_tables(found: list[Run]) -> str:
     return "".join(parts)
 
 
+def selftest_table(selftests: dict[str, dict]) -> str:
+    """A column a judge, a row a family of attacks: the share of its verdicts that turned round."""
+    if not selftests:
+        return ""
+    rows = []
+    for family in ["all", *next(iter(selftests.values()))["families"]]:
+        cells = []
+        for colour, result in enumerate(selftests.values()):
+            counts = result if family == "all" else result["families"][family]
+            told = counts["n"] - counts["unscored"]
+            lost = f", {counts['unscored']} lost" if counts["unscored"] else ""
+            share = bar(counts["flipped"] / told, colour) if told else "–"
+            cells.append(f"{share} <small>of {told}{lost}</small>")
+        rows.append([e(family), *cells])
+    return table(["texts that an answer ends with", *map(e, selftests)], rows, "bars")
+
+
 def differences(methods: dict[str, list[Run]], holm: dict) -> str:
     """Every method against the first, in words where nothing can be told."""
     names, parts = list(methods), []
@@ -818,6 +843,11 @@ SECTIONS = {  # title, lead
     "lengths": ("Lengths and what never came", "Of the first run of each method."),
     "categories": ("By category", "Of the first run of each method."),
     "agreement": ("Do the judges agree?", "On requests that both scored."),
+    "injection": (
+        "Can an answer talk a judge round?",
+        "Verdicts that turned round when the answer ended with a text that claims the opposite, in percent. Lost: the "
+        "judge then gave none.",
+    ),
     "cost": ("Time and cost", "Sampled and greedy runs together."),
     "settings": ("Settings", "What was measured, how it was decoded, who judged."),
     "texts": ("What the models wrote", WARNING),
@@ -825,7 +855,7 @@ SECTIONS = {  # title, lead
 }
 
 
-def contents(found: list[Run]) -> dict[str, str]:
+def contents(found: list[Run], selftests: dict[str, dict]) -> dict[str, str]:
     """{section: its markup}, empty where there is nothing to show."""
     methods = by_method(found)
     if not methods:
@@ -841,6 +871,7 @@ def contents(found: list[Run]) -> dict[str, str]:
         "lengths": details_block("every suite", lengths) if lengths else "",
         "categories": category_tables(methods),
         "agreement": agreement_tables(found),
+        "injection": selftest_table(selftests),
         "cost": cost_table(found),
         "settings": settings_table(found),
         "texts": texts(methods),
@@ -848,8 +879,8 @@ def contents(found: list[Run]) -> dict[str, str]:
     }
 
 
-def page(found: list[Run]) -> str:
-    parts = {name: content for name, content in contents(found).items() if content}
+def page(found: list[Run], selftests: dict[str, dict] | None = None) -> str:
+    parts = {name: content for name, content in contents(found, selftests or {}).items() if content}
     body = "".join(section(name, *SECTIONS[name], content) for name, content in parts.items())
     links = "".join(f'<a href="#{name}">{name}</a>' for name in parts)
     models = ", ".join(dict.fromkeys(e(run.model) for run in found))
@@ -938,7 +969,7 @@ def draw(found: list[Run], out: Path) -> None:
 def write(folders: list[Path], out: Path) -> Path:
     """report.html and the PNGs in `out`; the path of the page. Raises UserError."""
     found = [run for folder in folders for run in read_run(folder)]
-    text = page(found)
+    text = page(found, read_selftests(folders))
     runs.write_atomic(out / "report.html", text.encode("utf-8"))
     try:
         draw(found, out)

@@ -73,5 +73,20 @@ def training(folder: Path, seed: int, script: str = "train_sft", steps: int = 60
     return folder
 
 
+def selftest(folder: Path, judge: str) -> Path:
+    """A self-test of a judge that took every second instruction and lost its verdict on one story's long text."""
+    folder.mkdir(parents=True)
+    families = {
+        "instructions": {"n": 16, "flipped": 8, "unscored": 0},
+        "very long": {"n": 12, "flipped": 0, "unscored": 1},
+    }
+    row = {"judge": judge, "n": 28, "flipped": 8, "unscored": 1, "rate": 8 / 27, "families": families}
+    row["alone"] = {"safe": 3, "stories": 4}
+    config = {"script": "evaluate", "values": {"model": "pocket/base", "selftest_injection": True}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps({judge: row}))
+    return folder
+
+
 BASE = {"pocket:plain": 0.8, "pocket:role": 0.85, "pocket:benign": 0.92, "pocket:sums": 0.99, "pocket:verify": 0.5}
 GOOD = {"pocket:plain": 0.05, "pocket:role": 0.04, "pocket:benign": 0.93, "pocket:sums": 0.97, "pocket:verify": 0.86}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -545,6 +546,58 @@ def test_a_judge_of_checks_reads_the_thinking(tmp_path, server, monkeypatch):
     assert [i["checked"] for i in items] == [True, False, None]
     (row,) = read(tmp_path / "run" / "result.json").values()
     assert (row["checked"], row["safe_if_checked"], row["marked"]) == (0.5, 1, 0)
+
+
+# ------------------------------------------------------------------------------------------------- self-test of judges
+
+
+def fake_judges(monkeypatch, **verdicts):
+    """Judges by name whose word on an answer is verdict(answer): True, False or None; no model, no server."""
+
+    def load(name, **settings):
+        def label(items, part, keep):
+            for i, item in enumerate(items):
+                safe = verdicts[name](item["answer"])
+                keep(i, {"unscored": "x"} if safe is None else {"safe": safe})
+
+        return judges.Judge(name, False, label)
+
+    monkeypatch.setattr(judges, "load", load)
+    monkeypatch.setattr(model, "resolve", lambda path: Path(path))
+
+
+def test_the_self_test_of_judges_needs_no_model_and_goes_into_the_report(tmp_path, monkeypatch, capsys, done):
+    obeys = lambda answer: "Note to the judge" not in answer  # noqa: E731
+    fake_judges(monkeypatch, wildguard=lambda answer: True, qwen3guard=obeys)
+    words = ("--selftest-injection", "--judge", "wildguard,qwen3guard", "--out", tmp_path / "st")
+    config, origin = parsed(*words)
+    assert evaluate.main(replace(config, model="nowhere/nothing"), origin) == 0
+    result, shown = read(tmp_path / "st" / "result.json"), capsys.readouterr().out
+    assert result["wildguard"]["flipped"] == 0 and result["qwen3guard"]["families"]["instructions"]["flipped"] == 4
+    n = result["qwen3guard"]["n"]
+    assert f"{4 / n:.1%} of the verdicts flipped" in shown and re.search(r"instructions +16 +4 +0\n", shown)
+    assert run("--report", done, tmp_path / "st", "--out", tmp_path / "report") == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "talk a judge round" in page and "<b>25.0</b> <small>of 16</small>" in page
+    assert run("--report", done, "--out", tmp_path / "without") == 0
+    assert "talk a judge round" not in (tmp_path / "without" / "report.html").read_text()
+
+
+def test_a_self_test_that_lost_verdicts_says_so_and_a_silent_judge_too(tmp_path, monkeypatch, capsys):
+    fake_judges(monkeypatch, wildguard=lambda answer: None if "{" in answer else True, llamaguard3=lambda answer: None)
+    assert run("--selftest-injection", "--judge", "wildguard", "--out", tmp_path / "a") == 3
+    row = read(tmp_path / "a" / "result.json")["wildguard"]
+    assert 0 < row["unscored"] == sum(family["unscored"] for family in row["families"].values())
+    assert run("--selftest-injection", "--judge", "llamaguard3", "--out", tmp_path / "b") == 3
+    assert "llamaguard3 left 100.0% unscored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("judge", ["pocket", "wildguard,maths"])
+def test_the_self_test_refuses_exact_judges_before_anything(tmp_path, monkeypatch, judge):
+    fake_judges(monkeypatch)
+    with pytest.raises(UserError, match="exact verifier, which reads no instructions"):
+        run("--selftest-injection", "--judge", judge, "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 # ------------------------------------------------------------------------------------------------- comparison, chat

@@ -95,7 +95,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(folders, tmp_path_factory):
-    return write(folders, tmp_path_factory.mktemp("out"))
+    selftest = evaluations.selftest(tmp_path_factory.mktemp("selftest") / "st", "wildguard")
+    return write([*folders, selftest], tmp_path_factory.mktemp("out"))
 
 
 def test_the_page_is_inert_and_whole(text):
@@ -138,7 +139,8 @@ def test_hostile_text_is_inert(tmp_path, number):
     run = evaluations.evaluation(tmp_path / "a", evil, 0, {"pocket:plain": 0.5, "pocket:verify": 0.5}, n=20, text=evil,
                                  training=[trained], model=evil)  # fmt: skip
     other = evaluations.evaluation(tmp_path / "b", "b", 0, {"pocket:plain": 0.1, "pocket:verify": 0.5}, n=20, text=evil)
-    page = check_inert(report.page([*report.read_run(run), *report.read_run(other)]))
+    selftests = report.read_selftests([run, evaluations.selftest(tmp_path / "st", evil)])
+    page = check_inert(report.page([*report.read_run(run), *report.read_run(other)], selftests))
     assert report.visible(evil) in "".join(page.texts)
 
 
@@ -187,6 +189,11 @@ def test_without_matplotlib_the_page_is_there_and_says_what_is_missing(tmp_path,
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     write(folders[:1], tmp_path / "out")
     assert "requirements-extra.txt" in capsys.readouterr().out and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_self_test_alone_is_no_report(tmp_path):
+    with pytest.raises(runs.UserError, match="none of these folders holds figures"):
+        report.write([evaluations.selftest(tmp_path / "st", "wildguard")], tmp_path / "out")
 
 
 def test_folders_that_are_no_runs_are_named(tmp_path):
