@@ -191,10 +191,11 @@ def decode_step(transformer, cache: Cache, state: State, rows: int, mode: str) -
     page_B = s.table.gather(1, (s.length // PAGE)[:, None]).squeeze(1)
     slot_B = torch.where(s.live, page_B * PAGE + s.length % PAGE, 0)
     lengths_B = torch.where(s.live, s.length + 1, 0).int()
+    plan = kernels.decode_plan(s.table, lengths_B)
 
     def attend(layer, q_BHD, k_BKD, v_BKD):
         cache.write(layer, slot_B, k_BKD, v_BKD)
-        return kernels.decode_attention(q_BHD, *cache.layers[layer], s.table, lengths_B)
+        return kernels.decode_attention(q_BHD, *cache.layers[layer], s.table, lengths_B, plan)
 
     x_BH = transformer(s.token, state.cu_seqlens[: rows + 1], positions_T=s.length, attend=attend)
     logits_BV = head_logits(x_BH, transformer.head_weight)

@@ -4,7 +4,7 @@
 """
 
 from kernels.attention import attention
-from kernels.decode_attention import decode_attention
+from kernels.decode_attention import decode_attention, decode_plan
 from kernels.dispatch import NAMES, backend, force
 from kernels.linear_logp import linear_logp
 from kernels.rms_norm import rms_norm
@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "backend",
     "decode_attention",
+    "decode_plan",
     "force",
     "linear_logp",
     "rms_norm",

@@ -10,6 +10,7 @@ is read back by the host, so the launch can be captured in a CUDA graph.
 
 import math
 from bisect import bisect_right
+from typing import NamedTuple
 
 import torch
 
@@ -18,16 +19,16 @@ from kernels.dispatch import accumulator, check, jit, tl
 
 PAGE = 64
 PART = 16  # tokens: what the CPU reference reads of a page is a multiple of it
-PARTS_AT_ONCE = 128  # copied by the CPU reference: 0.5 MB of keys a head of 64, so that they stay in its cache
+PARTS_AT_ONCE = 256  # copied by the CPU reference: 1 MB of keys a head of 64, so that they stay in its cache
 
 
-def decode_attention(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B):
+def decode_attention(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B, plan=None):
     """softmax(q k' / sqrt(D)) v of each row's one query over the first lengths_B positions of its pages.
 
     q_BHD [B,H,D]; pages [P,64,K,D] with K dividing H; block_table_BN [B,N] int32 page numbers (entries past a row's
     length are not used, but must be valid page numbers); lengths_B [B] int32 -> o_BHD [B,H,D] in q's dtype. Length 0
-    gives zeros. What lies in a page behind the length is never used. No gradients. Raises ValueError for shapes that
-    do not agree.
+    gives zeros. What lies in a page behind the length is never used. plan: decode_plan of the same table and lengths,
+    where several layers share them. No gradients. Raises ValueError for shapes that do not agree.
     """
     rows, heads, dim = q_BHD.shape
     kv_heads = k_pages_PSKD.shape[2]
@@ -38,28 +39,40 @@ def decode_attention(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_
     check(heads % kv_heads == 0, f"{heads} query heads do not divide into {kv_heads} groups")
     check(block_table_BN.shape[:1] == lengths_B.shape == (rows,), f"{block_table_BN.shape=} {lengths_B.shape=} {rows=}")
     if dispatch.backend(q_BHD.device) == "reference":
-        return reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B)
+        return reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B, plan)
     return _op(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B)
+
+
+def decode_plan(block_table_BN, lengths_B):
+    """What decode_attention works out from table and lengths alone: chunks of rows; None where the kernel runs."""
+    return _plan(block_table_BN, lengths_B) if dispatch.backend(lengths_B.device) == "reference" else None
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
 
 
-@torch.no_grad()
-def reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B):
+class Chunk(NamedTuple):
+    """R rows of N parts each, read together; S positions in a part."""
+
+    row_R: torch.Tensor
+    part_RN: torch.Tensor  # of the arena, in order
+    dead_RS: torch.Tensor  # of each row's last part: behind the length
+    keep_RS11: torch.Tensor  # the same as bits, all of them set where the position is live
+
+
+def _plan(block_table_BN, lengths_B):
     """Rows with equally many parts together: no dead part is read, and a row's result cannot depend on its batch."""
     parts_B, order_B = ((lengths_B + PART - 1) // PART).sort()
-    q_BHD, table_BN, lengths_B = (t.index_select(0, order_B) for t in (q_BHD, block_table_BN, lengths_B))
-    arenas = [pages.unflatten(1, (-1, PART)).flatten(0, 1) for pages in (k_pages_PSKD, v_pages_PSKD)]
-    place_S, within = torch.arange(-PART, 0, device=q_BHD.device), torch.arange(PAGE // PART, device=q_BHD.device)
-    live_BS = place_S + parts_B[:, None] * PART < lengths_B[:, None]  # of each row's last part
-    o_BHD = torch.zeros_like(q_BHD)
+    table_BN, lengths_B1 = block_table_BN.index_select(0, order_B), lengths_B.index_select(0, order_B)[:, None]
+    within_S, within_page = (torch.arange(n, device=lengths_B.device) for n in (PART, PAGE // PART))
+    dead_BS = within_S + (parts_B[:, None] - 1) * PART >= lengths_B1
+    keep_BS11 = dead_BS.to(torch.int16)[:, :, None, None] - 1
+    chunks = []
     for parts, begin, end in _chunks(parts_B.tolist()):
-        pages_RN = table_BN[begin:end, : dispatch.cdiv(parts, len(within))]
-        taken = (pages_RN[:, :, None] * len(within) + within).flatten(1)[:, :parts].flatten()
-        k, v = (arena.index_select(0, taken).unflatten(0, (-1, parts)) for arena in arenas)
-        o_BHD[begin:end] = _attend(q_BHD[begin:end], k, v, live_BS[begin:end])
-    return torch.empty_like(q_BHD).index_copy_(0, order_B, o_BHD)
+        pages_RN = table_BN[begin:end, : dispatch.cdiv(parts, len(within_page))]
+        part_RN = (pages_RN[:, :, None] * len(within_page) + within_page).flatten(1)[:, :parts]
+        chunks.append(Chunk(order_B[begin:end], part_RN, dead_BS[begin:end], keep_BS11[begin:end]))
+    return chunks
 
 
 def _chunks(parts):
@@ -73,17 +86,26 @@ def _chunks(parts):
         begin = end
 
 
-def _attend(q_RHD, k_RNSKD, v_RNSKD, live_RS):
+@torch.no_grad()
+def reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B, plan=None):
+    arenas = [pages.unflatten(1, (-1, PART)).flatten(0, 1) for pages in (k_pages_PSKD, v_pages_PSKD)]
+    scaled_BHD = q_BHD.to(accumulator(q_BHD.dtype)) * q_BHD.shape[2] ** -0.5
+    o_BHD = torch.zeros_like(q_BHD)
+    for chunk in _plan(block_table_BN, lengths_B) if plan is None else plan:
+        k, v = (arena.index_select(0, chunk.part_RN.flatten()).unflatten(0, chunk.part_RN.shape) for arena in arenas)
+        o_RHD = _attend(scaled_BHD.index_select(0, chunk.row_R), k, v, chunk)
+        o_BHD.index_copy_(0, chunk.row_R, o_RHD.to(o_BHD.dtype))
+    return o_BHD
+
+
+def _attend(q_RHD, k_RNSKD, v_RNSKD, chunk):
     """One softmax over a row's N parts; k and v are the caller's own copies and are changed."""
-    (rows, _, _, kv_heads, dim), acc = k_RNSKD.shape, accumulator(q_RHD.dtype)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[v_RNSKD.element_size()]
     # behind the length p is 0, but 0 * NaN of a stale page is NaN: all bits go (masked_fill_ takes three times as long)
-    v_RNSKD.view(bits)[:, -1].bitwise_and_(-live_RS.to(bits)[:, :, None, None])
-    q_RKGD = q_RHD.to(acc).view(rows, kv_heads, -1, dim) * dim**-0.5
-    k_RKnD, v_RKnD = (t.flatten(1, 2).to(acc).transpose(1, 2).contiguous() for t in (k_RNSKD, v_RNSKD))
-    score_RKGn = q_RKGD @ k_RKnD.transpose(2, 3)
-    score_RKGn[..., -PART:].masked_fill_(~live_RS[:, None, None], -torch.inf)
-    return (score_RKGn.softmax(3) @ v_RKnD).reshape(q_RHD.shape).to(q_RHD.dtype)
+    v_RNSKD.view(torch.int16)[:, -1].bitwise_and_(chunk.keep_RS11)
+    k_RKnD, v_RKnD = (t.flatten(1, 2).to(q_RHD.dtype).transpose(1, 2).contiguous() for t in (k_RNSKD, v_RNSKD))
+    score_RKGn = q_RHD.unflatten(1, (k_RKnD.shape[1], -1)) @ k_RKnD.transpose(2, 3)
+    score_RKGn[..., -PART:].masked_fill_(chunk.dead_RS[:, None, None], -torch.inf)
+    return (score_RKGn.softmax(3) @ v_RKnD).flatten(1, 2)
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels

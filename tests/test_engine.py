@@ -551,6 +551,7 @@ def test_the_step_never_looks_at_a_value_on_the_host(monkeypatch):
         ours = model.Transformer(pair_config())
         cache, state = engine.Cache(ours, 9), engine.State(16, 8, 4, {1, 2}, "cpu")
         monkeypatch.setattr(kernels, "decode_attention", lambda q, *_: torch.empty_like(q))
+        monkeypatch.setattr(kernels, "decode_plan", lambda *_: None)
         for mode in ("sample", "greedy", "filtered"):
             engine.decode_step(ours, cache, state, 16, mode)
 
