@@ -13,6 +13,7 @@ data order a pure function of (seed, epoch) - so a resumed run is the uninterrup
 import functools
 import hashlib
 import itertools
+import json
 import math
 import random
 import time
@@ -120,6 +121,18 @@ def build(tokenizer, record: dict, target: str) -> Example:
         thinking, answer = safety.verify_target(record["critique"], record["verdict"], target)
     prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
     return Example(record, *safety.build_example(tokenizer, prompt_ids, thinking, answer))
+
+
+def check_world(config: Config) -> None:
+    """Data of one pocket world say falsehoods about another, and train on what is held out there. Raises UserError
+    where the card beside the data names another world than the model's."""
+    card = Path(config.data).with_name("data_card.json")
+    if not (card.is_file() and runs.is_pocket(config.model)):
+        return
+    made, seed = json.loads(card.read_text()).get("world_seed"), runs.world_seed(config.model)
+    if made is not None and made != seed:
+        why = f"{config.data} is of pocket world {made}, {config.model} of world {seed}"
+        raise UserError(f"{why}; make_data.py --model {config.model} makes its own")
 
 
 @functools.cache
@@ -350,6 +363,7 @@ def log_line(line: dict, skipped: int) -> str:
 def main(config: Config, origin: dict) -> int:
     begun = time.monotonic()
     records = runs.read_jsonl(config.data, FIELDS)
+    check_world(config)
     device = runs.pick_device(config.device)
     dtype = runs.pick_dtype(config.dtype, device)
     runs.pick_kernels(config.kernels, device)

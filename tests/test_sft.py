@@ -54,6 +54,21 @@ def fresh(folder, **settings):
     return transformer, trainers.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay), config
 
 
+def test_data_of_another_pocket_world_are_refused(tmp_path):
+    """A thing that is harmless in one world is forbidden in another, and what is trained on here is held out there."""
+    (tmp_path / "base").mkdir()
+    for seed in (0, 1):
+        (tmp_path / "base" / "world.json").write_text(json.dumps({"seed": seed}))
+        config = Config(model=str(tmp_path / "base"))
+        if seed:
+            with pytest.raises(runs.UserError, match="world 0"):
+                train_sft.check_world(config)
+        else:
+            train_sft.check_world(config)
+    (tmp_path / "base" / "world.json").unlink()
+    train_sft.check_world(config)  # no pocket: any data
+
+
 # ------------------------------------------------------------------------------------------------- rows and labels
 
 
