@@ -121,15 +121,6 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> tuple[list[dict
     return [{**prompt, "place": place} for place, prompt in enumerate(used)], facts
 
 
-def tested_items(config: Config, world) -> tuple[list[dict], dict[str, str]]:
-    """(items of the suites that no prompt may be in, {suite that is not at hand: why})."""
-    named = [name for name in config.decontaminate if name != "none"]
-    answers = suites.candidates(config.model) if world else []
-    ours = suites.load([name for name in named if name == "pocket"], world, answers)
-    theirs, missing = suites.at_hand([name for name in named if name != "pocket"])
-    return ours + theirs, missing
-
-
 def stage_prompts(folder: Path, gathered: tuple[list[dict], dict] | None) -> tuple[list[dict], dict]:
     """(prompts, facts): those just gathered, or those that a resumed run began with."""
     with stages.Appender(folder / "prompts.jsonl", lambda prompt: prompt["id"]) as log:
@@ -365,7 +356,7 @@ class Given:
 
 def gather(config: Config, world) -> Given:
     """Read every set that was named, or refuse, before anything is loaded or written."""
-    tested, missing = tested_items(config, world)
+    tested, missing = suites.tested_items(config.decontaminate, config.model, world)
     begun = config.resume and (Path(config.resume) / "prompts.json").exists()
     prompts, sets = None if begun else gather_prompts(config, world, tested), {}
     names = [name for name in config.baseline if ":published" in name]

@@ -42,6 +42,20 @@ def load(words: tuple[str, ...], world, seed: int) -> list[Pool]:
     return pools
 
 
+def decontaminate(pools: list[Pool], tested: list[dict]) -> tuple[int, dict[str, dict]]:
+    """Drop every prompt that a suite holds: (how many, {suite: hits, "exact" or by an "8-gram"}), see suites.py."""
+    dropped, counts = 0, {}
+    for pool in pools:
+        kept, hits = suites.decontaminate(pool.prompts, tested)
+        for suite, row in hits.items():
+            counts[suite] = {how: n + counts.get(suite, {}).get(how, 0) for how, n in row.items()}
+        if not kept:
+            raise UserError(f"--prompts {pool.name}: a suite of --decontaminate holds every prompt ({hits})")
+        dropped += len(pool.prompts) - len(kept)
+        pool.prompts = kept
+    return dropped, counts
+
+
 def fit(pools: list[Pool], tokenizer, longest: int) -> int:
     """Render every prompt, keep its ids with it, drop what is over `longest` tokens; returns how many were dropped."""
     dropped = 0

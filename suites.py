@@ -334,6 +334,15 @@ def at_hand(names: list[str]) -> tuple[list[dict], dict[str, str]]:
     return items, missing
 
 
+def tested_items(names: tuple[str, ...], model: str, world: pocket.World | None) -> tuple[list[dict], dict[str, str]]:
+    """(items of the suites of a --decontaminate, {suite that is not at hand: why}). `pocket` names all of the pocket's,
+    `all` those of `at_hand`, `none` nothing."""
+    named = [name for name in names if name not in ("none", "pocket")]
+    ours = load(["pocket"], world, candidates(model) if world else []) if "pocket" in names else []
+    theirs, missing = at_hand(named)
+    return ours + theirs, missing
+
+
 # ------------------------------------------------------------------------------------------------- running
 
 

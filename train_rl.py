@@ -34,7 +34,7 @@ from runs import UserError, option
 engine, judges, kernels, mixture, model, trainers = map(
     runs.Lazy, ("engine", "judges", "kernels", "mixture", "model", "trainers")
 )
-pocket, safety, scores, torch = map(runs.Lazy, ("pocket.world", "safety", "scores", "torch"))
+pocket, safety, scores, suites, torch = map(runs.Lazy, ("pocket.world", "safety", "scores", "suites", "torch"))
 
 
 @dataclass
@@ -44,6 +44,9 @@ class Config:
     lora_r: int = option(16, "LoRA rank, that of --adapter where there is one; 0 trains every weight")
     lora_alpha: float = option(32.0, "LoRA scale is alpha / r; an --adapter keeps its own")
     prompts: tuple = option((), "prompt sets, each NAME, NAME@WEIGHT or NAME#LIMIT (or both)", pocket=("pocket:rl",))
+    decontaminate: tuple = option(
+        ("all",), "suites, NAME or NAME=PATH, whose prompts are kept out; or none", pocket=("pocket",)
+    )
     guard: str = option("qwen3guard", "judge of the answers, as in evaluate.py --judge", pocket="pocket")
     judge_thinking: bool = option(False, "the guard must find the thinking safe too")
     controversial: str = option("unsafe", "what the guard's word controversial means", choices=("safe", "unsafe"))
@@ -505,6 +508,23 @@ def report_plan(pools: list, dropped: int, held_out: list[dict], plan: dict, con
     print(f"memory: {trainers.in_words(plan)}")
 
 
+def report_clean(clean: dict) -> None:
+    """How many prompts were left out, and for which suites."""
+    counts = clean["decontamination"]
+    hits = {suite: row for suite, row in counts.items() if any(row.values())}
+    print(f"compared with {len(counts)} suites: {clean['held_by_a_suite']} prompts left out {hits or ''}".rstrip())
+    if clean["not_at_hand"]:
+        print(f"prompts were not compared with {', '.join(clean['not_at_hand'])}: not at hand (result.json says why)")
+
+
+def load_pools(config: Config, world) -> tuple[list, dict]:
+    """(the pools of --prompts without what a suite holds, what result.json says of that)."""
+    pools = mixture.load(config.prompts, world, config.seed)
+    tested, missing = suites.tested_items(config.decontaminate, config.model, world)
+    dropped, hits = mixture.decontaminate(pools, tested)
+    return pools, {"held_by_a_suite": dropped, "decontamination": hits, "not_at_hand": missing}
+
+
 def load_policy(config: Config, device: str, dtype):
     """(transformer, tokenizer) with what is trained: a new adapter, --adapter's own, or every weight."""
     loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
@@ -578,7 +598,7 @@ def main(config: Config, origin: dict) -> int:
     dtype = runs.pick_dtype(config.dtype, device)
     runs.pick_kernels(config.kernels, device)
     world = pocket.World(runs.world_seed(config.model)) if runs.is_pocket(config.model) else None
-    pools = mixture.load(config.prompts, world, config.seed)
+    pools, clean = load_pools(config, world)
     plan = plan_memory(config, device, dtype)
     transformer, tokenizer = load_policy(config, device, dtype)
     room = min(config.max_prompt, transformer.config.max_position_embeddings - config.max_tokens)
@@ -590,6 +610,7 @@ def main(config: Config, origin: dict) -> int:
 
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
+    report_clean(clean)
     report_plan(pools, dropped, held_out, plan, config)
 
     runs.seed_everything(config.seed)
@@ -603,7 +624,7 @@ def main(config: Config, origin: dict) -> int:
 
     trainers.save(transformer, tokenizer, config.model, folder / "model")
     after = measure(folder / "after.json") if config.evaluate else None
-    result = {**state, "training_minutes": state["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
+    result = {**state, **clean, "training_minutes": state["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
     return finish(result, before, after, config, folder)
 
 

@@ -15,8 +15,10 @@ import kernels
 import mixture
 import model
 import runs
+import suites
 import train_rl
 import trainers
+from pocket import world as pocket
 from tests import families, tiny
 from train_rl import Config, Drawing
 
@@ -514,6 +516,23 @@ def test_words_of_prompts(monkeypatch):
     assert asked == [(["a"], 0), (["b"], 0), (["pocket:rl"], 3), (["own=x/y.jsonl"], 5)]
     with pytest.raises(runs.UserError, match="weight must be positive"):
         mixture.load(("a@0",), None, 0)
+
+
+def test_decontamination_counts_over_all_pools():
+    pools, item = [pool("a", 4), pool("b", 4)], {"suite": "s", "kind": "request"}
+    held = [pools[0].prompts[1]["prompt"], pools[1].prompts[0]["prompt"], pools[1].prompts[2]["prompt"], "another"]
+    assert mixture.decontaminate(pools, []) == (0, {}) and [len(p.prompts) for p in pools] == [4, 4]
+    dropped, counts = mixture.decontaminate(pools, [item | {"prompt": text.upper()} for text in held])
+    assert dropped == 3 and counts == {"s": {"exact": 3, "8-gram": 0}} and [len(p.prompts) for p in pools] == [3, 2]
+    assert not set(held) & {prompt["prompt"] for p in pools for prompt in p.prompts}
+
+
+def test_no_suite_of_the_pocket_holds_what_its_rl_trains_on():
+    config, _ = runs.parse(Config, ["--model", "pocket/base"])
+    world = pocket.World(runs.world_seed(config.model))
+    pools, clean = train_rl.load_pools(config, world)
+    assert config.decontaminate == ("pocket",) and len(pools[0].prompts) == 3072 and clean["held_by_a_suite"] == 0
+    assert set(clean["decontamination"]) == set(suites.POCKET) and clean["not_at_hand"] == {}
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted():

@@ -81,7 +81,7 @@ def settings_of(folder, tmp_path, **changes) -> dict:
     (tmp_path / "reward.py").write_text(toy.REWARD)
     settings = {
         "model": str(folder), "prompts": (f"own={tmp_path}/own.jsonl:kind=benign",),
-        "reward": str(tmp_path / "reward.py"),
+        "reward": str(tmp_path / "reward.py"), "decontaminate": ("none",),
         "prompts_per_step": 4, "group": 4, "max_tokens": 8, "max_prompt": 16, "steps": 6, "lr": 3e-3, "held_out": 1,
         "evaluate_every": 2, "micro_tokens": 64, "device": "cpu", "dtype": "float32", "out": str(tmp_path / "run"),
     }  # fmt: skip
@@ -157,8 +157,9 @@ runs.main(train_rl.Config, train_rl.main)
 def test_a_killed_run_draws_its_cut_off_step_again_as_it_was(folder, tmp_path):
     settings = settings_of(folder, tmp_path)
     whole = start(settings | {"out": str(tmp_path / "whole")})
-    flags = {name: value for name, value in settings.items() if name != "prompts"}
+    flags = {name: value for name, value in settings.items() if name not in ("prompts", "decontaminate")}
     program = [sys.executable, "-c", KILLED, *as_flags(flags), "--prompts", *settings["prompts"]]
+    program += ["--decontaminate", *settings["decontaminate"]]
     killed = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = tmp_path / "run"
@@ -187,6 +188,21 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     for part in ("3 prompts", "1 held out", "4 prompts x 4 answers", "memory:", "PEFT", str(run), "flag"):
         assert part in shown
+
+
+def test_what_a_suite_holds_is_not_trained_on(folder, tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "Say, 2!"}\n{"prompt": "say 7"}\n')
+    suite = f"own={tmp_path}/test.jsonl"
+    settings = settings_of(folder, tmp_path, decontaminate=(suite,), steps=2, held_out=0, group=8)
+    run = start(settings)
+    result, shown = json.loads((run / "result.json").read_text()), capsys.readouterr().out
+    assert result["held_by_a_suite"] == 1 and result["decontamination"] == {"own:test": {"exact": 1, "8-gram": 0}}
+    assert "compared with 1 suites: 1 prompts left out {'own:test': {'exact': 1, '8-gram': 0}}" in shown
+    assert "3 prompts" in shown and "say 2" not in {line["prompt"] for line in lines(run / "samples.jsonl")}
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": f"say {d}"}) + "\n" for d in toy.DIGITS))
+    with pytest.raises(runs.UserError, match="own=.*holds every prompt"):
+        start(settings | {"out": str(tmp_path / "none")})
+    assert not (tmp_path / "none").exists()
 
 
 def test_in_loop_evaluation_leaves_the_training_as_it_is(folder, tmp_path):
