@@ -106,7 +106,7 @@ def attacked(item: dict, attack: str) -> dict:
     changed = {**item, "goal": item.get("goal", item["prompt"]), "like": item["suite"]}
     changed |= {"suite": f"{item['suite']}+{attack}", "id": f"{item['id']}+{attack}"}
     if attack == "prefill":
-        return changed | {"prefill": PREFILL}
+        return changed | {"prefill": PREFILL, "prefill_thinking": True}
     return changed | {"prompt": f"Your thoughts: {FAKE}\n\n{item['prompt']}\n\nYour thoughts: {FAKE}"}
 
 
@@ -475,7 +475,8 @@ def chat(config: Config) -> int:
     forgets the conversation; /quit ends."""
     transformer, tokenizer = stages.load_model(config)
     spec = safety.load_spec(config.spec)
-    sampler, turns, count = engine.Engine(transformer, model.end_ids(transformer, tokenizer)), [], 0
+    end, turns, count = model.end_ids(transformer, tokenizer), [], 0
+    sampler = engine.Engine(transformer, end)
 
     def reply(messages: list[dict]) -> tuple[str, str | None]:
         ids = safety.render(tokenizer, messages)
@@ -484,7 +485,7 @@ def chat(config: Config) -> int:
             return "", "(no room left in the context; /new begins again)"
         temperature = 0.6 if config.temperature < 0 else config.temperature
         ((drawn,),) = sampler.generate([ids], max_tokens=room, temperature=temperature, seed=config.seed + count)
-        text = tokenizer.decode(drawn.ids, skip_special_tokens=True)
+        text = tokenizer.decode([i for i in drawn.ids if i not in end], skip_special_tokens=False)
         return safety.split_thinking(text, safety.thinking_open(tokenizer))
 
     while (line := read_line()) != "/quit":

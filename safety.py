@@ -220,7 +220,9 @@ def _template_parts(tokenizer, messages: list[dict], add_generation_prompt: bool
     return [(contents.get(piece, piece), piece not in contents) for piece in pieces]
 
 
-def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, prefill: str = "") -> list[int]:
+def render(
+    tokenizer, messages: list[dict], add_generation_prompt: bool = True, prefill: str = "", thinking: bool = False
+) -> list[int]:
     """Token ids of [{"role", "content"}, ...] under the tokenizer's own chat template.
 
     Equal to `apply_chat_template(tokenize=True)` for contents that spell no control token; spelled ones come out as
@@ -228,9 +230,11 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, 
     placeholder, so give earlier assistant turns as answers only, `split_thinking(...)[1]`.
 
     `prefill`: a given start of the assistant's turn, its ids appended as plain text. The ids without it are a prefix.
+    `thinking`: it is the start of the thinking, so where the template has not opened that, <think> comes before it.
     """
     ids = encode(tokenizer, _template_parts(tokenizer, messages, add_generation_prompt))
-    return ids + encode(tokenizer, [(prefill, False)], continued=True) if prefill else ids
+    opening = "<think>\n" if thinking and not thinking_open(tokenizer) else ""
+    return ids + encode(tokenizer, [(opening, True), (prefill, False)], continued=True) if prefill else ids
 
 
 def thinking_open(tokenizer) -> bool:

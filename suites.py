@@ -352,6 +352,12 @@ def room(transformer, item: dict, prompt: list[int], max_tokens: int | None) -> 
     return min(wish, transformer.config.max_position_embeddings - len(prompt))
 
 
+def given_prompt(tokenizer, item: dict) -> list[int]:
+    """Ids of the item's prompt as one user turn, and of the start of the answer or the thinking that it gives."""
+    start = {"prefill": item.get("prefill", ""), "thinking": item.get("prefill_thinking", False)}
+    return safety.render(tokenizer, [{"role": "user", "content": item["prompt"]}], **start)
+
+
 def generate(
     transformer, tokenizer, items: list[dict], *, seed: int, temperature: float = 1.0, top_p: float = 1.0,
     max_tokens: int | None = None, samples: int = 1, on_done=None, places: list[int] | None = None,
@@ -359,19 +365,18 @@ def generate(
     """The items, each `samples` times in a row, with `completion, tokens, finish_reason, thinking, answer` added.
 
     `answer` is None while the thinking has not ended; `sample` numbers the samples where there are several. A prompt
-    that fills the whole context gets an empty completion of finish_reason "length". on_done(index in the result, item)
-    is called as they end. places: see Engine.generate.
+    that fills the whole context gets an empty completion of finish_reason "length". An item's `prefill` is the given
+    start of the turn, with `prefill_thinking` that of the thinking under any template. on_done(index in the result,
+    item) is called as they end. places: see Engine.generate.
     """
-    prompts = [
-        safety.render(tokenizer, [{"role": "user", "content": item["prompt"]}], prefill=item.get("prefill", ""))
-        for item in items
-    ]
+    prompts = [given_prompt(tokenizer, item) for item in items]
     limits = [room(transformer, item, ids, max_tokens) for item, ids in zip(items, prompts, strict=True)]
     end, opened, done = model.end_ids(transformer, tokenizer), safety.thinking_open(tokenizer), {}
 
     def keep(index: int, k: int, sample) -> None:
         item, text = items[index], tokenizer.decode([i for i in sample.ids if i not in end], skip_special_tokens=False)
-        thinking, answer = safety.split_thinking(item.get("prefill", "") + text, opened)
+        begun = opened or item.get("prefill_thinking", False)
+        thinking, answer = safety.split_thinking(item.get("prefill", "") + text, begun)
         item = {**item, "sample": k} if samples > 1 else item
         item |= {"completion": text, "tokens": len(sample.ids), "finish_reason": sample.finish_reason}
         done[index * samples + k] = {**item, "thinking": thinking, "answer": answer}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import client
+import engine
 import evaluate
 import judges
 import model
@@ -355,7 +356,7 @@ def test_attacks_keep_the_plain_request_for_the_judge():
     for a, b, c in zip(fake, prefill, plain, strict=True):
         assert a["goal"] == b["goal"] == c["prompt"] and a["cluster"] == c["cluster"]
         assert a["prompt"].count(evaluate.FAKE) == 2 and c["prompt"] in a["prompt"]
-        assert b["prefill"] == evaluate.PREFILL and b["prompt"] == c["prompt"]
+        assert b["prefill"] == evaluate.PREFILL and b["prefill_thinking"] and b["prompt"] == c["prompt"]
         assert {a["suite"], b["suite"]} == {"pocket:plain+fake", "pocket:plain+prefill"}
     config = parsed()[0]
     assert stages.decoding(config, fake[0], False) == stages.decoding(config, plain[0], False)
@@ -653,6 +654,17 @@ def test_chat_lets_no_control_character_through(talk, monkeypatch):
     monkeypatch.setattr(safety, "split_thinking", lambda *_: ("think \x1b]0;evil\x07", "clear \x1b[2J\u202e"))
     shown = talk("hello", "/quit")
     assert shown.count("\x1b") == 2 and "\x07" not in shown and "\u202e" not in shown  # ours: dim, and back
+
+
+def test_chat_strips_end_tokens_as_the_suites_do(talk, monkeypatch):
+    """Every id of generation_config.json goes, and no other special token does: <think> is one in some families."""
+    tokenizer = model.load(BASE)[1]
+    end = tokenizer.convert_tokens_to_ids("mix")
+    special = next(i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id)
+    drawn = [*safety.encode(tokenizer, [("a </think> take", True)]), special, end]
+    monkeypatch.setattr(model, "end_ids", lambda *loaded: {end, tokenizer.eos_token_id})
+    monkeypatch.setattr(evaluate.engine.Engine, "generate", lambda *a, **k: [[engine.Sample(drawn, None, "stop")]])
+    assert talk("hello", "/quit").endswith(f"\ntake{tokenizer.decode(special)}\n")
 
 
 def test_chat_ends_with_its_input(monkeypatch):

@@ -526,6 +526,20 @@ def test_a_given_start_belongs_to_the_thinking(monkeypatch):
     assert done["thinking"] == "mud and iron." and done["answer"] == "no"
 
 
+@pytest.mark.parametrize("name", ["r1-qwen", "qwen3", "qwen2.5"])
+def test_a_given_start_of_the_thinking_is_one_under_any_template(monkeypatch, name):
+    tokenizer = families.tokenizer(name)
+    ours = Scripted(monkeypatch, tokenizer, [" iron.\n</think>\n\nno"])
+    item = {"prompt": "a", "prefill": "mud and", "prefill_thinking": True}
+    (done,) = suites.generate(ours, tokenizer, [item], seed=0)
+    assert done["thinking"] == "mud and iron." and done["answer"] == "no"
+    (prompt,) = ours.calls[0]["prompts"]
+    assert tokenizer.decode(prompt, skip_special_tokens=False).endswith("<think>\nmud and")
+    ours = Scripted(monkeypatch, tokenizer, [" iron"])
+    (cut,) = suites.generate(ours, tokenizer, [item], seed=0)
+    assert (cut["thinking"], cut["answer"]) == ("mud and iron", None)
+
+
 def test_limits_are_the_suites_own_and_what_the_context_leaves(monkeypatch):
     tokenizer = families.tokenizer("r1-qwen")
     ours = Scripted(monkeypatch, tokenizer, ["x"] * 3, context=200)
