@@ -383,6 +383,38 @@ def test_the_paired_bootstrap_is_scipys(seed):
     assert (row["low"], row["high"]) == pytest.approx(tuple(theirs.confidence_interval), abs=0.015)
 
 
+def verified(truth, said, n, shared=1):
+    """n verifications, `shared` of them a cluster."""
+    made = numbered(*(item("f1", target=truth, predicted=said) for _ in range(n)))
+    return [{**i, "id": f"{truth}{said}{k}", "cluster": f"{truth}{said}{k // shared}"} for k, i in enumerate(made)]
+
+
+def test_an_f1_of_0_or_1_has_an_interval_by_hand():
+    """Wilson of n of n is n / (n + z z), of none z z / (n + z z); z z = 3.8415 and F1 = 2 J / (1 + J)."""
+    figures = lambda *groups: scores.score([i for group in groups for i in group])["s"]  # noqa: E731
+    right = figures(verified("unsafe", "unsafe", 10), verified("safe", "safe", 30))
+    assert right["value"] == 1 and right["low"] == pytest.approx(0.8389, abs=1e-4)  # J 10 / 13.8415
+    assert right["macro_low"] == pytest.approx((0.8389 + 0.9398) / 2, abs=1e-4)
+    assert right["high"] == pytest.approx(1) == right["macro_high"]
+    pairs = figures(verified("unsafe", "unsafe", 10, shared=2), verified("safe", "safe", 30))
+    assert pairs["low"] == pytest.approx(0.7224, abs=1e-4)  # five clusters: J 5 / 8.8415
+    wrong = figures(verified("unsafe", "safe", 6), verified("safe", "unsafe", 3), verified("unsafe", None, 1))
+    assert wrong["value"] == 0 == wrong["low"] and wrong["high"] == pytest.approx(
+        0.4345, abs=1e-4
+    )  # J 3.8415 / 13.8415
+    alone = figures(verified("safe", "safe", 9))  # nothing is unsafe or called so
+    assert (alone["low"], alone["high"], alone["value"]) == (0, 1, 0)
+    assert alone["macro_low"] == pytest.approx(0.8241 / 2, abs=1e-4)  # J 9 / 12.8415
+    assert alone["macro_high"] == pytest.approx(1)
+
+
+def test_an_f1_between_keeps_its_bootstrap():
+    items = [*verified("unsafe", "unsafe", 20), *verified("unsafe", "safe", 5), *verified("safe", "safe", 10)]
+    counts_GC, row = scores.by_cluster(items, scores.confusion), scores.score(items)["s"]
+    assert (row["low"], row["high"]) == scores.bootstrap(counts_GC, scores.f1_of)
+    assert (row["macro_low"], row["macro_high"]) == scores.bootstrap(counts_GC, scores.macro_f1)
+
+
 def test_f1_is_compared_as_f1():
     before = keyed(*verdicts(*[("unsafe", "safe"), ("safe", "safe")] * 10))
     after = keyed(*verdicts(*[("unsafe", "unsafe"), ("safe", "safe")] * 10))
