@@ -449,6 +449,7 @@ def whole_folder(path):
 
 def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.chmod(0o600)  # run folders are their owner's business
 
 
 def save(transformer: Transformer, tokenizer, path, max_shard_bytes: int = 5_000_000_000) -> None:

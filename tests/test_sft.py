@@ -483,6 +483,8 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     for part in ("supervised", "longest", "dropped", "held out", "packed rows", "cosine", " >> |", "flag"):
         assert part in shown
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 0
+    weights = [run / "model" / name for name in ("config.json", "model.safetensors")]
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in weights)
 
 
 def test_verdicts_are_those_that_the_model_writes(folder, tmp_path, tokenizer):
