@@ -88,7 +88,6 @@ class Config:
             "--baseline star1: only the pocket's expert writes such answers; take star1:published": "star1" not in stars
             or self.expert == "pocket",
             "--adapter: an endpoint has its own": not (self.endpoint and self.adapter),
-            "--resume, --out: name one of them": not (self.resume and self.out and self.resume != self.out),
         }
         limits = ("max_requests", "max_cost", "price_in", "price_out", "per_minute")
         checks |= {f"{runs.flag(n)} {getattr(self, n)}: must be 0 or more": getattr(self, n) >= 0 for n in limits}
@@ -112,6 +111,8 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> tuple[list[dict
         raise UserError("--prompts: maths problems are for train_rl.py; here go harmful and benign requests")
     distinct = list({prompt["prompt"]: prompt for prompt in reversed(drawn)}.values())[::-1]
     kept, hits = suites.decontaminate(distinct, tested)
+    if len(config.prompts) > 1:  # each set is shuffled; joined end to end the first would go in whole, the last not
+        random.Random(f"mix-{config.seed}").shuffle(kept)
     used = kept[: round(config.fraction * len(kept))]
     if not used:
         raise UserError(f"--prompts {' '.join(config.prompts)}: none is left of {len(drawn)} ({hits or 'no suite'})")
@@ -127,7 +128,7 @@ def stage_prompts(folder: Path, gathered: tuple[list[dict], dict] | None) -> tup
         if gathered:
             for prompt in gathered[0]:
                 log.add(prompt)
-            runs.write_json(folder / "prompts.json", gathered[1])  # last: now the stage is whole
+            write_json(folder / "prompts.json", gathered[1])  # last: now the stage is whole
     return list(log.done.values()), json.loads((folder / "prompts.json").read_text())
 
 
@@ -149,7 +150,8 @@ def sample_keys(prompt: dict, origin: str, config: Config) -> list[str]:
     return [records.digest(origin, *settings, prompt["prompt"], k) for k in range(config.n)]
 
 
-def short(item: dict) -> dict:
+def without_prompt(item: dict) -> dict:
+    """What samples.jsonl keeps of an item with its completion."""
     return {name: item[name] for name in ("id", "completion", "tokens", "finish_reason", "thinking", "answer")}
 
 
@@ -159,7 +161,7 @@ def sample_local(transformer, tokenizer, prompts: list[dict], keys: list[list[st
     with tqdm(total=len(undone) * config.n, desc="samples", leave=False) as bar:
 
         def keep(number: int, item: dict) -> None:
-            log.add({"key": keys[undone[number // config.n]][number % config.n], **short(item)})
+            log.add({"key": keys[undone[number // config.n]][number % config.n], **without_prompt(item)})
             bar.update()
 
         suites.generate(
@@ -190,7 +192,7 @@ def sample_endpoint(endpoint, prompts: list[dict], keys: list[list[str]], log, c
             if "provider" in item:
                 failed[item["provider"]] += 1
             else:
-                log.add({"key": jobs[i][1], **short({"id": jobs[i][0]["id"], **item})})
+                log.add({"key": jobs[i][1], **without_prompt({"id": jobs[i][0]["id"], **item})})
 
         client.in_parallel(jobs, one, keep)
     if failed.total() > config.max_unscored * len(wanted):
@@ -320,12 +322,19 @@ def state(sample: dict, unscored: dict[str, str]) -> str:
     return sample["label"] or f"unscored: {unscored.get(sample['key'], 'not asked')}"
 
 
+def write_json(path: Path, value: dict) -> None:
+    with stages.writing(path, path.parent):
+        runs.write_json(path, value)
+
+
 def report(table: dict, files: dict, folder: Path) -> None:
     for stage, counts in table.items():
         for reason, count in sorted(counts.items()):
             print(f"{count!s:>8} {stage}: {reason}")
     for name, entry in files.items():
         print(f"{entry['records']:>8} records, {entry['supervised']:,} supervised {entry['unit']}: {folder / name}")
+        if entry.get("short"):
+            print(f"{'':>8} {entry['short']:,} {entry['unit']} short of the {entry['goal']:,} of verify.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -347,8 +356,6 @@ class Tools:
 class Given:
     """What a run is given before its first stage."""
 
-    tested: list[dict]  # items of the suites that no prompt may be in
-    missing: dict  # {suite that is not at hand: why}
     prompts: tuple[list[dict], dict] | None  # with facts; None: a resumed run has them
     published: dict  # {baseline: records}
     sets: dict  # facts of the published baselines' sets
@@ -361,7 +368,9 @@ def gather(config: Config, world) -> Given:
     prompts, sets = None if begun else gather_prompts(config, world, tested), {}
     names = [name for name in config.baseline if ":published" in name]
     published = {name: records.published_records(name, config, tested, sets) for name in names}
-    return Given(tested, missing, prompts, published, sets)
+    for facts in [*sets.values(), *([prompts[1]] if prompts else [])]:
+        facts["suites not at hand"] = missing  # in this sitting, which a resumed run's later ones need not share
+    return Given(prompts, published, sets)
 
 
 def open_tools(config: Config, world) -> Tools:
@@ -456,23 +465,22 @@ def main(config: Config, origin: dict) -> int:
         made = make_records(config, world, spec, tools, logs, prompts, given.published, folder)
     counts = {"prompts": facts.pop("counts"), **made.pop("counts")}
     card = {
-        "settings": dataclasses.asdict(config),
+        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")},
         "model": {"name": config.model, "adapter": config.adapter, "hash": tools.who},
         "spec": {"name": spec.name, "sha256": spec.sha256},
         "world_seed": world.seed if world else None,
         **facts,
         **made,
         "baseline sets": given.sets,
-        "suites not at hand": given.missing,
         "counts": counts,
         "endpoints": records.total_usage(folder),
         "versions": json.loads((folder / "source.json").read_text())["versions"],
     }
-    runs.write_json(folder / "data_card.json", card)
+    write_json(folder / "data_card.json", card)
     report(counts, made["files"], folder)
-    if given.missing:
-        print(f"prompts were not compared with {', '.join(given.missing)}: not at hand (data_card.json says why)")
-    runs.write_json(folder / "result.json", {"counts": counts, "files": made["files"]})
+    if missing := card["suites not at hand"]:
+        print(f"prompts were not compared with {', '.join(missing)}: not at hand (data_card.json says why)")
+    write_json(folder / "result.json", {"counts": counts, "files": made["files"]})
     shares = (len(logs.unscored), len(logs.labels.done)), (len(logs.silent), len(logs.critiques.done))
     bad = [missing for missing, there in shares if missing > config.max_unscored * (missing + there)]
     return runs.EXIT_UNSCORED if bad else runs.EXIT_OK

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import runs
 import safety
+import stages
 import suites
 
 PASSES = 8  # over the prompts, at most
@@ -122,7 +123,8 @@ def size(tokenizer, record: dict) -> tuple[int, int] | None:
 
 
 def matched(records: Iterable[dict], goal: int, tokenizer) -> tuple[list[dict], Counter]:
-    """The first records, no two alike, that hold `goal` supervised tokens together; and what was left out."""
+    """The first records, no two alike, that hold `goal` supervised tokens together, or all that there are; and what was
+    left out."""
     kept, left, seen, total = [], Counter(), set(), 0
     for record in records:
         if total >= goal:
@@ -151,7 +153,8 @@ def candidates(name: str, config, world, groups: list[tuple[dict, list[dict]]], 
 def write_jsonl(path: Path, records: list[dict], tokenizer) -> dict:
     """Write; what the card says of the file."""
     data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    runs.write_atomic(path, data)
+    with stages.writing(path, path.parent):
+        runs.write_atomic(path, data)
     sizes = [size(tokenizer, record) or (0, 0) for record in records]
     entry = {"records": len(records), "sha256": hashlib.sha256(data).hexdigest(), "unit": "tokens"}
     entry |= {} if tokenizer else {"unit": "characters"}
@@ -163,10 +166,11 @@ def write(folder: Path, verify, disputed, streams: Iterable[tuple], tokenizer) -
     """(card entries of all files, what the baselines left out). Baselines get as many supervised tokens as `verify`."""
     files = {"verify.jsonl": write_jsonl(folder / "verify.jsonl", verify, tokenizer)}
     files["disagreements.jsonl"] = write_jsonl(folder / "disagreements.jsonl", disputed, tokenizer)
-    left = {}
+    left, goal = {}, files["verify.jsonl"]["supervised"]
     for name, candidates in streams:
-        records, left[name] = matched(candidates, files["verify.jsonl"]["supervised"], tokenizer)
-        files[name] = write_jsonl(folder / name, records, tokenizer)
+        records, left[name] = matched(candidates, goal, tokenizer)
+        files[name] = write_jsonl(folder / name, records, tokenizer) | {"goal": goal}
+        files[name]["short"] = max(0, goal - files[name]["supervised"])  # where the stream ended before its goal
     return files, {name: dict(counter) for name, counter in left.items() if counter}
 
 

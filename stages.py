@@ -45,6 +45,16 @@ def stored(path: Path, key=scores.key) -> dict:
     return found
 
 
+@contextlib.contextmanager
+def writing(path: Path, run: Path):
+    """Turns the error of a write that fails, above all of a full disk, into a UserError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        kept = f"what came before is kept: make room, then --resume {run}"
+        raise UserError(f"{path} cannot be written ({error.strerror}); {kept}") from None
+
+
 class Appender:
     """A stage's file: each record is a line that has left this process when `add` returns. ASCII, so any text fits."""
 
@@ -56,12 +66,9 @@ class Appender:
         """Keep a record unless one of its key is there; whether it was new. Raises UserError where the disk is full."""
         if self.key(record) in self.done:
             return False
-        try:
+        with writing(self.path, self.path.parent):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        except OSError as error:
-            kept = f"what came before is kept: make room, then --resume {self.path.parent}"
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); {kept}") from None
         self.done[self.key(record)] = record
         return True
 

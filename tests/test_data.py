@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -326,6 +327,27 @@ def test_a_full_disk_ends_the_run_with_what_came_before(tmp_path, whole, monkeyp
     assert len(lines(out / "samples.jsonl")) == 7
     assert resume(out) == 0
     same_stages(out, whole)
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "verify.jsonl", "safechain.jsonl", "data_card.json", "result.json"])
+def test_a_disk_that_fills_at_a_whole_file_says_how_to_go_on(tmp_path, whole, monkeypatch, name):
+    out, atomic = tmp_path / "run", runs.write_atomic
+
+    def fills(path, content):
+        if path.name == name:
+            Path("/dev/full").write_bytes(content)
+        atomic(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_atomic", fills)
+        message = re.escape(f"{out / name} cannot be written (No space left on device)") + f".*--resume {out}$"
+        with pytest.raises(UserError, match=message):
+            data(out)
+    assert not (out / name).exists() and not (out / "result.json").exists()
+    assert resume(out) == 0
+    same_stages(out, whole)
+    for file in ("verify.jsonl", "star.jsonl", "safechain.jsonl", "result.json"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------- guard and expert
