@@ -363,10 +363,11 @@ class Given:
 
 def gather(config: Config, world) -> Given:
     """Read every set that was named, or refuse, before anything is loaded or written."""
-    tested, missing = suites.tested_items(config.decontaminate, config.model, world)
     begun = config.resume and (Path(config.resume) / "prompts.json").exists()
-    prompts, sets = None if begun else gather_prompts(config, world, tested), {}
     names = [name for name in config.baseline if ":published" in name]
+    compared = names or not begun
+    tested, missing = suites.tested_items(config.decontaminate, config.model, world) if compared else ([], {})
+    prompts, sets = None if begun else gather_prompts(config, world, tested), {}
     published = {name: records.published_records(name, config, tested, sets) for name in names}
     for facts in [*sets.values(), *([prompts[1]] if prompts else [])]:
         facts["suites not at hand"] = missing  # in this sitting, which a resumed run's later ones need not share

@@ -169,6 +169,7 @@ def test_records_are_what_training_reads(whole):
 def test_the_card_says_where_everything_comes_from(whole):
     card = json.loads((whole / "data_card.json").read_text())
     assert card["sets"]["pocket"]["licence"] == "Apache-2.0" and card["settings"]["seed"] == 0
+    assert not {"out", "resume"} & set(card["settings"]) and str(whole.parent) not in json.dumps(card)
     assert card["spec"]["sha256"] == safety.load_spec("pocket").sha256 and card["versions"]["torch"]
     for name, entry in card["files"].items():
         content = (whole / name).read_bytes()
@@ -294,6 +295,17 @@ def test_a_stage_that_is_whole_asks_nobody(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(judges.Expert, "__call__", lambda self, records, **more: [1 / 0 for _ in records])
     assert resume(out) == 0
     same_stages(out, whole)
+
+
+def test_the_card_says_with_what_the_prompts_were_compared_in_the_sitting_that_took_them(tmp_path, monkeypatch):
+    out, given, missing = tmp_path / "run", suites.tested_items, [{"hcot": "no network"}]
+    monkeypatch.setattr(suites, "tested_items", lambda *names: (given(*names)[0], missing.pop()))
+    data(out, baseline=None)
+    (out / "result.json").unlink()
+    missing.append({})
+    assert resume(out) == 0
+    assert json.loads((out / "data_card.json").read_text())["suites not at hand"] == {"hcot": "no network"}
+    assert missing == [{}]  # the second sitting compares nothing, so it reads no suite
 
 
 def test_a_finished_run_is_not_gone_on_with(whole):
@@ -580,6 +592,44 @@ def test_a_prompt_of_two_sets_is_sampled_once(tmp_path):
     prompts, facts = make_data.gather_prompts(config(prompts=("pocket", f"own={own}")), world, [])
     assert facts["counts"]["in two sets"] == 5 and len({p["prompt"] for p in prompts}) == len(prompts)
     assert all(prompt["source"] == "pocket" for prompt in prompts)  # the first set that names it
+
+
+def two_sets(tmp_path) -> tuple[str, ...]:
+    files = [
+        tiny.write(tmp_path / f"{kind}.jsonl", [{"prompt": f"{kind} {i}", "kind": kind} for i in range(100)])
+        for kind in ("harmful", "benign")
+    ]
+    return tuple(f"own={file}" for file in files)
+
+
+def test_a_fraction_takes_of_every_set(tmp_path):
+    given = config(prompts=two_sets(tmp_path), fraction=0.5)
+    prompts, _ = make_data.gather_prompts(given, None, [])
+    assert len(prompts) == 100 and [prompt["place"] for prompt in prompts] == list(range(100))
+    assert 35 < Counter(prompt["kind"] for prompt in prompts)["harmful"] < 65
+    assert make_data.gather_prompts(given, None, [])[0] == prompts
+    first = Counter(prompt["kind"] for prompt in prompts[:40])  # a wave that ends early has both too
+    assert 10 < first["harmful"] < 30
+    other = make_data.gather_prompts(config(prompts=given.prompts, fraction=0.5, seed=1), None, [])[0]
+    assert {p["prompt"] for p in other} != {p["prompt"] for p in prompts}
+
+
+def test_a_set_alone_keeps_its_order():
+    world = pocket.World(runs.world_seed(BASE))
+    prompts, _ = make_data.gather_prompts(config(prompts=("pocket",), fraction=0.5), world, [])
+    assert [p["id"] for p in prompts] == [p["id"] for p in suites.prompts(["pocket"], world)[:512]]
+
+
+def test_a_baseline_that_ends_early_says_how_much_is_missing(tmp_path, capsys):
+    star = tiny.write(tmp_path / "s.jsonl", [{"question": "Curse?", "response": "<think>\nhm.\n</think>\n\nno."}])
+    flags = {"baseline": [f"star1:published={star}", "safechain"], "allow_count": "true"}
+    data(tmp_path / "run", **flags)
+    files = json.loads((tmp_path / "run" / "data_card.json").read_text())["files"]
+    goal, entry = files["verify.jsonl"]["supervised"], files["star.jsonl"]
+    assert entry["records"] == 1 and entry["goal"] == goal and entry["short"] == goal - entry["supervised"] > 0
+    assert files["safechain.jsonl"]["goal"] == goal and files["safechain.jsonl"]["short"] == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "short of" in line]
+    assert len(said) == 1 and f"{entry['short']:,} tokens short of the {goal:,}" in said[0]
 
 
 def test_published_sets_become_records(tmp_path):
