@@ -4,8 +4,8 @@
     python evaluate.py --model pocket/base --adapter runs/x/model   the same with an adapter
     python evaluate.py --model M --suite strongreject,xstest --judge wildguard,llamaguard3 --out runs/m
     python evaluate.py --compare runs/a runs/b                      two evaluations, paired item by item
-    python evaluate.py --report runs/a runs/b runs/c                one HTML file of evaluations and training runs
-    python evaluate.py --rescore runs/a                             judge and score again what was generated; no model
+    python evaluate.py --report runs/a runs/b runs/c                one HTML file of evaluations, training runs, self-tests
+    python evaluate.py --rescore runs/a                             label what has no label yet and score again; no model
     python evaluate.py --selftest-injection --judge wildguard       how often planted text turns a judge's verdict
     python evaluate.py --chat                                       talk to the model; /verify judges its last answer
 
@@ -55,7 +55,7 @@ class Config:
     method: str = option("", "name of the method in reports; default: of the training run without its seed, or model")
     compare: tuple = option((), "two evaluation folders, paired")
     report: tuple = option((), "folders of evaluations, training runs and self-tests; --out takes the report")
-    rescore: str = option("", "evaluation folder to judge and score again, by --judge where given")
+    rescore: str = option("", "evaluation folder to score again, by --judge where given; labels of guards are kept")
     selftest_injection: bool = option(False, "attack the judges of --judge with planted texts; no model is measured")
     chat: bool = option(False, "talk to the model instead")
     key_env: str = option("OPENAI_API_KEY", "environment variable with the endpoints' key")
@@ -67,7 +67,7 @@ class Config:
     dtype: str = option("auto", "compute dtype", choices=("auto", "float32", "bfloat16", "float16"), pocket="float32")
     kernels: str = option("auto", "auto is triton on a GPU", choices=("auto", "triton", "reference"))
     seed: int = option(0, "of the samples")
-    out: str = option("", "folder to write; default runs/evaluate-<time>")
+    out: str = option("", "folder to write; default runs/evaluate-<time>, of a report runs/report-<time>")
     resume: str = option("", "run folder to go on with; takes all settings from it")
 
     def problems(self) -> list[str]:

@@ -43,7 +43,7 @@ class Config:
     decontaminate: tuple = option(
         ("all",), "suites, NAME or NAME=PATH, whose prompts are kept out; or none", pocket=("pocket",)
     )
-    allow_count: bool = option(False, "take a published set that has another count than published")
+    allow_count: bool = option(False, "take a set of --prompts or --baseline that has another count than published")
     n: int = option(8, "answers sampled a prompt")
     temperature: float = option(0.6, "of the samples", pocket=1.0)
     top_p: float = option(0.95, "of the samples", pocket=1.0)

@@ -41,9 +41,11 @@ pocket, safety, scores, suites, torch = map(runs.Lazy, ("pocket.world", "safety"
 class Config:
     model: str = option("pocket/base", "model folder or hub id, Hugging Face format")
     adapter: str = option("", "PEFT adapter to start from")
-    lora_r: int = option(16, "LoRA rank, that of --adapter where there is one; 0 trains every weight")
+    lora_r: int = option(16, "LoRA rank, which must be that of an --adapter; 0 merges that and trains every weight")
     lora_alpha: float = option(32.0, "LoRA scale is alpha / r; an --adapter keeps its own")
-    prompts: tuple = option((), "prompt sets, each NAME, NAME@WEIGHT or NAME#LIMIT (or both)", pocket=("pocket:rl",))
+    prompts: tuple = option(
+        (), "prompt sets, each NAME or NAME=PATH, with @WEIGHT or #LIMIT (or both)", pocket=("pocket:rl",)
+    )
     decontaminate: tuple = option(
         ("all",), "suites, NAME or NAME=PATH, whose prompts are kept out; or none", pocket=("pocket",)
     )
