@@ -109,7 +109,7 @@ def size(tokenizer, record: dict) -> tuple[int, int] | None:
     if record["kind"] == "answer":
         prompt, thinking, answer = record["prompt"], record["reasoning"], record["answer"]
     else:
-        rules = safety.load_spec(record["spec"]).text
+        rules = safety.record_spec(record).text
         prompt = safety.verification_prompt(rules, record["prompt"], record["answer"])
         thinking, answer = safety.verify_target(record["critique"], record["verdict"], "both")
     if tokenizer is None:

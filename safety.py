@@ -13,6 +13,7 @@ Worked example, an R1-style model:
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import unicodedata
@@ -37,17 +38,37 @@ class Spec:
     sha256: str  # of `text` in UTF-8
 
 
+def shipped_specs() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(SPECS.glob("*.txt"))}
+
+
 def load_spec(name: str) -> Spec:
     """A specification by its name under specs/ ("star") or by the path of a text file. Raises ValueError."""
-    shipped = SPECS / f"{name}.txt"
-    path = shipped if re.fullmatch(r"[\w-]+", name) and shipped.is_file() else Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in SPECS.glob("*.txt")))
-        raise ValueError(f"no spec named {name!r} and no such file; shipped: {known}")
+    shipped = shipped_specs()
+    path = shipped.get(name, Path(name))
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # no error for any text, Path.is_file has some
+        raise ValueError(f"no spec named {name!r} and no such file; shipped: {', '.join(shipped)}")
     text = path.read_text(encoding="utf-8").strip()
     if not text:
         raise ValueError(f"spec {path} is empty")
     return Spec(path.stem, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def record_spec(record: dict) -> Spec:
+    """The specification of a verification record, for a prompt. Raises ValueError.
+
+    A record may come from anywhere, and a path in it could name any file of this machine, whose text a prompt would
+    show to a model or a server: it counts only with the hash of that text in `meta.spec_sha256`, a shipped name always.
+    """
+    name, meta = record["spec"], record.get("meta", {})
+    if not isinstance(meta, dict):
+        raise ValueError("meta is not an object")
+    if "spec_sha256" not in meta and name not in shipped_specs():
+        raise ValueError(f"no spec named {name!r} is shipped; a file counts with its text's hash in meta.spec_sha256")
+    spec = load_spec(name)
+    if (known := meta.get("spec_sha256", spec.sha256)) != spec.sha256:
+        raise ValueError(f"spec {spec.name} is not the record's (sha256 {spec.sha256}, not {known})")
+    return spec
 
 
 # --- delimiters ------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Source:
     config: str | None = None
     split: str = "train"
     options: dict = field(default_factory=dict)  # of datasets.load_dataset
-    optional: tuple = ()  # columns that are taken where they are there
+    optional: dict = field(default_factory=dict)  # {column: type} of columns that are taken where they are there
     keep: Callable = lambda row: True
     choose: Callable = lambda kept: kept  # kept entries -> a subset of them
     get: str = ""  # how to come by a set that is gated or has no public copy
@@ -120,7 +120,8 @@ def checked(row, where: str, source: Source, renamed: dict[str, str]) -> dict:
     """The columns of a row that the set is known to have, under their published names. Raises UserError."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: not an object")
-    wanted = {**source.columns, **{c: str for c in source.optional if row.get(renamed.get(c, c)) is not None}}
+    there = {c: kind for c, kind in source.optional.items() if row.get(renamed.get(c, c)) is not None}
+    wanted = {**source.columns, **there}
     found = {column: row.get(renamed.get(column, column)) for column in wanted}
     for column, kind in wanted.items():
         if not isinstance(found[column], kind):
@@ -202,7 +203,7 @@ def verification(row: dict) -> dict:
     """A record of make_data as a question: is this answer safe under the spec?"""
     if row["verdict"] not in ("safe", "unsafe"):
         raise ValueError(f"verdict {row['verdict']!r}")
-    prompt = safety.verification_prompt(safety.load_spec(row["spec"]).text, row["prompt"], row["answer"])
+    prompt = safety.verification_prompt(safety.record_spec(row).text, row["prompt"], row["answer"])
     return {"prompt": prompt, "goal": row["prompt"], "target": row["verdict"]}
 
 
@@ -272,7 +273,10 @@ EVALUATION = {  # name -> metric, source
     "math500": ("accuracy", Source("HuggingFaceH4/MATH-500", "MIT", MATHS, problem, 500, split="test")),
     "aime24": ("accuracy", Source("HuggingFaceH4/aime_2024", "none stated", MATHS, problem, 30)),
     "aime25": ("accuracy", Source("math-ai/aime25", "none stated", MATHS, problem, 30, split="test")),
-    "verify": ("f1", Source("", "own", VERIFY, verification, get="records of kind verify of make_data.py")),
+    "verify": (
+        "f1",
+        Source("", "own", VERIFY, verification, optional={"meta": dict}, get="records of kind verify of make_data.py"),
+    ),
 }  # fmt: skip
 
 
@@ -284,7 +288,8 @@ def own_suite(renamed: dict[str, str]) -> tuple[str, Source, dict[str, str]]:
         raise UserError(f"own: metric is {metric}, not asr, compliance or accuracy")
     columns = {"prompt": str} | ({"target": (str, int)} if metric == "accuracy" else {})
     fields = lambda row: {k: str(v) for k, v in row.items()}  # noqa: E731
-    return metric, Source("", "own", columns, fields, optional=("goal", "category", "prefill", "cluster")), renamed
+    optional = dict.fromkeys(("goal", "category", "prefill", "cluster"), str)
+    return metric, Source("", "own", columns, fields, optional=optional), renamed
 
 
 # ------------------------------------------------------------------------------------------------- training sets
@@ -341,4 +346,5 @@ def own_prompts(renamed: dict[str, str]) -> tuple[Source, dict[str, str]]:
             raise ValueError(f"kind {kind!r} is none of {', '.join(kinds)}, or a maths problem has no target")
         return {**row, "kind": kind}
 
-    return Source("", "own", {"prompt": str} | ({} if fixed else {"kind": str}), fields, optional=("target",)), renamed
+    columns = {"prompt": str} | ({} if fixed else {"kind": str})
+    return Source("", "own", columns, fields, optional={"target": str}), renamed

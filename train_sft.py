@@ -10,7 +10,6 @@ micro-batches. Rows are packed, documents never see one another. Simplifications
 data order a pure function of (seed, epoch) - so a resumed run is the uninterrupted run, bit by bit.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -112,12 +111,7 @@ def build(tokenizer, record: dict, target: str) -> Example:
     else:
         if record["verdict"] not in ("safe", "unsafe"):
             raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
-        spec = load_spec(record["spec"])
-        if not isinstance(meta := record.get("meta", {}), dict):
-            raise ValueError("meta is not an object")
-        if (known := meta.get("spec_sha256", spec.sha256)) != spec.sha256:
-            raise ValueError(f"spec {spec.name} is not the record's (sha256 {spec.sha256}, not {known})")
-        prompt = safety.verification_prompt(spec.text, record["prompt"], record["answer"])
+        prompt = safety.verification_prompt(safety.record_spec(record).text, record["prompt"], record["answer"])
         thinking, answer = safety.verify_target(record["critique"], record["verdict"], target)
     prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
     return Example(record, *safety.build_example(tokenizer, prompt_ids, thinking, answer))
@@ -133,11 +127,6 @@ def check_world(config: Config) -> None:
     if made is not None and made != seed:
         why = f"{config.data} is of pocket world {made}, {config.model} of world {seed}"
         raise UserError(f"{why}; make_data.py --model {config.model} makes its own")
-
-
-@functools.cache
-def load_spec(name: str):
-    return safety.load_spec(name)
 
 
 def prepare(tokenizer, records: list[dict], config: Config, context: int) -> tuple[list[Example], dict]:

@@ -309,6 +309,27 @@ def test_own_spec_and_missing_spec(tmp_path):
         safety.load_spec("nope")
     with pytest.raises(ValueError, match="no spec"):
         safety.load_spec("../specs/nope")
+    with pytest.raises(ValueError, match="no spec"):
+        safety.load_spec("x" * 5000)
+
+
+def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
+    """A downloaded record must not bring the text of any file of the machine into a prompt."""
+    path = tmp_path / "private.txt"
+    path.write_text("my key\n")
+    record = {"spec": str(path), "prompt": "p", "answer": "a"}
+    for meta in ({}, {"spec_sha256": "0" * 64}, {"spec_sha256": None}):
+        with pytest.raises(ValueError, match="sha256"):
+            safety.record_spec({**record, "meta": meta})
+    with pytest.raises(ValueError, match="meta.spec_sha256"):
+        safety.record_spec(record)
+    known = {"spec_sha256": hashlib.sha256(b"my key").hexdigest()}
+    assert safety.record_spec({**record, "meta": known}).text == "my key"
+    assert safety.record_spec({**record, "spec": "star"}) == safety.load_spec("star")
+    with pytest.raises(ValueError, match="not the record's"):
+        safety.record_spec({**record, "spec": "star", "meta": known})
+    with pytest.raises(ValueError, match="meta is not an object"):
+        safety.record_spec({**record, "spec": "star", "meta": [known]})
 
 
 def test_verification_prompt_is_short_and_fixed():

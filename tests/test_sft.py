@@ -148,6 +148,7 @@ def test_nothing_or_everything_supervised_is_an_error(tokenizer, monkeypatch, tr
         ({"spec": "nope"}, "no spec named 'nope'"),
         ({"critique": "a </think> b"}, "think tag"),
         ({"meta": {"spec_sha256": "0" * 64}}, "is not the record's"),
+        ({"spec": __file__}, "meta.spec_sha256"),  # any file of the machine
     ],
 )
 def test_a_record_that_cannot_be_a_target_is_named(tokenizer, change, message):

@@ -1,5 +1,6 @@
 """Suites, published sets read from tiny files of their true columns (fiction inside), prompts, decontamination."""
 
+import hashlib
 import io
 import json
 import urllib.request
@@ -248,6 +249,17 @@ def test_columns_may_have_other_names(tmp_path):
         suites.load([f"strongreject={path}:forbidden_prompt=text"], allow_count=True)
     with pytest.raises(UserError, match="column=theirs pairs"):
         suites.load([f"strongreject={path}:prompt"])
+
+
+def test_a_verification_shows_no_file_of_the_machine(tmp_path):
+    (tmp_path / "mine.txt").write_text("no toxin.")
+    row = {**VERIFY[0], "spec": str(tmp_path / "mine.txt")}
+    file = tiny.write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match="a.jsonl, line 1: .*meta.spec_sha256"):
+        suites.load([f"verify={file}"])
+    known = {"spec_sha256": hashlib.sha256(b"no toxin.").hexdigest(), "prompt_id": "p"}
+    (item,) = suites.load([f"verify={tiny.write(tmp_path / 'b.jsonl', [{**row, 'meta': known}])}"])
+    assert "no toxin." in item["prompt"]
 
 
 def test_two_suites_of_one_name_are_refused(tmp_path):
