@@ -4,8 +4,8 @@
     python evaluate.py --model pocket/base --adapter runs/x/model   the same with an adapter
     python evaluate.py --model M --suite strongreject,xstest --judge wildguard,llamaguard3 --out runs/m
     python evaluate.py --compare runs/a runs/b                      two evaluations, paired item by item
-    python evaluate.py --report runs/a runs/b runs/c                one HTML file of evaluations, training runs, self-tests
-    python evaluate.py --rescore runs/a                             label what has no label yet and score again; no model
+    python evaluate.py --report runs/a runs/b runs/c                one HTML file of evaluations and training runs
+    python evaluate.py --rescore runs/a                             score again what was generated; loads no model
     python evaluate.py --selftest-injection --judge wildguard       how often planted text turns a judge's verdict
     python evaluate.py --chat                                       talk to the model; /verify judges its last answer
 
