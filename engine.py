@@ -33,7 +33,7 @@ PAGE = 64  # tokens a page, as in kernels.decode_attention
 ROW_TILE = 16  # rows of a CPU step and tokens of a CPU prefill are a multiple of this
 LOOK = {"cpu": 4, "cuda": 16}  # decode steps between two looks of the host
 PREFILL_TOKENS = 8192  # prompts that are prefilled together; one longer prompt goes alone
-SPAN = 128  # tokens of the vocabulary that are summed before the cumulative sum
+SPAN = 64  # tokens of the vocabulary that are summed before the cumulative sum
 GPU_SHARE = 0.6  # of the free GPU memory, where the caller gives no cache_bytes
 CPU_CACHE_BYTES = 2 << 30  # the same on a CPU, where memory that is never written costs nothing
 

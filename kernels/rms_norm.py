@@ -6,6 +6,7 @@ Cast order of Hugging Face: normalise in fp32, round to the input's dtype, then 
 """
 
 import torch
+import torch.nn.functional as F
 
 from kernels import dispatch
 from kernels.dispatch import accumulator, check, jit, tl
@@ -33,9 +34,8 @@ def rms_norm(x_TH, weight_H, eps, residual_TH=None):
 
 def reference(x_TH, weight_H, eps, residual_TH=None):
     s_TH = x_TH if residual_TH is None else x_TH + residual_TH
-    s_acc = s_TH.to(accumulator(s_TH.dtype))
-    normed_TH = s_acc * torch.rsqrt(s_acc.square().mean(-1, keepdim=True) + eps)
-    out_TH = weight_H * normed_TH.to(s_TH.dtype)
+    normed_TH = F.rms_norm(s_TH, s_TH.shape[-1:], eps=eps)  # half precision: computed in fp32, rounded at the end
+    out_TH = weight_H * normed_TH
     return out_TH if residual_TH is None else (out_TH, s_TH)
 
 

@@ -28,14 +28,11 @@ def rope(q_THD, k_TKD, cos_TR, sin_TR):
 
 
 def reference(q_THD, k_TKD, cos_TR, sin_TR):
-    return _rotate(q_THD, cos_TR, sin_TR), _rotate(k_TKD, cos_TR, sin_TR)
-
-
-def _rotate(x_THD, cos_TR, sin_TR):
-    x = x_THD.to(accumulator(x_THD.dtype))
+    heads = (q_THD.shape[1], k_TKD.shape[1])
+    x = torch.cat((q_THD, k_TKD), dim=1).to(accumulator(q_THD.dtype))
     left, right = x.chunk(2, dim=-1)
     turned = torch.cat((-right, left), dim=-1)
-    return (x * cos_TR[:, None] + turned * sin_TR[:, None]).to(x_THD.dtype)
+    return (x * cos_TR[:, None] + turned * sin_TR[:, None]).to(q_THD.dtype).split(heads, dim=1)
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
