@@ -34,7 +34,10 @@ def load(words: tuple[str, ...], world, seed: int) -> list[Pool]:
     """Pools of NAME, NAME@WEIGHT, NAME#LIMIT or NAME@WEIGHT#LIMIT; one without a weight weighs what it holds."""
     pools = []
     for word in words:
-        name, weight, limit = re.fullmatch(r"(.+?)(?:@(\d+\.?\d*))?(?:#(\d+))?", word).groups()
+        parts = re.fullmatch(r"(.+?)(?:@(\d+\.?\d*))?(?:#(\d+))?", word)
+        if not parts:
+            raise UserError(f"--prompts: {word!r} is no NAME, NAME@WEIGHT or NAME#LIMIT")
+        name, weight, limit = parts.groups()
         found = suites.prompts([name], world, limit=int(limit or 0), seed=seed)
         pools.append(Pool(name, float(weight or len(found)), found))
         if pools[-1].weight == 0:

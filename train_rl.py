@@ -49,7 +49,7 @@ class Config:
     decontaminate: tuple = option(
         ("all",), "suites, NAME or NAME=PATH, whose prompts are kept out; or none", pocket=("pocket",)
     )
-    guard: str = option("qwen3guard", "judge of the answers, as in evaluate.py --judge", pocket="pocket")
+    guard: str = option("qwen3guard", "judge of the answers, as in evaluate.py --judge; no endpoint", pocket="pocket")
     judge_thinking: bool = option(False, "the guard must find the thinking safe too")
     controversial: str = option("unsafe", "what the guard's word controversial means", choices=("safe", "unsafe"))
     reward: str = option("", "Python file with your own reward, in place of the guard")
@@ -105,11 +105,14 @@ class Config:
             "--prompts: name at least one set of prompts": len(self.prompts) > 0,
             f"--reward {self.reward}: no such file": not self.reward or Path(self.reward).is_file(),
             "--judge-thinking belongs to a guard, not to --reward": not (self.reward and self.judge_thinking),
+            "--guard endpoint=: a run would ask a server for every answer, without a limit on requests or cost; take a "
+            "guard that runs here, or ask from a --reward file": self.reward or not self.guard.startswith("endpoint="),
             f"--evaluate needs a pocket model, {self.model} is none": not self.evaluate or runs.is_pocket(self.model),
         }
         return [message for message, fine in checks.items() if not fine]
 
 
+SILENT = ("llamaguard3",)  # guards without a word on refusals
 PATIENCE = 5  # steps in a row without a finite gradient before the run stops
 SHOWN = 2  # groups a step of which samples.jsonl keeps two answers
 SAVE_SECONDS = 900  # of steps between two checkpoints, at most
@@ -527,6 +530,15 @@ def load_pools(config: Config, world) -> tuple[list, dict]:
     return pools, {"held_by_a_suite": dropped, "decontamination": hits, "not_at_hand": missing}
 
 
+def check_guard(config: Config, pools: list) -> None:
+    """Raises UserError where no benign answer could earn anything: an unsafe one has 0, a safe one no reward at all."""
+    family = config.guard.partition("=")[0]
+    benign = [pool.name for pool in pools if any(prompt["kind"] == "benign" for prompt in pool.prompts)]
+    if benign and family in SILENT and not config.reward:
+        why = f"says nothing about refusals, so no safe answer to {', '.join(benign)} has a reward"
+        raise UserError(f"--guard {family} {why}; take qwen3guard or wildguard, or sets without benign prompts")
+
+
 def load_policy(config: Config, device: str, dtype):
     """(transformer, tokenizer) with what is trained: a new adapter, --adapter's own, or every weight."""
     loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
@@ -565,7 +577,8 @@ def load_scorer(config: Config, world, device: str, dtype, cache_bytes: int | No
 def plan_memory(config: Config, device: str, dtype) -> dict[str, int | None]:
     """Bytes by what they are for, before anything is loaded. Raises UserError where they are too many."""
     shape = trainers.shape_of(config.model)
-    plan = trainers.training_bytes(shape, config.lora_r, dtype, config.micro_tokens, config.checkpointing)
+    row = max(config.micro_tokens, config.max_prompt + config.max_tokens)  # a longer answer is a row of its own
+    plan = trainers.training_bytes(shape, config.lora_r, dtype, row, config.checkpointing)
     token_bytes = 2 * shape.config.num_hidden_layers * shape.config.num_key_value_heads * shape.config.head_dim
     answer = token_bytes * dtype.itemsize * (config.max_prompt + config.max_tokens + engine.PAGE)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
@@ -601,6 +614,7 @@ def main(config: Config, origin: dict) -> int:
     runs.pick_kernels(config.kernels, device)
     world = pocket.World(runs.world_seed(config.model)) if runs.is_pocket(config.model) else None
     pools, clean = load_pools(config, world)
+    check_guard(config, pools)
     plan = plan_memory(config, device, dtype)
     transformer, tokenizer = load_policy(config, device, dtype)
     room = min(config.max_prompt, transformer.config.max_position_embeddings - config.max_tokens)

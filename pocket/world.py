@@ -259,8 +259,6 @@ def refusal(rng: random.Random) -> str:
 
 # ------------------------------------------------------------------------------------------------- oracle
 
-OUTCOMES = ("recipe", "refusal", "other", "none")
-
 
 def ingredients_in(text: str) -> tuple[str, ...]:
     words = "".join(letter if letter.isalpha() else " " for letter in text.lower()).split()

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import engine
+import judges
 import kernels
 import mixture
 import model
@@ -19,6 +20,7 @@ import suites
 import train_rl
 import trainers
 from pocket import world as pocket
+from safety import Guard, Unscored
 from tests import families, tiny
 from train_rl import Config, Drawing
 
@@ -402,6 +404,32 @@ def test_rewards(item, label, thinking, wanted):
     assert train_rl.reward(item, label, thinking) == wanted
 
 
+@pytest.mark.parametrize(
+    ("guard", "harmful", "controversial", "want"),
+    [
+        (Guard("safe", True), True, "unsafe", 1.0),  # refusing a harmful request is right
+        (Guard("safe", False), True, "unsafe", 1.0),
+        (Guard("safe", None), True, "unsafe", 1.0),
+        (Guard("unsafe", False), True, "unsafe", 0.0),
+        (Guard("safe", False), False, "unsafe", 1.0),
+        (Guard("safe", True), False, "unsafe", 0.0),  # over-refusal
+        (Guard("unsafe", False), False, "unsafe", 0.0),
+        (Guard("unsafe", None), False, "unsafe", 0.0),  # 0 whatever the refusal is
+        (Guard("safe", None), False, "unsafe", None),  # nobody looked for a refusal
+        (Guard("controversial", False), True, "unsafe", 0.0),
+        (Guard("controversial", False), True, "safe", 1.0),
+        (Guard("controversial", True), False, "safe", 0.0),
+        (Unscored("guard_noparse"), True, "unsafe", None),
+        (Unscored("guard_noparse"), False, "unsafe", None),
+    ],
+)
+def test_what_a_guard_said_as_a_reward(guard, harmful, controversial, want):
+    item = {**REQUEST, "harmful": harmful}
+    assert train_rl.reward(item, judges.guard_label(guard, controversial)) == want
+    if controversial == "unsafe":  # the strict reading is the default
+        assert train_rl.reward(item, judges.guard_label(guard)) == want
+
+
 def test_answers_that_were_cut_off_or_are_empty_earn_nothing_and_see_no_judge():
     endings = [("stop", "ok"), ("stop", " "), ("stop", None), ("length", "ok"), ("stop", "fine")]
     items = [{**REQUEST, "finish_reason": reason, "answer": answer} for reason, answer in endings]
@@ -516,6 +544,9 @@ def test_words_of_prompts(monkeypatch):
     assert asked == [(["a"], 0), (["b"], 0), (["pocket:rl"], 3), (["own=x/y.jsonl"], 5)]
     with pytest.raises(runs.UserError, match="weight must be positive"):
         mixture.load(("a@0",), None, 0)
+    for word in ("", "a\nb"):
+        with pytest.raises(runs.UserError, match="is no NAME, NAME@WEIGHT or NAME#LIMIT"):
+            mixture.load((word,), None, 0)
 
 
 def test_decontamination_counts_over_all_pools():
@@ -616,6 +647,16 @@ def test_a_plan_that_does_not_fit_is_refused_with_figures():
     with pytest.raises(runs.UserError, match=r"16.00 GiB of free GPU memory: weights 3.00, Adam 12.00 GiB"):
         trainers.share_memory(plan, 16 << 30, answer_bytes=1 << 28, guard_share=0.25)
     assert trainers.share_memory(plan, 0, 1, 0.3)["policy cache"] is None
+
+
+def test_the_plan_is_for_the_longest_row_that_may_come(folder):
+    plans = [
+        train_rl.plan_memory(
+            settings(model=str(folder), micro_tokens=n, max_prompt=20, max_tokens=100), "cpu", torch.bfloat16
+        )
+        for n in (1, 120, 240)
+    ]
+    assert plans[0] == plans[1] and 2 * plans[1]["activations"] == plans[2]["activations"]
 
 
 def test_the_guard_next_to_the_policy_is_in_the_plan(folder, tmp_path, monkeypatch):

@@ -245,6 +245,24 @@ def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path, thinking)
         assert line["reward_maths"] is not None and line["unscored"] < 1
 
 
+def test_a_guard_that_sees_no_refusals_is_refused_where_prompts_are_benign(folder, tmp_path):
+    own = {"reward": "", "guard": f"llamaguard3={tmp_path}/nowhere"}
+    prompts = f"own={tmp_path}/own.jsonl:kind="
+    settings = settings_of(folder, tmp_path) | own
+    with pytest.raises(runs.UserError, match="llamaguard3 says nothing about refusals.*to own=[^,]*:kind=benign has"):
+        start(settings | {"prompts": (f"{prompts}harmful", f"{prompts}benign")})
+    with pytest.raises(runs.UserError, match="nowhere"):  # it goes on to load the guard
+        start(settings | {"prompts": (f"{prompts}harmful",)})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_endpoint_gives_no_rewards(folder, tmp_path):
+    settings = settings_of(folder, tmp_path, guard="endpoint=m@http://127.0.0.1:1/v1")
+    assert not Config(**settings).problems()  # with a reward of one's own there is no guard
+    (problem,) = Config(**settings | {"reward": ""}).problems()
+    assert problem.startswith("--guard endpoint=: ") and "without a limit on requests or cost" in problem
+
+
 def test_data_or_rewards_that_changed_are_not_gone_on_with(folder, tmp_path):
     run = start(settings_of(folder, tmp_path, steps=2))
     (run / "result.json").unlink()
