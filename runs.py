@@ -77,7 +77,8 @@ def command_line(fields: dict, arguments: list[str], description: str) -> dict:
         shown += f"; pocket {pocket!r}" if pocket is not MISSING else ""
         words = {"nargs": "?", "const": "true"} if isinstance(entry.default, bool) else {}
         words = {"nargs": "+"} if isinstance(entry.default, tuple) else words
-        text = f"{entry.metadata['help']} ({shown})".replace("%", "%%")
+        choices = f": {', '.join(entry.metadata['choices'])}" if entry.metadata["choices"] else ""
+        text = f"{entry.metadata['help']}{choices} ({shown})".replace("%", "%%")
         parser.add_argument(flag(name), dest=name, metavar=name.upper(), help=text, **words)
     return {name: text for name, text in vars(parser.parse_args(arguments)).items() if text is not None}
 

@@ -76,6 +76,7 @@ def test_help_shows_both_defaults(capsys):
         runs.parse(Config, ["--help"], "what it is")
     shown = capsys.readouterr().out
     assert end.value.code == 0 and "what it is" in shown and "100 % a number (0.0002; pocket 0.001)" in shown
+    assert "a choice: float32, bfloat16 ('float32')" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("words", [["--l", "1"], ["--nope", "1"], ["--steps"]])
