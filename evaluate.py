@@ -373,6 +373,13 @@ def method_of(config: Config) -> tuple[str, int | None]:
     return config.method or folder.name.removesuffix(f"-{values['seed']}"), values["seed"]
 
 
+def reopen(folder: Path) -> None:
+    """Let a finished run go on where a server or a limit left something out."""
+    files = [*folder.glob("generations*.jsonl"), *folder.glob("labels*.jsonl"), folder / "own.jsonl"]
+    if any(stages.failed(record) for file in files for record in stages.stored(file).values()):
+        (folder / "result.json").unlink(missing_ok=True)
+
+
 def evaluate(config: Config, origin: dict) -> int:
     seed, facts, modes = None, {}, {"": False} | ({"_greedy": True} if config.greedy else {})
     if not config.endpoint and runs.is_pocket(config.model):
@@ -383,6 +390,8 @@ def evaluate(config: Config, origin: dict) -> int:
         raise UserError("--endpoint: a chat server takes no given start of the thinking; leave those suites out")
     rewarded = reward_judges(config)
     names, target = check_judges(config, items, rewarded), stages.Target(config)
+    if config.resume:
+        reopen(Path(config.resume))
     folder = runs.new_folder(config, origin, "evaluate")
     method, trained = method_of(config)
     plan = {

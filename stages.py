@@ -45,6 +45,12 @@ def stored(path: Path, key=scores.key) -> dict:
     return found
 
 
+def failed(record: dict) -> bool:
+    """Whether a record says only that a server did not do its work, or that a limit was reached: to be asked again."""
+    reasons = ("endpoint_", "max_requests", "max_cost", "interrupted")
+    return record.get("finish_reason") == "provider" or str(record.get("unscored", "")).startswith(reasons)
+
+
 @contextlib.contextmanager
 def writing(path: Path, run: Path):
     """Turns the error of a write that fails, above all of a full disk, into a UserError that says how to go on."""
@@ -56,10 +62,14 @@ def writing(path: Path, run: Path):
 
 
 class Appender:
-    """A stage's file: each record is a line that has left this process when `add` returns. ASCII, so any text fits."""
+    """A stage's file: each record is a line that has left this process when `add` returns. ASCII, so any text fits.
+
+    `done` has the records by key, but not those that `failed` before; what comes of a second attempt stands below them.
+    """
 
     def __init__(self, path: Path, key=scores.key):
-        self.path, self.key, self.done = path, key, stored(path, key)
+        self.path, self.key = path, key
+        self.done = {name: record for name, record in stored(path, key).items() if not failed(record)}
         self.file = open(path, "a", encoding="ascii", opener=runs.private)  # noqa: SIM115 (closed by __exit__)
 
     def add(self, record: dict) -> bool:
@@ -125,10 +135,12 @@ class Target:
         if config.endpoint:
             self.endpoint = client.Endpoint(config.endpoint, config.model, **endpoint_limits(config))
 
-    def sample(self, items: list[dict], how: Decoding, places: list[int], keep) -> None:
-        """keep(i, item with its completion) for every sample. places: of the items in the random stream."""
+    def sample(self, items: list[dict], how: Decoding, places: list[int], keep, done) -> None:
+        """keep(i, item with its completion) for every sample, of a server those that are not `done`, by key. places: of
+        the items in the random stream."""
         if self.endpoint:
-            return ask_server(self.endpoint, items, how, self.config.seed, keep)
+            jobs = [(item, k) for item in items for k in range(how.samples) if (item["id"], k) not in done]
+            return ask_server(self.endpoint, jobs, how, self.config.seed, keep)
         self.loaded = self.loaded or load_model(self.config)
         how = dataclasses.asdict(how)
         suites.generate(*self.loaded, items, seed=self.config.seed, on_done=keep, places=places, **how)
@@ -139,9 +151,9 @@ class Target:
             torch.cuda.empty_cache()
 
 
-def ask_server(endpoint, items: list[dict], how: Decoding, seed: int, keep) -> None:
-    """As `suites.generate`, by a server. It must split the thinking off or leave the tags in its text."""
-    jobs = [(item, k) for item in items for k in range(how.samples)]
+def ask_server(endpoint, jobs: list[tuple[dict, int]], how: Decoding, seed: int, keep) -> None:
+    """As `suites.generate`, by a server, for jobs (item, number of the sample). It must split the thinking off or leave
+    the tags in its text."""
 
     def one(job) -> dict:
         item, k = job
@@ -189,7 +201,7 @@ def generate(config, target: Target, items: list[dict], path: Path, greedy: bool
             there = [all((item["id"], k) in file.done for k in range(how.samples)) for item in group]
             places = [place for place, whole in enumerate(there) if not whole]
             if places:
-                target.sample([group[place] for place in places], how, places, keep)
+                target.sample([group[place] for place in places], how, places, keep, file.done)
         return [file.done[key] for key in wanted]
 
 
@@ -197,13 +209,15 @@ def generate(config, target: Target, items: list[dict], path: Path, greedy: bool
 
 
 def label(judge, items: list[dict], path: Path, part: str = "answer") -> list[dict]:
-    """Second stage: the items with a judge's labels, those in `path` and those still to be given."""
+    """Second stage: the items with a judge's labels, those in `path` and those still to be given. What the model's
+    server failed to give has none."""
     with Appender(path) as file:
-        left = [item for item in items if scores.key(item) not in file.done]
+        left = [item for item in items if not failed(item) and scores.key(item) not in file.done]
         name = lambda i: {"id": left[i]["id"], "sample": left[i].get("sample", 0)}  # noqa: E731
         with tqdm(total=len(left), desc=path.stem, unit="label", disable=judge.exact) as bar:
             judge(left, lambda i, given: (file.add({**given, **name(i)}), bar.update()), part=part)
-        return [{**item, **file.done[scores.key(item)], "sample": item.get("sample", 0)} for item in items]
+        there = [{} if failed(item) else file.done[scores.key(item)] for item in items]
+    return [{**item, **given, "sample": item.get("sample", 0)} for item, given in zip(items, there, strict=True)]
 
 
 CHECKS = """A model was given a request. Before it answered it thought; its thoughts stand between the tags. They are

@@ -165,7 +165,10 @@ def test_a_resumed_sample_is_drawn_from_its_own_place(copy, done):
     config = parsed("--suite", SUITE)[0]
     target, seen = stages.Target(config), []
     real = target.sample
-    target.sample = lambda some, how, places, keep: (seen.append(places), real(some, how, list(range(len(some))), keep))
+    target.sample = lambda some, how, places, *more: (
+        seen.append(places),
+        real(some, how, list(range(len(some))), *more),
+    )
     stages.generate(config, target, items, copy / "generations.jsonl", greedy=False)
     assert seen[0] != list(range(len(seen[0])))
     after = {scores.key(r): r["completion"] for r in lines(copy / "generations.jsonl")}
@@ -497,6 +500,35 @@ def test_a_provider_that_fails_ends_with_3(tmp_path, server, monkeypatch):
     server.said = {"bad": safety.Unscored("endpoint_500")}
     assert ask(tmp_path, ["bad", "good"]) == 3
     assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("reason", ["endpoint_dead", "endpoint_429", "max_cost", "max_requests"])
+def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, server, monkeypatch, reason):
+    """Of the model's server and of the judge's; what the judge could not read stays as it is."""
+    lost, judged = {"unscored": reason}, []
+
+    def judge(i, item, part):
+        judged.append(scores.key(item))
+        return {"noparse": {"unscored": "rubric_no_verdict"}, "again": lost}.get(item["prompt"], word())
+
+    fake_judge(monkeypatch, wildguard=judge)
+    server.said = {"bad": safety.Unscored(reason)}
+    texts, folder = ["bad", "good", "noparse", "again"], tmp_path / "run"
+    assert ask(tmp_path, texts, "--samples", "2") == 3 and len(judged) == 6  # not the two that are no answer
+    assert read(folder / "result.json")["own:own"]["reasons"] == {"provider": 2, "rubric_no_verdict": 2, reason: 2}
+    server.said, lost = {}, word()
+    server.seen.clear(), judged.clear()
+    assert run("--rescore", folder) == 3 and not server.seen
+    assert sorted(judged) == [("own:own/0003", 0), ("own:own/0003", 1)]
+    with stages.Appender(folder / "generations.jsonl") as file:  # one of the bad item's samples is there
+        good = next(record for record in file.done.values() if record["prompt"] == "good")
+        file.add({**good, "id": "own:own/0000", "sample": 0, "prompt": "bad"})
+    judged.clear()
+    assert run("--resume", folder) == 3  # the judge could not read 2 of 8
+    assert [s["text"] for s in server.seen] == ["bad"] and sorted(judged) == [("own:own/0000", 0), ("own:own/0000", 1)]
+    assert read(folder / "result.json")["own:own"]["reasons"] == {"rubric_no_verdict": 2}
+    with pytest.raises(UserError, match="is finished"):
+        run("--resume", folder)
 
 
 def test_a_server_takes_no_given_start(tmp_path, server):
