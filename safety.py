@@ -1,4 +1,4 @@
-"""The vocabulary of the project: specs, prompts, tokens, verdicts, rewards. Pure functions, no model, no network.
+"""The vocabulary of the project: specs, prompts, tokens, verdicts. Pure functions, no model, no network.
 
 Two rules hold everywhere. *Text is data*: whatever a user, a model or a data set wrote never becomes a control token
 (`render`) and never opens or closes a delimiter (`escape`). *Three outcomes*: what cannot be parsed is `None` or

@@ -175,7 +175,8 @@ TSV = {"delimiter": "\t", "keep_default_na": False}  # else the word "NA" become
 WILD = {"hub": "allenai/wildjailbreak", "licence": "ODC-BY", "options": TSV, "get": AI2}
 GITHUB = "https://raw.githubusercontent.com"
 XSTEST = f"{GITHUB}/paul-rottger/exaggerated-safety/475f10bf0a3d6a9dfb174b6de1a38afbfdff98a5/xstest_prompts.csv"
-STRONGREJECT = f"{GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv"
+STRONGREJECT = f"{GITHUB}/alexandrasouly/strongreject/3432b2d696b428f242bd507df96d80f686571d5e"
+STRONGREJECT += "/strongreject_dataset/strongreject_dataset.csv"
 FULL_INPUT = "Full_Input (H-CoT + Request)"
 # The 250 that STAR-1 draws of WildJailbreak's 2,000 with datasets' shuffle(seed=42), frozen by the hash of their places
 WILD_250 = "99c22dac552f6f07b1c7ec5a1f8602e25eb43ad0abcef80388979ebbe4d76001"
@@ -237,7 +238,7 @@ def fortress(column: str) -> Source:
     return Source("ScaleAI/fortress_public", "CC-BY-4.0, evaluation only", columns, fields, 500, only=NO_TRAINING)
 
 
-MATHS = {"problem": str, "answer": (str, int)}
+PROBLEM = {"problem": str, "answer": (str, int)}
 TROTTER = "encode the questions as its paper (A Mousetrap) does, JSONL with `instruction` and `question`"
 JAILBREAK_R1 = "rewrite a list of goals with the published attacker once, JSONL with `attack` and `goal`"
 VERIFY = {"prompt": str, "answer": str, "spec": str, "verdict": str}
@@ -270,9 +271,9 @@ EVALUATION = {  # name -> metric, source
     ),
     "xstest": ("compliance", xstest(False, 250)),
     "xstest:contrast": ("asr", xstest(True, 200)),
-    "math500": ("accuracy", Source("HuggingFaceH4/MATH-500", "MIT", MATHS, problem, 500, split="test")),
-    "aime24": ("accuracy", Source("HuggingFaceH4/aime_2024", "none stated", MATHS, problem, 30)),
-    "aime25": ("accuracy", Source("math-ai/aime25", "none stated", MATHS, problem, 30, split="test")),
+    "math500": ("accuracy", Source("HuggingFaceH4/MATH-500", "MIT", PROBLEM, problem, 500, split="test")),
+    "aime24": ("accuracy", Source("HuggingFaceH4/aime_2024", "none stated", PROBLEM, problem, 30)),
+    "aime25": ("accuracy", Source("math-ai/aime25", "none stated", PROBLEM, problem, 30, split="test")),
     "verify": (
         "f1",
         Source("", "own", VERIFY, verification, optional={"meta": dict}, get="records of kind verify of make_data.py"),
@@ -294,7 +295,7 @@ def own_suite(renamed: dict[str, str]) -> tuple[str, Source, dict[str, str]]:
 
 # ------------------------------------------------------------------------------------------------- training sets
 
-HARMFUL, BENIGN, SUM = "harmful", "benign", "maths"  # kinds of a training prompt
+HARMFUL, BENIGN, MATHS = "harmful", "benign", "maths"  # kinds of a training prompt
 
 
 def labelled(row: dict) -> dict:
@@ -320,7 +321,7 @@ def wild_train(prefix: str, column: str) -> Source:
 
 
 def dapo(row: dict) -> dict:
-    return {"prompt": row["prompt"][-1]["content"], "kind": SUM, "target": str(row["reward_model"]["ground_truth"])}
+    return {"prompt": row["prompt"][-1]["content"], "kind": MATHS, "target": str(row["reward_model"]["ground_truth"])}
 
 
 DAPO = {"prompt": list, "reward_model": dict}
@@ -337,12 +338,12 @@ TRAINING = {
 
 def own_prompts(renamed: dict[str, str]) -> tuple[Source, dict[str, str]]:
     """(source, column names) of `own=PATH:kind=harmful`; kind is a column, or one of harmful, benign, maths for all."""
-    renamed, kinds = dict(renamed), (HARMFUL, BENIGN, SUM)
+    renamed, kinds = dict(renamed), (HARMFUL, BENIGN, MATHS)
     fixed = renamed.pop("kind") if renamed.get("kind") in kinds else ""
 
     def fields(row: dict) -> dict:
         kind = fixed or row["kind"]
-        if kind not in kinds or (kind == SUM and "target" not in row):
+        if kind not in kinds or (kind == MATHS and "target" not in row):
             raise ValueError(f"kind {kind!r} is none of {', '.join(kinds)}, or a maths problem has no target")
         return {**row, "kind": kind}
 

@@ -26,7 +26,7 @@ import safety
 import scores
 from pocket import world as pocket
 from runs import UserError
-from sources import BENIGN, EVALUATION, HARMFUL, SUM, TRAINING, Source, own_prompts, own_suite, read
+from sources import BENIGN, EVALUATION, HARMFUL, MATHS, TRAINING, Source, own_prompts, own_suite, read
 
 # ------------------------------------------------------------------------------------------------- the pocket's suites
 
@@ -219,7 +219,7 @@ def pocket_maths(world: pocket.World, seed: int, n: int = 512) -> list[dict]:
     while len(prompts) < n:
         prompt, a, b = pocket.sum_problem(rng)
         if f"{a}+{b}" not in tested:
-            prompts[prompt] = {"prompt": prompt, "target": str(a + b), "kind": SUM}
+            prompts[prompt] = {"prompt": prompt, "target": str(a + b), "kind": MATHS}
     return list(prompts.values())
 
 
