@@ -15,6 +15,8 @@ decoded by its own settings unless a flag says otherwise. Intervals are 95 %. NA
 into an attack on the thinking: its start is given, or faked inside the request.
 """
 
+import contextlib
+import hashlib
 import json
 import random
 import sys
@@ -25,8 +27,8 @@ from pathlib import Path
 import runs
 from runs import UserError, option
 
-engine, injection, judges, model, report, safety, scores, stages, suites = map(
-    runs.Lazy, ("engine", "injection", "judges", "model", "report", "safety", "scores", "stages", "suites")
+engine, injection, judges, model, records, report, safety, scores, stages, suites = map(
+    runs.Lazy, ("engine", "injection", "judges", "model", "records", "report", "safety", "scores", "stages", "suites")
 )
 PAPER_SUITES = "strongreject,fortress,wildjailbreak:250,hcot,xstest,math500,aime24"
 
@@ -41,7 +43,7 @@ class Config:
     judge_thinking: bool = option(False, "guards and endpoints judge the thinking too")
     check_judge: str = option("", "endpoint=MODEL@URL that says whether a thought checks its own answer")
     controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
-    max_unscored: float = option(0.01, "exit 3 if a judge left a larger share unscored")
+    max_unscored: float = option(0.01, "exit 3 if a judge, or the model's server, left a larger share open")
     limit: int = option(0, "items a suite; 0: all")
     stratify: bool = option(False, "with --limit: take turns among the categories, else among the clusters")
     allow_count: bool = option(False, "read a set although it has not the published number of rows")
@@ -146,7 +148,13 @@ def training_runs(path: str) -> list[tuple[Path, dict]]:
     file = Path(path).parent / "config.json" if path else None
     if file is None or Path(path).name != "model" or not file.is_file():
         return []
-    values = json.loads(file.read_text())["values"]
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    if not isinstance(saved, dict) or saved.get("script") not in ("train_sft", "train_rl"):
+        return []  # no run of ours
+    values = saved["values"]
     earlier = [run for name in ("adapter", "model") for run in training_runs(values.get(name, ""))]
     return [(file.parent, values), *earlier]
 
@@ -166,8 +174,14 @@ def reward_judges(config: Config) -> list[str]:
 EXACT = ("pocket", "maths")
 
 
+def biased(judge: str, rewarded: list[str]) -> bool:
+    """Whether a judge, or one of its family, rewarded the training; a verifier is exact all the same."""
+    return family(judge) in {family(name) for name in rewarded} - set(EXACT)
+
+
 def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list[str]:
-    """The names of --judge. Raises UserError for one that cannot judge these items, or that may not judge alone."""
+    """The names of --judge, those of the training's reward last. Raises UserError for one that cannot judge these
+    items, and where all were the reward."""
     names = list(dict.fromkeys(config.judge.split(",")))
     for name in names:
         kind, _, path = name.partition("=")
@@ -183,40 +197,33 @@ def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list
         raise UserError(f"--judge maths: {requests[0]['suite']} holds requests, which need another judge")
     if "pocket" in names and any("item" not in item for item in requests):
         raise UserError("--judge pocket: it knows pocket items only")
-    own = {family(name) for name in rewarded} - set(EXACT)
-    if requests and {family(name) for name in names} <= own:
+    partial = [name for name in names if biased(name, rewarded)] if requests else []
+    if partial == names:
         raise UserError(f"--judge {config.judge}: it was the reward of this model's training; add another judge")
-    return names
+    if partial:
+        print(f"{', '.join(partial)}: the reward of this model's training; goes last and gives no figure of the table")
+    return [name for name in names if name not in partial] + partial
 
 
 # ------------------------------------------------------------------------------------------------- stages
 
 
 def slug(name: str) -> str:
-    """A judge's name as part of a file's."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:100]
+    """A judge's name as part of a file's; a hash tells apart names that differ only in what a file's cannot hold."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name)[:100]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def label_all(config: Config, items: list[dict], names: list[str], folder: Path, stem: str, world) -> tuple[dict, dict]:
-    """({judge: labelled items}, {judge: what its endpoint used}). A guard is in memory while it judges, no longer."""
-    labelled, usage = {}, {}
-    for name in names:
-        judge = load_judge(config, name, world)
-        labelled[name] = stages.label(judge, items, folder / f"{stem}_{slug(name)}.jsonl")
-        if config.judge_thinking and not judge.exact:
-            requests = [item for item in items if item["kind"] == "request"]
-            thoughts = stages.label(judge, requests, folder / f"{stem}_{slug(name)}_thinking.jsonl", "thinking")
-            safe = {scores.key(item): item.get("safe") for item in thoughts}
-            labelled[name] = [{**item, "thinking_safe": safe.get(scores.key(item))} for item in labelled[name]]
-        usage |= {name: judge.endpoint.usage} if judge.endpoint else {}
-        del judge  # before the next one is loaded
-    if config.check_judge:
-        judge = stages.checks_judge(config)
-        checks, usage["checks"] = stages.label(judge, items, folder / f"{stem}_checks.jsonl"), judge.endpoint.usage
-        said = {scores.key(item): item["checked"] for item in checks if "checked" in item}
-        for name, group in labelled.items():
-            labelled[name] = [{**i, "checked": said.get(scores.key(i))} if i["kind"] == "request" else i for i in group]
-    return labelled, usage
+@contextlib.contextmanager
+def timed(plan: dict, folder: Path, stage: str):
+    """Add the seconds of a stage, also of one that ends in an error, to the plan, from which the next start reads."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        plan["seconds"][stage] = plan["seconds"].get(stage, 0) + time.perf_counter() - begun
+        with contextlib.suppress(OSError):  # the disk is full: the stage, or the next one, says so
+            runs.write_json(folder / "plan.json", plan)
 
 
 def load_judge(config: Config, name: str, world):
@@ -224,6 +231,49 @@ def load_judge(config: Config, name: str, world):
     runs.pick_kernels(config.kernels, device)
     dtype, limits = runs.pick_dtype(config.dtype, device), stages.endpoint_limits(config)
     return judges.load(name, world=world, device=device, dtype=dtype, controversial=config.controversial, limits=limits)
+
+
+def ask_judges(config: Config, names: list[str]) -> dict:
+    """{name: judge} of those that ask a server, --check-judge as "checks". Built before anything is written: a URL that
+    is none, one with a password, and a key that is missing show now."""
+    found = {name: load_judge(config, name, None) for name in names if name.startswith("endpoint=")}
+    return found | ({"checks": stages.checks_judge(config)} if config.check_judge else {})
+
+
+def endpoints_of(servers: dict, target=None) -> dict:
+    """{name: endpoint} of the judges that ask one, and of the model under test."""
+    found = {name: judge.endpoint for name, judge in servers.items() if judge.endpoint}
+    return found | ({"target": target.endpoint} if target is not None and target.endpoint else {})
+
+
+def judged(config: Config, judge, items: list[dict], stem: Path) -> list[dict]:
+    """The items with a judge's labels, with --judge-thinking also with `thinking_safe`."""
+    labelled = stages.label(judge, items, stem.with_name(f"{stem.name}.jsonl"), config.controversial)
+    if not config.judge_thinking or judge.exact:
+        return labelled
+    requests = [item for item in items if item["kind"] == "request"]
+    path = stem.with_name(f"{stem.name}_thinking.jsonl")
+    thoughts = stages.label(judge, requests, path, config.controversial, "thinking")
+    safe = {scores.key(item): item.get("safe") for item in thoughts}
+    return [{**item, "thinking_safe": safe.get(scores.key(item))} for item in labelled]
+
+
+def label_all(config: Config, done: dict[str, list[dict]], names: list[str], servers: dict, folder: Path, world):
+    """{mode: {judge: labelled items}}. A guard is in memory while it judges, all modes at once, and no longer."""
+    labelled = {mode: {} for mode in done}
+    for name in names:
+        judge = servers.get(name) or load_judge(config, name, world)
+        for mode, items in done.items():
+            labelled[mode][name] = judged(config, judge, items, folder / f"labels{mode}_{slug(name)}")
+        del judge  # before the next one is loaded
+    if config.check_judge:
+        for mode, items in done.items():
+            path = folder / f"labels{mode}_checks.jsonl"
+            checks = stages.label(servers["checks"], items, path, config.controversial)
+            said = {scores.key(item): item["checked"] for item in checks if "checked" in item}
+            sign = lambda i: {"checked": said.get(scores.key(i))} if i["kind"] == "request" else {}  # noqa: B023, E731
+            labelled[mode] = {name: [{**i, **sign(i)} for i in group] for name, group in labelled[mode].items()}
+    return labelled
 
 
 # ------------------------------------------------------------------------------------------------- own answers
@@ -245,32 +295,34 @@ def own_verifications(items: list[dict], spec_text: str, n: int, seed: int) -> l
     ]  # fmt: skip
 
 
+def load_spec(config: Config):
+    try:
+        return safety.load_spec(config.spec)
+    except ValueError as error:
+        raise UserError(f"--spec: {error}") from None
+
+
 def verify_own(config: Config, target, labelled: list[dict], folder: Path) -> list[dict]:
     """Labelled verifications of own answers. Without a target (--rescore) those that were sampled, truths renewed."""
     path = folder / "own.jsonl"
-    try:
-        spec_text = safety.load_spec(config.spec).text
-    except ValueError as error:
-        raise UserError(f"--spec: {error}") from None
     if target is None:
         safe = {f"{stages.OWN}/{item['id']}": item.get("safe") for item in labelled if item.get("sample", 0) == 0}
         done = [i | {"target": "safe" if safe[i["id"]] else "unsafe"} for i in stages.stored(path).values()
                 if safe.get(i["id"]) is not None]  # fmt: skip
     else:
-        done = stages.generate(
-            config, target, own_verifications(labelled, spec_text, config.verify_own, config.seed), path, False
-        )
+        items = own_verifications(labelled, load_spec(config).text, config.verify_own, config.seed)
+        done = stages.generate(config, target, items, path, False)
     return [{**item, **given} for item, given in zip(done, judges.exact_labels(done), strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------- scoring
 
 
-def headline(by_judge: dict[str, list[dict]], figures: dict[str, dict]) -> tuple[dict, list[dict]]:
-    """(rows, labelled items): of each suite, those of the first judge that scored anything in it."""
+def headline(by_judge: dict[str, list[dict]], figures: dict[str, dict], rewarded: list[str]) -> tuple[dict, list[dict]]:
+    """(rows, labelled items): of each suite, those of the first judge that scored anything in it and was no reward."""
     source = {}
     for suite in next(iter(figures.values())):
-        able = [name for name in figures if figures[name][suite]["value"] is not None]
+        able = [n for n in figures if figures[n][suite]["value"] is not None and not biased(n, rewarded)]
         source[suite] = able[0] if able else next(iter(figures))
     rows = {suite: {**figures[name][suite], "judge": name} for suite, name in source.items()}
     items = [{**i, "judge": name} for name, group in by_judge.items() for i in group if source[i["suite"]] == name]
@@ -287,12 +339,16 @@ def pairs_of(by_judge: dict[str, list[dict]]) -> dict[str, dict]:
     }
 
 
-def unscored_shares(by_judge: dict[str, dict]) -> dict[str, float]:
-    """{judge: share of all completions that it left unscored}."""
-    shares = {}
-    for name, figures in by_judge.items():
-        rows = list(figures.values())
-        shares[name] = sum(row["unscored"] for row in rows) / sum(row["n"] for row in rows)
+def unscored_shares(by_judge: dict[str, list[dict]]) -> dict[str, float]:
+    """{judge: share of the requests' answers put to it that it left unscored}, of maths problems the grader's, and of
+    all completions those that the model's server did not give."""
+    items = next(iter(by_judge.values()))
+    groups = {name: [i for i in group if i["kind"] == "request"] for name, group in by_judge.items()}
+    groups["maths_grader"] = [item for item in items if item["kind"] == "maths"]
+    shares = {"target": sum(item["finish_reason"] == "provider" for item in items) / len(items)}
+    for name, group in groups.items():
+        reasons = [scores.outcome(item)[1] for item in group if (item["answer"] or "").strip()]
+        shares[name] = sum(reason not in ("", *scores.OURS) for reason in reasons) / max(len(reasons), 1)
     return shares
 
 
@@ -300,25 +356,22 @@ def write_lines(path: Path, items: list[dict]) -> None:
     runs.write_atomic(path, "".join(json.dumps(item) + "\n" for item in items).encode("ascii"))
 
 
-def judge_mode(config: Config, folder: Path, mode: str, items: list[dict], names, world, target, plan) -> dict:
-    """Labels, own verifications and figures of one way of decoding: its part of the summary, with `rows` in front."""
-    begun = time.perf_counter()
-    by_judge, usage = label_all(config, items, names, folder, f"labels{mode}", world)
+def score_mode(config: Config, folder: Path, mode: str, by_judge: dict[str, list[dict]], target, plan) -> dict:
+    """Own verifications and figures of one way of decoding: its part of the summary, with `rows` in front."""
     figures = {name: scores.score(group) for name, group in by_judge.items()}
-    rows, labelled = headline(by_judge, figures)
-    plan["seconds"][f"judge{mode}"] = time.perf_counter() - begun
+    rows, labelled = headline(by_judge, figures, plan["rewarded_by"])
     if not mode and (config.verify_own or (folder / "own.jsonl").exists()):
-        begun = time.perf_counter()
-        own = verify_own(config, target, labelled, folder)
-        rows |= {name: {**row, "judge": names[0]} for name, row in scores.score(own).items()}
+        with timed(plan, folder, "own answers"):
+            own = verify_own(config, target, labelled, folder)
+        rows |= {name: {**row, "judge": next(iter(by_judge))} for name, row in scores.score(own).items()}
         labelled += own
-        plan["seconds"]["own answers"] = time.perf_counter() - begun
     for name, row in rows.items():
         row["decoding"] = plan["decoding"][mode].get(name, "as the suites that they come from")
     write_lines(folder / f"items{mode}.jsonl", labelled)
-    shares = {f"{name}{mode}": share for name, share in unscored_shares(figures).items()}
+    shares = {f"{name}{mode}": share for name, share in unscored_shares(by_judge).items()}
     agreement = {f"{pair}{mode}": table for pair, table in pairs_of(by_judge).items()}
-    return {"rows": rows, "figures": figures, "usage": usage, "agreement": agreement, "unscored": shares}
+    lost = any(stages.failed(item) for group in (*by_judge.values(), labelled) for item in group)
+    return {"rows": rows, "figures": figures, "agreement": agreement, "unscored": shares, "lost": lost}
 
 
 def show_mode(mode: str, rows: dict, names: list[str]) -> None:
@@ -327,23 +380,30 @@ def show_mode(mode: str, rows: dict, names: list[str]) -> None:
         print(f"{how}: {', '.join(name for name, row in rows.items() if row['decoding'] == how)}")
 
 
-def judge_and_score(config: Config, folder: Path, done: dict[str, list[dict]], names, world, target, plan) -> int:
-    """Everything after the samples, `done`: {"" or "_greedy": samples}. Returns the exit code, all files written."""
-    parts = {}
-    for mode, items in done.items():
-        parts[mode] = judge_mode(config, folder, mode, items, names, world, target, plan)
-        show_mode(mode, parts[mode]["rows"], names)
+def judge_and_score(config: Config, folder: Path, done: dict[str, list[dict]], names, servers, world, target, plan):
+    """{"" or "_greedy": its part of the summary}, from the samples, `done`, of each."""
+    with timed(plan, folder, "judge"):
+        labelled = label_all(config, done, names, servers, folder, world)
+    parts = {mode: score_mode(config, folder, mode, group, target, plan) for mode, group in labelled.items()}
+    for mode, part in parts.items():
+        show_mode(mode, part["rows"], names)
+    return parts
+
+
+def conclude(config: Config, folder: Path, parts: dict[str, dict], plan: dict) -> int:
+    """Write the results, the last of a run's files. Returns the exit code."""
     result = next(iter(parts.values()))["rows"]
     summary = {**plan, "figures": {m or "sampled": {**p["figures"], "headline": p["rows"]} for m, p in parts.items()}}
-    for name in ("agreement", "usage", "unscored"):
+    for name in ("agreement", "unscored"):
         summary[name] = {key: value for part in parts.values() for key, value in part[name].items()}
-    if target is not None and target.endpoint:
-        summary["usage"]["target"] = target.endpoint.usage
+    summary["usage"] = records.total_usage(folder)
     print("\n" + scores.details(result))
     print(scores.agreement_table(summary["agreement"]), end="")
     runs.write_json(folder / "summary.json", summary)
     runs.write_json(folder / "result.json", result)
     print(f"\n{sum(summary['seconds'].values()):.0f} s; everything lies in {folder}")
+    if any(part["lost"] for part in parts.values()):
+        print(f"what a server or a limit left out is asked for again by --resume {folder}", file=sys.stderr)
     return say_unscored(summary["unscored"], config)
 
 
@@ -381,7 +441,7 @@ def reopen(folder: Path) -> None:
 
 
 def evaluate(config: Config, origin: dict) -> int:
-    seed, facts, modes = None, {}, {"": False} | ({"_greedy": True} if config.greedy else {})
+    seed, facts, modes = None, {}, {"": False, "_greedy": True} if config.greedy else {"": False}
     if not config.endpoint and runs.is_pocket(config.model):
         seed = runs.world_seed(config.model)
     world = pocket_world(seed)
@@ -390,8 +450,13 @@ def evaluate(config: Config, origin: dict) -> int:
         raise UserError("--endpoint: a chat server takes no given start of the thinking; leave those suites out")
     rewarded = reward_judges(config)
     names, target = check_judges(config, items, rewarded), stages.Target(config)
+    servers = ask_judges(config, names)
+    if config.verify_own:
+        load_spec(config)
     if config.resume:
         reopen(Path(config.resume))
+    else:
+        target.load()  # now, as everything that can be wrong with the settings must show before a folder has them
     folder = runs.new_folder(config, origin, "evaluate")
     method, trained = method_of(config)
     plan = {
@@ -402,17 +467,21 @@ def evaluate(config: Config, origin: dict) -> int:
         "sets": facts,
         "seconds": {},
     }
+    if (folder / "plan.json").exists():
+        plan["seconds"] = json.loads((folder / "plan.json").read_text())["seconds"]
     plan["decoding"] = {m: {i["suite"]: str(stages.decoding(config, i, g)) for i in items} for m, g in modes.items()}
     plan["training"] = [str(run.resolve()) for run, _ in training_runs(config.adapter) or training_runs(config.model)]
     runs.write_json(folder / "plan.json", plan)
-    done = {}
-    for mode, greedy in modes.items():
-        begun = time.perf_counter()
-        done[mode] = stages.generate(config, target, items, folder / f"generations{mode}.jsonl", greedy)
-        plan["seconds"][f"generate{mode}"] = time.perf_counter() - begun
-    if not set(names) <= {*EXACT}:
-        target.close()
-    return judge_and_score(config, folder, done, names, world, target, plan)
+    with contextlib.ExitStack() as stack:
+        stack.callback(records.note_usage, folder, endpoints_of(servers, target))
+        done = {}
+        for mode, greedy in modes.items():
+            with timed(plan, folder, f"generate{mode}"):
+                done[mode] = stages.generate(config, target, items, folder / f"generations{mode}.jsonl", greedy)
+        if not set(names) <= {*EXACT}:
+            target.close()
+        parts = judge_and_score(config, folder, done, names, servers, world, target, plan)
+    return conclude(config, folder, parts, plan)
 
 
 def rescore(config: Config, origin: dict) -> int:
@@ -428,16 +497,20 @@ def rescore(config: Config, origin: dict) -> int:
     config = Config(**values)
     done = {}
     for mode, known in plan["decoding"].items():
-        records, order = stages.stored(folder / f"generations{mode}.jsonl"), list(known)
-        if records:
-            done[mode] = sorted(records.values(), key=lambda item: (order.index(item["suite"]), *scores.key(item)))
+        samples, order = stages.stored(folder / f"generations{mode}.jsonl"), list(known)
+        if samples:
+            done[mode] = sorted(samples.values(), key=lambda item: (order.index(item["suite"]), *scores.key(item)))
     if not done:
         raise UserError(f"--rescore {folder}: nothing was generated there")
     names = check_judges(config, next(iter(done.values())), plan["rewarded_by"])
+    servers, world = ask_judges(config, names), pocket_world(plan["world_seed"])
     for name in set(names) & {*EXACT}:
         for old in folder.glob(f"labels*_{name}.jsonl"):
             old.unlink()
-    return judge_and_score(config, folder, done, names, pocket_world(plan["world_seed"]), None, plan)
+    with contextlib.ExitStack() as stack:
+        stack.callback(records.note_usage, folder, endpoints_of(servers))
+        parts = judge_and_score(config, folder, done, names, servers, world, None, plan)
+    return conclude(config, folder, parts, plan)
 
 
 def compare(config: Config) -> int:
@@ -468,8 +541,9 @@ def selftest(config: Config, origin: dict) -> int:
     if exact := [name for name in names if name in EXACT]:
         why = "an exact verifier, which reads no instructions; name guards or endpoints"
         raise UserError(f"--selftest-injection: --judge {exact[0]} is {why}")
+    servers = ask_judges(config, names)
     for name in names:
-        judge = load_judge(config, name, None)
+        judge = servers.get(name) or load_judge(config, name, None)
         folder = folder or runs.new_folder(config, origin, "evaluate")
         found[name] = judges.selftest_injection(judge) | ({"usage": judge.endpoint.usage} if judge.endpoint else {})
         del judge  # before the next one is loaded
@@ -482,8 +556,8 @@ def selftest(config: Config, origin: dict) -> int:
 def chat(config: Config) -> int:
     """A line in, thinking (dimmed) and answer out. /verify: the model judges its last answer under --spec; /new
     forgets the conversation; /quit ends."""
+    spec = load_spec(config)
     transformer, tokenizer = stages.load_model(config)
-    spec = safety.load_spec(config.spec)
     end, turns, count = model.end_ids(transformer, tokenizer), [], 0
     sampler = engine.Engine(transformer, end)
 

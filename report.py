@@ -741,7 +741,7 @@ def cost_table(found: list[Run]) -> str:
             rows.append(
                 [f"{e(run.method)} <small>{e(run.folder.name)}</small>", f"{tokens:,.0f}", speed, shown, used or "–"]
             )
-    return table(["run", "tokens", "tokens a second", "seconds of the last start", "endpoints"], rows) if rows else ""
+    return table(["run", "tokens", "tokens a second", "seconds", "endpoints"], rows) if rows else ""
 
 
 def settings_table(found: list[Run]) -> str:

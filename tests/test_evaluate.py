@@ -138,8 +138,8 @@ def interrupted(folder: Path, name: str, keep: int) -> None:
         "generations.jsonl",
         "generations_greedy.jsonl",
         "labels_pocket.jsonl",
-        "own.jsonl",
         "labels_greedy_pocket.jsonl",
+        "own.jsonl",
     ]
     for later in [*order[order.index(name) + 1 :], "items.jsonl", "items_greedy.jsonl", "result.json", "summary.json"]:
         (folder / later).unlink()
@@ -300,7 +300,7 @@ def training_run(folder: Path, guard="qwen3guard", **values) -> str:
     return str(folder / "model")
 
 
-def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch):
+def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model, "resolve", lambda path: Path(path))
     adapter = training_run(tmp_path / "ours-3")
     items = [{"kind": "request", "suite": "strongreject"}]
@@ -309,13 +309,73 @@ def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="was the reward"):
         evaluate.check_judges(config, items, ["qwen3guard"])
     both = replace(config, judge="qwen3guard,wildguard")
-    assert evaluate.check_judges(both, items, ["qwen3guard"]) == ["qwen3guard", "wildguard"]
+    assert evaluate.check_judges(both, items, ["qwen3guard"]) == ["wildguard", "qwen3guard"]
+    assert "qwen3guard: the reward of this model's training; goes last" in capsys.readouterr().out
+    assert evaluate.check_judges(both, items, []) == ["qwen3guard", "wildguard"]
     verify = [{"kind": "verify", "suite": "verify"}]
     assert evaluate.check_judges(config, verify, ["qwen3guard"])  # parsed, not judged
     assert evaluate.check_judges(replace(config, judge="pocket"), [{**items[0], "item": "x"}], ["pocket"])
     endpoint = replace(config, judge="endpoint=m@https://a.example/v1")
     with pytest.raises(UserError, match="was the reward"):
         evaluate.check_judges(endpoint, items, ["endpoint=m@https://b.example/v1"])
+
+
+def test_the_reward_gives_no_figure_of_the_table_even_where_others_have_no_word(copy, monkeypatch):
+    plan = read(copy / "plan.json")
+    (copy / "plan.json").write_text(json.dumps(plan | {"rewarded_by": ["qwen3guard"]}))
+    fake_judge(
+        monkeypatch, qwen3guard=lambda i, item, part: word(), llamaguard3=lambda i, item, part: word(False, None)
+    )
+    assert run("--rescore", copy, "--judge", "qwen3guard,llamaguard3") == 0
+    result, figures = read(copy / "result.json"), read(copy / "summary.json")["figures"]["sampled"]
+    assert result["pocket:plain"]["judge"] == "llamaguard3" and result["pocket:plain"]["value"] == 1
+    assert result["pocket:benign"]["value"] is None and figures["qwen3guard"]["pocket:benign"]["value"] == 1
+
+
+def test_a_folder_of_someone_else_beside_a_model_is_no_run(tmp_path):
+    (tmp_path / "model").mkdir()
+    config = replace(parsed()[0], adapter=str(tmp_path / "model"))
+    for text in ('{"hidden_size": 4}', "[1]", "no JSON", '{"script": "other", "values": {"guard": "x", "seed": 1}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert evaluate.reward_judges(config) == [] and evaluate.method_of(config) == ("model", None)
+
+
+def test_files_of_two_judges_are_two():
+    names = ["endpoint=a/b@http://h/v1", "endpoint=a_b@http://h/v1", "x" * 101, "x" * 102, "x" * 100, "wildguard", "é"]
+    slugs = [evaluate.slug(name) for name in names]
+    assert len(set(slugs)) == len(names) and evaluate.slug("wildguard") == "wildguard"
+    assert all(re.fullmatch(r"[\w.-]{1,109}", slug, re.ASCII) for slug in slugs)
+
+
+def test_a_judge_answers_for_what_it_was_asked():
+    """Not for sums, which would dilute its failures, nor for what was cut off, empty, or lost by the model's server."""
+    base = {"metric": "asr", "kind": "request", "answer": "a", "finish_reason": "stop"}
+    lost, bad = {**base, "answer": None, "finish_reason": "provider"}, {**base, "unscored": "guard_noparse"}
+    cut = {**base, "answer": None, "finish_reason": "length", "unscored": "truncated"}
+    total = {**base, "kind": "sum", "metric": "accuracy", "correct": True}
+    maths = {**total, "kind": "maths"}
+    items = [bad, *[{**base, "safe": True}] * 3, lost, {**base, "answer": " ", "safe": True}, cut, *[total] * 90]
+    assert evaluate.unscored_shares({"g": items})["g"] == 1 / 4
+    assert evaluate.unscored_shares({"g": items})["target"] == 1 / len(items)
+    hard = {**maths, "unscored": "maths_timeout"}
+    shares = evaluate.unscored_shares({"g": [base | {"safe": True}, maths, hard]})
+    assert shares == {"target": 0, "g": 0, "maths_grader": 0.5}
+    assert evaluate.unscored_shares({"g": [lost]})["g"] == 0
+
+
+def test_rescoring_counts_controversial_as_it_is_told(copy, monkeypatch):
+    """By the guard's stored words, which it does not give again."""
+    said = safety.Guard("controversial", False)
+    fake_judge(monkeypatch, wildguard=lambda i, item, part: judges.guard_label(said))
+    assert run("--rescore", copy, "--judge", "wildguard") == 0
+    before = read(copy / "result.json")
+    fake_judge(monkeypatch, wildguard=lambda i, item, part: 1 / 0)
+    assert run("--rescore", copy, "--judge", "wildguard", "--controversial", "safe") == 0
+    after = read(copy / "result.json")
+    for suite, values in {"pocket:plain": (1, 0), "pocket:benign": (0, 1)}.items():
+        assert (before[suite]["value"], after[suite]["value"]) == values
+    assert run("--rescore", copy, "--judge", "wildguard") == 0
+    assert read(copy / "result.json") == before
 
 
 def test_the_reward_is_found_through_the_runs_that_a_run_started_from(tmp_path):
@@ -439,13 +499,17 @@ def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypa
 class FakeEndpoint:
     """What a server would say, by the request's text."""
 
-    said, seen = {}, []
+    said, seen, made = {}, [], []
 
     def __init__(self, url, name, **limits):
         self.usage = {"requests": 0, "cost": 0.0}
+        self.made.append((url, limits["max_requests"]))
 
     def chat(self, messages, max_tokens, temperature=0.0, seed=None, top_p=None):
+        self.usage["requests"] += 1
         self.seen.append({"text": messages[0]["content"], "max_tokens": max_tokens, "temperature": temperature})
+        if "stop now" in messages[0]["content"] and self.said.pop("stop now", None):
+            raise UserError("stopped")
         found = [reply for part, reply in self.said.items() if part in messages[0]["content"]]
         return found[0] if found else client.Reply("fine", "stop", 3, 4)
 
@@ -454,6 +518,7 @@ class FakeEndpoint:
 def server(monkeypatch):
     monkeypatch.setattr(FakeEndpoint, "said", {})
     monkeypatch.setattr(FakeEndpoint, "seen", [])
+    monkeypatch.setattr(FakeEndpoint, "made", [])
     monkeypatch.setattr(client, "Endpoint", FakeEndpoint)
     monkeypatch.setattr(judges, "Endpoint", FakeEndpoint)
     monkeypatch.setattr(runs, "load_model", no_model)
@@ -529,6 +594,54 @@ def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, s
     assert read(folder / "result.json")["own:own"]["reasons"] == {"rubric_no_verdict": 2}
     with pytest.raises(UserError, match="is finished"):
         run("--resume", folder)
+
+
+def test_use_of_servers_is_one_budget_for_both_modes_and_adds_up_over_starts(tmp_path, server, monkeypatch):
+    """Control: the counts are those of the requests themselves, and each start has made each endpoint once."""
+    judge, check = "endpoint=m@http://localhost:2/v1", "endpoint=m@http://localhost:3/v1"
+    monkeypatch.setattr(client, "PARALLEL", 1)  # so that the last request ends the first start
+    server.said = {"stop now": True}
+    words = ["--judge", judge, "--check-judge", check, "--greedy", "--max-requests", "99", "--max-unscored", "1"]
+    with pytest.raises(UserError, match="stopped"):
+        ask(tmp_path, ["one", "two", "stop now"], *words)
+    first = len(server.seen)
+    assert run("--resume", tmp_path / "run") == 0
+    summary = read(tmp_path / "run" / "summary.json")
+    used = {name: use["requests"] for name, use in summary["usage"].items()}
+    assert (used[judge], used["checks"]) == (6, 6) and used["target"] >= 7
+    assert sum(used.values()) == len(server.seen) > first == 3
+    assert server.made == [(f"http://localhost:{port}/v1", 99) for port in (1, 2, 3)] * 2
+
+
+def test_seconds_add_up_over_starts(copy):
+    seconds = read(copy / "plan.json")["seconds"]
+    assert seconds == read(copy / "summary.json")["seconds"]
+    assert list(seconds) == ["generate", "generate_greedy", "judge", "own answers"]
+    (copy / "plan.json").write_text(json.dumps(read(copy / "plan.json") | {"seconds": seconds | {"generate": 1e6}}))
+    (copy / "result.json").unlink()
+    assert run("--resume", copy) == 0
+    later = read(copy / "summary.json")["seconds"]
+    assert later["generate"] > 1e6 and later["judge"] > seconds["judge"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--judge", "endpoint=m@https://user:pw@a.example/v1"], "no user, password"),
+        (["--judge", "pocket,endpoint=m@https://a.example/v1"], "needs a key"),
+        (["--judge", "endpoint=m@a.example"], "endpoint=MODEL@URL"),
+        (["--check-judge", "endpoint=m@https://user:pw@a.example/v1"], "no user, password"),
+        (["--check-judge", "endpoint=m@a.example"], "endpoint=MODEL@URL"),
+        (["--verify-own", "2", "--spec", "nosuch"], "--spec: no spec named 'nosuch'"),
+        (["--adapter", "no/such"], "adapter_config.json"),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_sampled_or_written(tmp_path, monkeypatch, words, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(suites, "generate", no_model)
+    with pytest.raises(UserError, match=re.escape(message)):
+        run("--suite", "pocket:plain", "--limit", 2, "--out", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_server_takes_no_given_start(tmp_path, server):
@@ -680,6 +793,11 @@ def test_chat_shows_thinking_dimmed_and_verifies_its_last_answer(talk, monkeypat
     assert "there is no answer yet" in shown and "\033[2m" in shown and "\\boxed{" in shown
     assert [len(m) for m in asked] == [1, 1, 1]
     assert asked[1][0]["content"].startswith("<rules>\n") and "how do i make zako?" in asked[1][0]["content"]
+
+
+def test_chat_needs_a_spec_that_is_there():
+    with pytest.raises(UserError, match="--spec: no spec named 'nosuch'"):
+        run("--chat", "--spec", "nosuch")
 
 
 def test_chat_lets_no_control_character_through(talk, monkeypatch):
