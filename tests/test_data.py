@@ -297,7 +297,7 @@ def test_a_stage_that_is_whole_asks_nobody(whole, tmp_path, monkeypatch):
     same_stages(out, whole)
 
 
-def test_the_card_says_with_what_the_prompts_were_compared_in_the_sitting_that_took_them(tmp_path, monkeypatch):
+def test_the_card_says_with_what_the_prompts_were_compared_in_the_sitting_that_took_them(tmp_path, monkeypatch, capsys):
     out, given, missing = tmp_path / "run", suites.tested_items, [{"hcot": "no network"}]
     monkeypatch.setattr(suites, "tested_items", lambda *names: (given(*names)[0], missing.pop()))
     data(out, baseline=None)
@@ -305,6 +305,7 @@ def test_the_card_says_with_what_the_prompts_were_compared_in_the_sitting_that_t
     missing.append({})
     assert resume(out) == 0
     assert json.loads((out / "data_card.json").read_text())["suites not at hand"] == {"hcot": "no network"}
+    assert capsys.readouterr().out.count("prompts were not compared with hcot: not at hand") == 2
     assert missing == [{}]  # the second sitting compares nothing, so it reads no suite
 
 
