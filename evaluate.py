@@ -524,6 +524,8 @@ def compare(config: Config) -> int:
         results.append(json.loads((folder / "result.json").read_text()))
     if tables[0].keys() != tables[1].keys():
         raise UserError(f"the two evaluations hold different items ({len(tables[0])} and {len(tables[1])})")
+    if problem := scores.mismatch(*tables):
+        raise UserError(f"{' and '.join(config.compare)}: {problem}")
     for suite, row in results[0].items():
         for what in ("judge", "decoding"):
             if (other := results[1].get(suite, {}).get(what)) != row[what]:

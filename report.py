@@ -245,11 +245,14 @@ def from_one(reference: list[Run], suite: str, values: dict[int, float]) -> floa
 
 
 def paired(reference: list[Run], group: list[Run]) -> dict:
-    """{suite: paired comparison} of two single runs on the items that both have."""
+    """{suite: paired comparison} of two single runs on the items that both have. Raises UserError where an id means
+    another item in each."""
     if len(reference) != 1 or len(group) != 1:
         return {}
     first, second = ({scores.key(i): i for i in read_items(side[0]) if "answer" in i} for side in (reference, group))
     shared = {k: item for k, item in first.items() if k in second and item["suite"] != OWN}
+    if problem := scores.mismatch(shared, second):
+        raise UserError(f"{reference[0].folder} and {group[0].folder}: {problem}")
     return scores.compare(shared, second) if shared else {}
 
 

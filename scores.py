@@ -481,6 +481,16 @@ def agreement(first: list[dict], second: list[dict]) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------- two runs
 
 
+def mismatch(before: dict[tuple, dict], after: dict[tuple, dict]) -> str:
+    """What the first pair differs in that is not of one item, in words; "" where every pair was asked the same."""
+    for k, item in before.items():
+        for name in ("prompt", "goal", "target"):
+            if item.get(name) != after[k].get(name):
+                shown = [repr(side.get(name))[:60] for side in (item, after[k])]
+                return f"{item['id']} has another {name} in each, {shown[0]} and {shown[1]}: not the same items"
+    return ""
+
+
 def compare(before: dict[tuple, dict], after: dict[tuple, dict]) -> dict[str, dict]:
     """{suite: paired figures} of two runs on the same completions' keys; only pairs that both scored count.
 

@@ -770,6 +770,23 @@ def test_runs_of_other_items_are_not_compared(done, copy):
         run("--compare", done, copy / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("name", "suite"), [("prompt", "pocket:plain"), ("target", "pocket:verify"), ("goal", "pocket:plain")]
+)
+def test_items_that_share_only_their_ids_are_not_paired(done, copy, tmp_path, name, suite):
+    """As of two worlds, two files or two sets of candidates: by --compare, nor in a report."""
+    items = lines(copy / "items.jsonl")
+    changed = next(item for item in items if item["suite"] == suite)
+    changed[name] = "something else"
+    (copy / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    message = f"{done} and {copy}: {changed['id']} has another {name} in each"
+    with pytest.raises(UserError, match=re.escape(message)):
+        run("--compare", done, copy)
+    (copy / "summary.json").write_text(json.dumps(read(copy / "summary.json") | {"method": "other"}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        run("--report", done, copy, "--out", tmp_path / "report")
+
+
 @pytest.fixture
 def talk(monkeypatch, capsys):
     """Lines in, what the terminal shows out."""
