@@ -82,12 +82,10 @@ def finished(config: Config, method: str, seed: str) -> dict:
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % t interval); the width of one value is unknown."""
+    """(mean, half width of its 95 % t interval) of two values or more."""
     from scipy import stats
 
     mean, n = sum(values) / len(values), len(values)
-    if n == 1:
-        return mean, math.nan
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     return mean, stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n)
 
@@ -114,6 +112,8 @@ def table(results: dict[tuple[str, str], dict]) -> str:
         by_method.setdefault(method, []).append(after)
         lines.append(line(f"{method}, seed {seed}", after, f"{result['minutes']:.1f}"))
     for method, rows in by_method.items():
+        if len(rows) == 1:  # no interval
+            continue
         intervals = {c: t_interval([r[c] for r in rows]) for c in rows[0]}
         cells = [f"{mean:.1f} ± {half:.1f}" for mean, half in (intervals[c] for c in (*COLUMNS, "wrappers"))]
         lines.append(f"| **{method}, {len(rows)} seeds** | " + " | ".join(cells) + " | |")
