@@ -253,12 +253,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("scheme", [(), ("--force-dark-mode", "--blink-settings=preferredColorScheme=0")])
-def test_a_browser_shows_it(folders, tmp_path, scheme):
+def test_a_browser_shows_it(tmp_path, scheme):
     """Rendered from disk: the title is ours, no script of an answer ran, the picture is not blank, dark is dark."""
     from PIL import Image
 
-    evil = evaluations.evaluation(tmp_path / "evil", "evil", 0, evaluations.GOOD, text=HOSTILE[0] + HOSTILE[1])
-    write([*folders, evil], tmp_path / "out")
+    text = HOSTILE[0] + HOSTILE[1]
+    evil = [evaluations.evaluation(tmp_path / name, name, 0, evaluations.GOOD, text=text) for name in ("evil", "worse")]
+    write(evil, tmp_path / "out")
     page, picture = (tmp_path / "out" / "report.html").as_uri(), tmp_path / "shot.png"
     flags = [
         CHROMIUM,
