@@ -18,6 +18,7 @@ Your own reward: --reward FILE.py with `reward(prompt, completion, meta) -> (num
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -427,7 +428,7 @@ def one_step(sampler, tokenizer, trainee, scorer, pools: list, step: int, config
     if live:
         figures |= optimizer_step(sampler.transformer, trainee, live, figures["lr"], config)
     clock.append(time.perf_counter())
-    seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(clock)]
     tokens = sum(len(d.action) for group in groups for d in group)
     line = {"step": step + 1, **figures, **health(groups)}
     line |= {"live": sum(any(d.advantage is not None for d in group) for group in groups)}
