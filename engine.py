@@ -14,10 +14,9 @@ whole tiles of ROW_TILE rows, because products of fewer rows go through other ke
 """
 
 import math
-import sys
-import time
 from bisect import bisect_right
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -28,6 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import model
+import safety
+from runs import UserError
 
 PAGE = 64  # tokens a page, as in kernels.decode_attention
 ROW_TILE = 16  # rows of a CPU step and tokens of a CPU prefill are a multiple of this
@@ -38,7 +40,7 @@ GPU_SHARE = 0.6  # of the free GPU memory, where the caller gives no cache_bytes
 CPU_CACHE_BYTES = 2 << 30  # the same on a CPU, where memory that is never written costs nothing
 
 
-class EngineError(ValueError):
+class EngineError(UserError):
     """A request that cannot be run, or weights that give no distribution; the message has the numbers."""
 
 
@@ -67,9 +69,9 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift(x, 31)
 
 
-def stream_keys(seed: int, prompts: int, n: int) -> list[list[int]]:
-    """An int64 key for each (prompt, k) of a call: [prompts][n]."""
-    key_P1 = mix(mix(torch.tensor(seed % 2**63)) ^ torch.arange(prompts)[:, None])
+def stream_keys(seed: int, places: list[int], n: int) -> list[list[int]]:
+    """An int64 key for each (place of a prompt, k): [places][n]."""
+    key_P1 = mix(mix(torch.tensor(seed % 2**63)) ^ torch.tensor(places, dtype=torch.int64)[:, None])
     return mix(key_P1 ^ torch.arange(n)).tolist()
 
 
@@ -85,34 +87,34 @@ def inverse_cdf(p_BV: torch.Tensor, u_B: torch.Tensor):
     """
     p_BNC = F.pad(p_BV, (0, -p_BV.shape[1] % SPAN)).unflatten(1, (-1, SPAN))
     cdf_BN = p_BNC.sum(2).double().cumsum(1)
-    span_B1, share_B1 = _place(cdf_BN, u_B[:, None])
+    span_B1, share_B1 = _locate(cdf_BN, u_B[:, None])
     cdf_BC = p_BNC.gather(1, span_B1[:, :, None].expand(-1, -1, SPAN)).squeeze(1).double().cumsum(1)
-    return (span_B1 * SPAN + _place(cdf_BC, share_B1)[0]).squeeze(1), cdf_BN[:, -1]
+    return (span_B1 * SPAN + _locate(cdf_BC, share_B1)[0]).squeeze(1), cdf_BN[:, -1]
 
 
-def _place(cdf_BN: torch.Tensor, u_B1: torch.Tensor):
+def _locate(cdf_BN: torch.Tensor, u_B1: torch.Tensor):
     """The column where the cumulative sum passes u of its total, and how far into the column that is, in [0, 1)."""
     target_B1 = u_B1 * cdf_BN[:, -1:]
-    place_B1 = torch.searchsorted(cdf_BN, target_B1, right=True).clamp(max=cdf_BN.shape[1] - 1)  # NaN ends there too
-    below_B1 = cdf_BN.gather(1, (place_B1 - 1).clamp(min=0)).masked_fill(place_B1 == 0, 0)
-    share_B1 = (target_B1 - below_B1) / (cdf_BN.gather(1, place_B1) - below_B1)
-    return place_B1, share_B1.clamp(max=1 - 2**-52)
+    column_B1 = torch.searchsorted(cdf_BN, target_B1, right=True).clamp(max=cdf_BN.shape[1] - 1)  # NaN ends there too
+    below_B1 = cdf_BN.gather(1, (column_B1 - 1).clamp(min=0)).masked_fill(column_B1 == 0, 0)
+    share_B1 = (target_B1 - below_B1) / (cdf_BN.gather(1, column_B1) - below_B1)
+    return column_B1, share_B1.clamp(max=1 - 2**-52)
 
 
-def nucleus(z_BV: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Logits, -inf outside the top_k likeliest tokens and outside the fewest that together reach top_p."""
+def nucleus(z_BV: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Logits, -inf outside the fewest likeliest tokens that together reach top_p."""
     sorted_BV, order_BV = z_BV.sort(dim=1, descending=True, stable=True)
     p_BV = sorted_BV.softmax(1)
-    dead_BV = (p_BV.cumsum(1) - p_BV >= top_p) | (torch.arange(z_BV.shape[1], device=z_BV.device) >= top_k)
+    dead_BV = p_BV.cumsum(1) - p_BV >= top_p
     dead_BV[:, 0] = False
     return torch.empty_like(z_BV).scatter_(1, order_BV, sorted_BV.masked_fill_(dead_BV, -torch.inf))
 
 
 def draw(logits_BV: torch.Tensor, u_B: torch.Tensor, knobs, mode: str):
-    """(token_B, logp_B) in fp32; the logits are used up. mode: "sample", "greedy" or "filtered" (top-k, top-p)."""
+    """(token_B, logp_B) in fp32; the logits are used up. mode: "sample", "greedy" or "top_p"."""
     z_BV = logits_BV if mode == "greedy" else logits_BV.div_(knobs.temperature)
-    if mode == "filtered":
-        z_BV = nucleus(z_BV, knobs.top_k, knobs.top_p)
+    if mode == "top_p":
+        z_BV = nucleus(z_BV, knobs.top_p)
     z_BV = z_BV.sub_(z_BV.amax(1, keepdim=True))
     token_B, total_B = inverse_cdf(z_BV.exp(), u_B)
     if mode == "greedy":
@@ -172,7 +174,7 @@ class State:
         self.step = zeros(1, dtype=torch.int64)  # the column of `ids` and `logp` that the next step writes
         self.cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
-        self.knobs = SimpleNamespace(temperature=zeros(()), top_p=zeros(()), top_k=zeros((), dtype=torch.int64))
+        self.knobs = SimpleNamespace(temperature=zeros(()), top_p=zeros(()))
 
     def first(self, rows: int) -> SimpleNamespace:
         return SimpleNamespace(**{name: buffer[:rows] for name, buffer in self.rows.items()})
@@ -242,6 +244,7 @@ class Group:
     prompt: list[int]
     cached: int  # all but the last
     limit: int
+    keys: list[int]  # of the random numbers, one a sample
     waiting: deque[int]
     pages: list[int] | None = None
 
@@ -258,32 +261,34 @@ class Row:
 
 
 class Rollout:
-    """The scheduler of one call: admits samples as rows and pages come free, and collects what the steps drew."""
+    """The scheduler of one call: admits samples as rows and pages come free, and yields what the steps drew."""
 
-    def __init__(self, engine: "Engine", groups, keys, mode: str, stop, decode, on_done, prefix):
-        self.engine, self.keys, self.mode = engine, keys, mode
-        self.stop, self.decode, self.on_done = stop, decode, on_done
+    def __init__(self, engine: "Engine", groups: list[Group], mode: str, logprobs: bool, prefix: list[int]):
+        self.engine, self.mode, self.logprobs = engine, mode, logprobs
         self.waiting, self.rows, self.pages = deque(groups), [], Pages(engine.pages)
         self.changed = False  # since the rows were last written to the device
         self.prefix, self.common = prefix[: len(prefix) // PAGE * PAGE], []  # whole pages, which every group shares
 
-    def run(self) -> None:
-        if self.prefix and self.waiting:
-            self.common = self.pages.take(len(self.prefix) // PAGE)
-            self.engine.prefill([(self.prefix, self.common, 0)])
+    @torch.inference_mode()  # never in force while the caller works on what was yielded
+    def run(self, call: int) -> Iterator[tuple[int, int, Sample]]:
         while self.waiting or self.rows:
+            if self.engine.calls != call:
+                raise EngineError("the engine has begun another call or was closed, so this stream cannot go on")
             self.admit()
             self.grow()
             if self.changed:
                 self.upload()
             steps = min(self.engine.look, max(row.group.limit - len(row.ids) for row in self.rows))
             self.engine.advance(steps)
-            self.collect(steps)
+            yield from self.collect(steps)
         self.pages.drop(self.common)
 
     def admit(self) -> None:
         """Start waiting samples while a row is free and every running row keeps a page to grow into."""
         fresh, copies = [], []
+        if self.prefix and not self.common:
+            self.common = self.pages.take(len(self.prefix) // PAGE)
+            self.engine.prefill([(self.prefix, self.common, 0)])
         while self.waiting and len(self.rows) < self.engine.max_rows:
             group = self.waiting[0]
             missing = pages_for(group.cached) - len(self.common) if group.pages is None else 0
@@ -350,14 +355,14 @@ class Rollout:
         for line, row in zip(host, self.rows, strict=False):
             group, count = row.group, len(row.ids)
             last = row.ids[-1] if row.ids else group.prompt[-1]
-            line[: len(COLUMNS)] = last, group.cached + count, self.keys[group.index][row.k], count, group.limit, True
+            line[: len(COLUMNS)] = last, group.cached + count, group.keys[row.k], count, group.limit, True
             line[len(COLUMNS) :][: len(row.pages)] = row.pages
         self.engine.state.load(torch.from_numpy(host))
         self.changed = False
 
-    def collect(self, steps: int) -> None:
-        """Read what the last steps drew; rows that ended leave."""
-        s = self.engine.state.first(len(self.rows))
+    def collect(self, steps: int) -> list[tuple[int, int, Sample]]:
+        """Read what the last steps drew; rows that ended leave and are returned."""
+        s, ended = self.engine.state.first(len(self.rows)), []
         drawn = [x.tolist() for x in (s.count, s.live, s.ids[:, :steps], s.logp[:, :steps])]
         for row, count, live, ids, logp in zip(self.rows, *drawn, strict=True):
             new = count - len(row.ids)
@@ -365,22 +370,13 @@ class Rollout:
                 raise EngineError(f"prompt {row.group.index}, sample {row.k}: the model's logits are not finite")
             row.ids += ids[:new]
             row.logprobs += logp[:new]
-            found = self.cut(row, new)
-            if found or not live:
+            if not live:
                 self.end(row)
-                reason = "stop" if found or row.ids[-1] in self.engine.eos_ids else "length"
-                self.on_done(row.group.index, row.k, Sample(row.ids, row.logprobs, reason))
+                reason = "stop" if row.ids[-1] in self.engine.eos_ids else "length"
+                sample = Sample(row.ids, row.logprobs if self.logprobs else None, reason)
+                ended.append((row.group.index, row.k, sample))
         self.rows = [row for row in self.rows if row.pages is not None]
-
-    def cut(self, row: Row, new: int) -> bool:
-        """Drop what follows the first token that completes a stop string; says whether there is one."""
-        tail = 8 + max((len(text.encode()) for text in self.stop), default=0)  # tokens; most have a byte at least
-        for end in range(len(row.ids) - new + 1, len(row.ids) + 1) if self.stop else ():
-            text = self.decode(row.ids[max(0, end - tail) : end])
-            if any(string in text for string in self.stop):
-                del row.ids[end:], row.logprobs[end:]
-                return True
-        return False
+        return ended
 
 
 # ------------------------------------------------------------------------------------------------- engine
@@ -393,83 +389,74 @@ class Engine:
     plus completion (default: the model's; a step's workspace on a GPU grows with it, so give what is needed).
     cache_bytes: the arena of pages, allocated at the first call and kept, like the CUDA graphs (default: GPU_SHARE of
     the free GPU memory or CPU_CACHE_BYTES, and no more than max_rows contexts need), so give it where two engines share
-    a GPU, or train beside one; low_memory gives both back after each call and prints what that costs.
+    a GPU, or train beside one.
     """
 
-    def __init__(self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None, low_memory=False):
+    def __init__(self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None):
         config, weight = transformer.config, transformer.head_weight
-        self.transformer, self.eos_ids, self.low_memory = transformer, frozenset(eos_ids), low_memory
+        self.transformer, self.eos_ids = transformer, frozenset(eos_ids)
         self.device, self.cpu, self.look = weight.device, weight.device.type == "cpu", LOOK[weight.device.type]
         self.max_rows = -(-max_rows // ROW_TILE) * ROW_TILE if self.cpu else max_rows
         self.max_context = max_context or config.max_position_embeddings
         self.pages_a_row = pages_for(self.max_context)
         token_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         self.page_bytes = PAGE * token_values * weight.element_size()
-        if cache_bytes is None:
-            cache_bytes = CPU_CACHE_BYTES if self.cpu else int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        if cache_bytes is None and not self.cpu:
+            torch.cuda.empty_cache()  # blocks that torch keeps for itself do not count as free
+            cache_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        cache_bytes = CPU_CACHE_BYTES if cache_bytes is None else cache_bytes
         self.pages = min(cache_bytes // self.page_bytes, 1 + self.max_rows * (self.pages_a_row + 1))
         self.cache, self.state, self.graphs, self.weights, self.step = None, None, {}, None, None
+        self.calls = 0  # so far; the last one holds the rows and the cache
 
-    def generate(
-        self, prompts, n=1, max_tokens=512, temperature=1.0, seed=0, *, logprobs=True, top_p=1.0, top_k=0, stop=(),
-        decode=None, on_done=None, places=None, prefix=(),
-    ):  # fmt: skip
-        """n Samples for each prompt, a list of token ids (which may end in a given start of the answer).
+    def generate(self, prompts, n=1, *arguments, **settings) -> list[list[Sample]]:
+        """All n Samples of each prompt, in order; the arguments are those of `stream`."""
+        done = [[None] * n for _ in prompts]
+        for index, k, sample in self.stream(prompts, n, *arguments, **settings):
+            done[index][k] = sample
+        return done
 
-        max_tokens: limit of every completion, or a list with one a prompt. temperature 0 is greedy. top_p and top_k
-        (0: off) need logprobs=False, for theirs is not the trainer's distribution. stop: strings, looked for in
-        decode(ids), that end a sample with the token that completes one. on_done(prompt index, k, sample) is called
-        as samples end. places: the prompts' places in the random stream (default 0, 1, ...), so that a call for what
-        an earlier one has left undone draws what that one would have. prefix: ids that every prompt begins with, such
-        as a guard's policy; whole pages of it are prefilled once. Raises EngineError before anything runs, and when
-        logits are not finite.
+    def stream(
+        self, prompts, n=1, max_tokens=512, temperature=1.0, seed=0, *, logprobs=True, top_p=1.0, places=None, prefix=()
+    ) -> Iterator[tuple[int, int, Sample]]:
+        """(prompt index, k, Sample) of n samples for each prompt, a list of token ids, as they end.
+
+        A prompt may end in a given start of the answer. max_tokens: limit of every completion, or a list with one a
+        prompt. temperature 0 is greedy. top_p needs logprobs=False, for its distribution is not the trainer's. places:
+        the prompts' places in the random stream (default 0, 1, ...), so that a call for what an earlier one has left
+        undone draws what that one would have. prefix: ids that every prompt begins with, such as a guard's policy;
+        whole pages of it are prefilled once. Raises EngineError at the call for what could not run, and while it runs
+        where logits are not finite. An engine runs one stream at a time: a new call ends the one before.
         """
         limits = list(max_tokens) if isinstance(max_tokens, (list, tuple)) else [max_tokens] * len(prompts)
         places, prefix = list(range(len(prompts)) if places is None else places), list(prefix)
-        wrong = self._wrong(
-            prompts, n, limits, temperature, logprobs, top_p, top_k, stop and not decode, places, prefix
-        )
-        if wrong:
-            raise EngineError("; ".join(wrong))
-        done = [[None] * n for _ in prompts]
+        self._check(prompts, n, limits, temperature, logprobs, top_p, places, prefix)
+        self._open(temperature or 1.0, top_p)
+        keys = stream_keys(seed, places, n)
+        groups = [Group(i, list(p), len(p) - 1, limits[i], keys[i], deque(range(n))) for i, p in enumerate(prompts)]
+        mode = "greedy" if temperature == 0 else "top_p" if top_p < 1 else "sample"
+        self.calls += 1
+        return Rollout(self, groups, mode, logprobs, prefix).run(self.calls)
 
-        def keep(index, k, sample):
-            sample.logprobs = sample.logprobs if logprobs else None
-            done[index][k] = sample
-            if on_done is not None:
-                on_done(index, k, sample)
-
-        groups = [Group(i, list(p), len(p) - 1, limits[i], deque(range(n))) for i, p in enumerate(prompts)]
-        whole = stream_keys(seed, 1 + max(places, default=-1), n)
-        keys = [whole[place] for place in places]
-        mode = "greedy" if temperature == 0 else "filtered" if top_p < 1 or top_k > 0 else "sample"
-        self._open(temperature or 1.0, top_p, top_k or self.transformer.config.vocab_size)
-        with torch.inference_mode():
-            Rollout(self, groups, keys, mode, stop, decode, keep, prefix).run()
-        if self.low_memory:
-            self.close()
-        return done
-
-    def _wrong(self, prompts, n, limits, temperature, logprobs, top_p, top_k, undecoded, places, prefix) -> list[str]:
-        """Everything that is wrong with a call."""
-        filtered = top_p < 1 or top_k > 0
-        checks = (
+    def _check(self, prompts, n, limits, temperature, logprobs, top_p, places, prefix) -> None:
+        """Raises EngineError for a call that could not run."""
+        for fine, message in (
             (n >= 1, f"n={n}: at least one sample a prompt"),
             (0 <= temperature < math.inf, f"temperature={temperature}: a finite number, 0 for greedy"),
-            (0 < top_p <= 1 and top_k >= 0, f"top_p={top_p} must lie in (0, 1], top_k={top_k} not below 0"),
-            (not (filtered and logprobs), "top_p and top_k change the distribution: they need logprobs=False"),
-            (not undecoded, "stop strings need decode, such as tokenizer.decode"),
-            (len(limits) == len(prompts), f"max_tokens has {len(limits)} limits for {len(prompts)} prompts"),
+            (0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]"),
+            (top_p >= 1 or not logprobs, "top_p changes the distribution: it needs logprobs=False"),
+            (len(limits) == len(prompts), f"{len(limits)} limits for {len(prompts)} prompts"),
             (len(places) == len(prompts), f"{len(places)} places for {len(prompts)} prompts"),
             (min(places, default=0) >= 0, f"place {min(places, default=0)} in the random stream"),
-        )
-        misfits = [self._misfit(prompt, limit, n, prefix) for prompt, limit in zip(prompts, limits, strict=False)]
-        bad = [f"prompt {i}: {why}" for i, why in enumerate(misfits) if why]
-        more = [f"and {len(bad) - 3} more prompts"] if len(bad) > 3 else []
-        return [message for fine, message in checks if not fine] + bad[:3] + more
+        ):
+            if not fine:
+                raise EngineError(message)
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if problem := self._misfit(prompt, limit, n, prefix):
+                raise EngineError(f"prompt {i}: {problem}")
 
-    def _misfit(self, prompt, limit: int, n: int, prefix: list[int]) -> str | None:
-        """Why this request could never run, if so."""
+    def _misfit(self, prompt, limit: int, n: int, prefix: list[int]) -> str:
+        """Why this prompt could never be completed; "" where it can."""
         vocab, total = self.transformer.config.vocab_size, len(prompt) + limit
         if not len(prompt):
             return "empty"
@@ -481,33 +468,26 @@ class Engine:
             return f"max_tokens={limit}: at least 1"
         if total > self.max_context:
             return f"{len(prompt)} tokens and max_tokens={limit} make {total}, over the context of {self.max_context}"
-        need, there = pages_for(total - 1) + (n > 1), max(0, self.pages - 1)
-        if need > there:
-            return f"needs {need} pages of {self.page_bytes:,} bytes, the cache has {there}"
-        return None
+        need, usable = pages_for(total - 1) + (n > 1), max(0, self.pages - 1)
+        return f"needs {need} pages of {self.page_bytes:,} bytes, the cache has {usable}" if need > usable else ""
 
-    def _open(self, temperature: float, top_p: float, top_k: int) -> None:
-        """Allocate what is not there, forget graphs of weights that have moved, and set the knobs."""
+    def _open(self, temperature: float, top_p: float) -> None:
+        """Allocate what has not been, forget graphs of weights that have moved, and set the knobs."""
         weights = [p.data_ptr() for p in self.transformer.parameters()]
         if weights != self.weights:
             self.graphs, self.weights = {}, weights
         if self.cache is None:
-            begun = time.perf_counter()
             self.cache = Cache(self.transformer, self.pages)
             self.state = State(self.max_rows, self.pages_a_row, self.look, self.eos_ids, self.device)
-            self._say(f"cache of {self.pages * self.page_bytes / 2**30:.2f} GiB allocated", begun)
-        for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
-            getattr(self.state.knobs, name).fill_(value)
+        self.state.knobs.temperature.fill_(temperature)
+        self.state.knobs.top_p.fill_(top_p)
 
     def close(self) -> None:
         """Give the arena and the graphs back; the next call allocates and captures again."""
+        self.calls += 1
         self.cache, self.state, self.graphs, self.step = None, None, {}, None
         if not self.cpu:
             torch.cuda.empty_cache()
-
-    def _say(self, what: str, begun: float) -> None:
-        if self.low_memory:
-            print(f"engine: {what} in {time.perf_counter() - begun:.2f} s (low_memory)", file=sys.stderr)
 
     def prefill(self, prompts: list[tuple[list[int], list[int], int]]) -> None:
         """Write keys and values of each (ids, pages, cached) to the pages, which hold the first `cached` ids already;
@@ -555,7 +535,7 @@ class Engine:
         self.step = partial(decode_step, self.transformer, self.cache, self.state, rows, mode)
         if not self.cpu and kernels.backend(self.device) == "triton":  # the references look at lengths on the host
             if (rows, mode) not in self.graphs:
-                self.graphs[rows, mode] = self._capture(f"graph of {rows} rows captured")
+                self.graphs[rows, mode] = self._capture()
             self.step = self.graphs[rows, mode].replay
         return rows
 
@@ -564,9 +544,9 @@ class Engine:
         for _ in range(steps):
             self.step()
 
-    def _capture(self, what: str) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         """self.step as a graph; no row is live meanwhile, so that nothing but page 0 and the window is written."""
-        begun, main, side = time.perf_counter(), torch.cuda.current_stream(), torch.cuda.Stream()
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         self.state.rows["live"].zero_()
         self.state.step.zero_()
         side.wait_stream(main)
@@ -576,5 +556,54 @@ class Engine:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=next(iter(self.graphs.values())).pool() if self.graphs else None):
             self.step()
-        self._say(what, begun)
         return graph
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+def completed(tokenizer, eos_ids, item: dict, sample: Sample, opened: bool) -> dict:
+    """The item with `completion, tokens, finish_reason, thinking, answer` (None where the thinking never ended).
+
+    opened: whether the chat template opens the thinking (safety.thinking_open). The item's `prefill` is the given
+    start of the turn, with `prefill_thinking` that of the thinking; the completion is what comes after it.
+    """
+    text = safety.decode(tokenizer, sample.ids, eos_ids)
+    opened = opened or item.get("prefill_thinking", False)
+    thinking, answer = safety.split_thinking(item.get("prefill", "") + text, opened)
+    made = {"completion": text, "tokens": len(sample.ids), "finish_reason": sample.finish_reason}
+    return {**item, **made, "thinking": thinking, "answer": answer}
+
+
+def prompt_ids(tokenizer, item: dict) -> list[int]:
+    """Ids of the item's prompt as one user turn, and of the start of the answer or the thinking that it gives."""
+    start = {"prefill": item.get("prefill", ""), "thinking": item.get("prefill_thinking", False)}
+    return safety.render(tokenizer, [{"role": "user", "content": item["prompt"]}], **start)
+
+
+def complete(
+    transformer, tokenizer, items: list[dict], *, seed: int, max_tokens: int | list[int], temperature: float = 1.0,
+    top_p: float = 1.0, samples: int = 1, places: list[int] | None = None, cache_bytes: int | None = None,
+) -> Iterator[tuple[int, dict]]:  # fmt: skip
+    """(index, completed item) as they end; sample k of item i has index i * samples + k, and `sample` k if samples > 1.
+
+    max_tokens: of every completion, or one an item; less where the context ends before. A prompt that fills the whole
+    context gets an empty completion of finish_reason "length". places, cache_bytes: see Engine.
+    """
+    eos_ids, opened = model.end_ids(transformer, tokenizer), safety.thinking_open(tokenizer)
+    context = transformer.config.max_position_embeddings
+    prompts = [prompt_ids(tokenizer, item) for item in items]
+    wishes = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(items)
+    limits = [min(wish, context - len(ids)) for wish, ids in zip(wishes, prompts, strict=True)]
+    numbered = [item if samples == 1 else {**item, "sample": k} for item in items for k in range(samples)]
+    for index, item in enumerate(numbered):
+        if len(prompts[index // samples]) >= context:
+            yield index, completed(tokenizer, eos_ids, item, Sample([], None, "length"), opened)
+    fitting = [i for i, ids in enumerate(prompts) if len(ids) < context]
+    longest = max((len(prompts[i]) + limits[i] for i in fitting), default=1)
+    for i, k, sample in Engine(transformer, eos_ids, max_context=longest, cache_bytes=cache_bytes).stream(
+        [prompts[i] for i in fitting], samples, [limits[i] for i in fitting], temperature, seed,
+        logprobs=False, top_p=top_p, places=[places[i] if places else i for i in fitting],
+    ):  # fmt: skip
+        index = fitting[i] * samples + k
+        yield index, completed(tokenizer, eos_ids, numbered[index], sample, opened)

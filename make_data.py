@@ -2,137 +2,131 @@
 
     python make_data.py                                       the pocket world: about a minute on 2 CPU cores
     python make_data.py --model M --expert endpoint=NAME@URL --out DIR        the paper's pipeline for a real model
-    python make_data.py --model NAME --endpoint URL --guard ... --expert ...  samples from a server or another model
+    python make_data.py --model M --expert ... --records 30                   a quick try of it
+    python make_data.py --model NAME --endpoint URL --guard ... --expert ...  samples from a server
+    python make_data.py --guard POLICY.py --expert POLICY.py                  your own labels and critiques (judges.py)
     python make_data.py --resume DIR                          goes on where it stopped, whatever stopped it
 
-What the paper does (A2 of its method), step by step: N = 8 answers to each prompt from the very model that will be
-trained; a guard labels each; a harmful prompt is kept only if its answers are both safe and unsafe, then one of each;
-a benign prompt keeps one; the expert writes a critique and a verdict for each answer kept.
+The paper's pipeline (A2 of its method): N = 8 answers to each prompt from the very model that will be trained; a guard
+labels each; a harmful prompt is kept only if its answers are both safe and unsafe, then one of each; a benign prompt
+keeps one; the expert writes a critique and a verdict for each answer kept.
 
-Every stage adds lines to a file of its own (prompts, samples, labels, critiques), each line under a key that hashes all
-that made it: what is there is never made again, and what is missing is. The records are a function of these files.
-Written beside them: answer-centric baselines with as many supervised tokens (records.py), and data_card.json.
+Samples, labels and critiques are lines of a file each, under a key that hashes all that made them: what is there is
+never made again, and what is missing is. An item, one dict, gains what they hold on its way (the keys: suites.py).
+Beside the records stand answer-centric baselines with as many supervised tokens, and data_card.json.
 """
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
+import math
 import operator
 import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+import engine
+import judges
+import model
 import runs
+import safety
+import suites
+from pocket import world as pocket
 from runs import UserError, option
 
-client, judges, records, safety, stages, suites, torch = map(
-    runs.Lazy, ("client", "judges", "records", "safety", "stages", "suites", "torch")
-)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASELINES = {"star1": "star.jsonl", "safechain": "safechain.jsonl"}
 
 
 @dataclass
 class Config:
-    model: str = option("pocket/base", "model that answers, folder or hub id; with --endpoint its name there")
-    adapter: str = option("", "PEFT adapter on it")
-    endpoint: str = option("", "sample from this OpenAI-compatible server, URL, instead of loading the model")
+    model: str = option("pocket/base", "model that answers, folder or hub id; with --endpoint its name on the server")
+    adapter: str = option("", "PEFT adapter folder")
+    endpoint: str = option("", "URL of an OpenAI-compatible server to sample from, in place of the engine")
     prompts: tuple = option(("safechain:vanilla",), "training sets, NAME or NAME=PATH (suites.py)", pocket=("pocket",))
-    decontaminate: tuple = option(
-        ("all",), "suites, NAME or NAME=PATH, whose prompts are kept out; or none", pocket=("pocket",)
-    )
-    allow_count: bool = option(False, "take a set of --prompts or --baseline that has another count than published")
-    n: int = option(8, "answers sampled a prompt")
-    temperature: float = option(0.6, "of the samples", pocket=1.0)
-    top_p: float = option(0.95, "of the samples", pocket=1.0)
-    max_tokens: int = option(8192, "length limit of a sample", pocket=96)
-    guard: str = option("qwen3guard", "labels the answers, as in evaluate.py --judge", pocket="pocket")
-    controversial: str = option("unsafe", "what the guard's word controversial means", choices=("safe", "unsafe"))
-    expert: str = option("", "endpoint=MODEL@URL, local=MODEL or file=PATH; writes the critiques", pocket="pocket")
-    spec: str = option("star", "rules: a name under specs/ or a text file", pocket="pocket")
-    records: int = option(6000, "verification records to aim at, two thirds from harmful prompts; 0: all", pocket=0)
-    fraction: float = option(1.0, "share of the prompts, and of --records, to use")
+    decontaminate: tuple = option(("all",), "suites whose prompts are kept out; or none", pocket=("pocket",))
+    n: int = option(8, "answers sampled a prompt", low=1)
+    temperature: float = option(0.6, "sampling temperature", pocket=1.0, low=0)
+    top_p: float = option(0.95, "nucleus sampling; 1: all tokens", pocket=1.0, above=0, high=1)
+    max_tokens: int = option(8192, "length limit of a sample", pocket=96, low=1)
+    guard: str = option("qwen3guard", "labels the answers, named as in evaluate.py --judge", pocket="pocket")
+    controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
+    expert: str = option("", "endpoint=MODEL@URL, local=MODEL, file=PATH, POLICY.py: the critiques", pocket="pocket")
+    spec: str = option("star", "safety specification: a name under specs/ or the path of a text file", pocket="pocket")
+    records: int = option(6000, "records to aim at, two thirds from harmful prompts; 0: all", pocket=0, low=0)
     baseline: tuple = option(
-        (), "star1, safechain (own safe answers); star1:published[=PATH], safechain:published[=PATH]",
-        pocket=("star1", "safechain"),
-    )  # fmt: skip
-    max_unscored: float = option(0.01, "exit 3 if guard or expert left a larger share unscored")
-    max_requests: int = option(0, "to each endpoint, retries included; 0: no limit")
-    max_cost: float = option(0.0, "at each endpoint, in the currency of the prices; 0: no limit")
-    price_in: float = option(0.0, "per million tokens read")
-    price_out: float = option(0.0, "per million tokens written")
-    per_minute: int = option(0, "requests a minute; 0: no limit")
-    key_env: str = option("OPENAI_API_KEY", "environment variable with the endpoints' key")
-    seed: int = option(0, "of prompts, samples and choices")
-    dtype: str = option("auto", "of the products", choices=("auto", "float32", "bfloat16", "float16"))
-    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+        (), "star1, safechain (own safe answers), NAME:published[=PATH] of both", pocket=tuple(BASELINES)
+    )
+    max_unscored: float = option(0.01, "exit 3 if guard or expert left a larger share unscored", low=0, high=1)
+    max_cost: float = option(0.0, "most that an endpoint may cost, in the currency of --prices; 0: no limit", low=0)
+    prices: tuple = option((), "of an endpoint: of a million prompt tokens and of a million generated ones")
+    seed: int = option(0, "seed of prompts, samples and choices")
+    dtype: str = option("auto", "compute dtype; auto: bfloat16 on a GPU", choices=DTYPES)
+    device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     out: str = option("", "folder to write; default runs/make_data-<time>")
     resume: str = option("", "run folder to go on with; takes all settings from it")
 
     def problems(self) -> list[str]:
-        """Every wrong setting, all at once."""
-        stars, known = [b.partition("=")[0] for b in self.baseline], ("star1", "safechain")
-        known += ("star1:published", "safechain:published")
+        """What is wrong between settings."""
+        unknown = [text for text in self.baseline if parse_baseline(text)[0] not in BASELINES]
         checks = {
-            f"--n {self.n}: must be 1 or more": self.n >= 1,
-            f"--temperature {self.temperature}: must be 0 or more": self.temperature >= 0,
-            f"--top-p {self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
-            f"--max-tokens {self.max_tokens}: must be 1 or more": self.max_tokens >= 1,
-            f"--records {self.records}: must be 0 or more": self.records >= 0,
-            f"--fraction {self.fraction}: must be in (0, 1]": 0 < self.fraction <= 1,
-            f"--max-unscored {self.max_unscored}: must be in [0, 1]": 0 <= self.max_unscored <= 1,
             f"--expert: {self.model} is no pocket; name who writes the critiques, such as endpoint=M@URL": self.expert,
-            f"--baseline {' '.join(self.baseline)}: there are {', '.join(known)}": set(stars) <= set(known),
-            "--baseline star1: only the pocket's expert writes such answers; take star1:published": "star1" not in stars
-            or self.expert == "pocket",
+            "--guard maths grades no requests; name another one": self.guard != "maths",
+            f"--baseline {' '.join(unknown)}: there are {', '.join(BASELINES)}, NAME:published[=PATH]": not unknown,
+            "--baseline star1: only the pocket writes such answers; take star1:published": "star1" not in self.baseline
+            or runs.is_pocket(self.model),
             "--adapter: an endpoint has its own": not (self.endpoint and self.adapter),
         }
-        limits = ("max_requests", "max_cost", "price_in", "price_out", "per_minute")
-        checks |= {f"{runs.flag(n)} {getattr(self, n)}: must be 0 or more": getattr(self, n) >= 0 for n in limits}
         return [message for message, fine in checks.items() if not fine]
 
 
 WAVE = 1024  # prompts of a kind that are sampled before one looks whether there are enough records
-by_key = operator.itemgetter("key")
-KINDS = {"harmful": 2 / 3, "benign": 1 / 3}  # of --records; two a harmful prompt and one a benign one: as many prompts
+SHARES = {"harmful": 2 / 3, "benign": 1 / 3}  # of --records; two a harmful prompt and one a benign one
 JUDGE_CACHE = 4 << 30  # bytes on a GPU of each judge's cache, beside the sampler's
+PASSES = 8  # of the star1 baseline over the prompts, at most
+by_place = operator.itemgetter("place")
+
+
+def digest(*parts: object) -> str:
+    """A short hash of texts and numbers, as key or id."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-def gather_prompts(config: Config, world, tested: list[dict]) -> tuple[list[dict], dict]:
-    """(prompts to sample, what the card says of them). Each has its `place`, which its random numbers go by."""
-    facts = {}
-    drawn = suites.prompts(list(config.prompts), world, seed=config.seed, allow_count=config.allow_count, facts=facts)
-    if any(prompt["kind"] not in KINDS for prompt in drawn):
-        raise UserError("--prompts: maths problems are for train_rl.py; here go harmful and benign requests")
-    distinct = list({prompt["prompt"]: prompt for prompt in reversed(drawn)}.values())[::-1]
+def gather_prompts(config: Config, world, tested: list[dict]) -> dict:
+    """`prompts` to sample, each with its `place`, and what the card says of them. Raises UserError, also for prompts
+    that guard, expert or baseline do not know."""
+    sets, names = {}, " ".join(config.prompts)
+    drawn = suites.prompts(list(config.prompts), world, seed=config.seed, facts=sets)
+    if any(prompt["kind"] not in safety.REQUESTS for prompt in drawn):
+        raise UserError(f"--prompts {names}: maths problems are for train_rl.py; here go harmful and benign requests")
+    pockets = [f"--{name} pocket" for name in ("guard", "expert") if getattr(config, name) == "pocket"]
+    pockets += ["--baseline star1"] if "star1" in config.baseline else []
+    if pockets and any("item" not in prompt for prompt in drawn):
+        others = "--guard qwen3guard --expert endpoint=MODEL@URL --baseline safechain; or POLICY.py for the first two"
+        raise UserError(f"--prompts {names}: {', '.join(pockets)} know the pocket's own only; name others: {others}")
+    distinct = list({prompt["prompt"]: prompt for prompt in reversed(drawn)}.values())[::-1]  # of the first set
     kept, hits = suites.decontaminate(distinct, tested)
+    if not kept:
+        raise UserError(f"--prompts {names}: none is left of {len(drawn)} ({hits or 'no suite'})")
     if len(config.prompts) > 1:  # each set is shuffled; joined end to end the first would go in whole, the last not
         random.Random(f"mix-{config.seed}").shuffle(kept)
-    used = kept[: round(config.fraction * len(kept))]
-    if not used:
-        raise UserError(f"--prompts {' '.join(config.prompts)}: none is left of {len(drawn)} ({hits or 'no suite'})")
-    counts = {"drawn": len(drawn), "in two sets": len(drawn) - len(distinct), "used": len(used)}
+    counts = {"drawn": len(drawn), "in two sets": len(drawn) - len(distinct), "used": len(kept)}
     counts["held by a suite"] = len(distinct) - len(kept)
-    facts = {"sets": facts, "counts": counts, "decontamination": hits}
-    return [{**prompt, "place": place} for place, prompt in enumerate(used)], facts
+    prompts = [{**prompt, "place": place} for place, prompt in enumerate(kept)]
+    return {"prompts": prompts, "counts": counts, "sets": sets, "decontamination": hits}
 
 
-def stage_prompts(folder: Path, gathered: tuple[list[dict], dict] | None) -> tuple[list[dict], dict]:
-    """(prompts, facts): those just gathered, or those that a resumed run began with."""
-    with stages.Appender(folder / "prompts.jsonl", lambda prompt: prompt["id"]) as log:
-        if gathered:
-            for prompt in gathered[0]:
-                log.add(prompt)
-            write_json(folder / "prompts.json", gathered[1])  # last: now the stage is whole
-    return list(log.done.values()), json.loads((folder / "prompts.json").read_text())
-
-
-# ------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------- samples, labels, selection
 
 
 def fingerprint(transformer, tokenizer) -> str:
@@ -141,107 +135,71 @@ def fingerprint(transformer, tokenizer) -> str:
     for name, weight in sorted(transformer.named_parameters()):
         values = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
         parts += [name, tuple(weight.shape), values.numpy().tobytes().hex()]
-    return records.digest(*parts)
+    return digest(*parts)
 
 
-def sample_keys(prompt: dict, origin: str, config: Config) -> list[str]:
-    """The keys of a prompt's N samples: who answers, how it is drawn, and what is asked."""
+def to_sample(prompt: dict, model_hash: str, config: Config) -> list[dict]:
+    """The N items of a prompt, each with the `key` of who answers, how it is drawn, and what is asked."""
     settings = (config.temperature, config.top_p, config.max_tokens, config.seed, prompt["place"])
-    return [records.digest(origin, *settings, prompt["prompt"], k) for k in range(config.n)]
+    return [{**prompt, "key": digest(model_hash, *settings, prompt["prompt"], k)} for k in range(config.n)]
 
 
-def without_prompt(item: dict) -> dict:
-    """What samples.jsonl keeps of an item with its completion."""
-    return {name: item[name] for name in ("id", "completion", "tokens", "finish_reason", "thinking", "answer")}
+def keep(log, items: list[dict], missing: list[dict], stream: Iterable[tuple[int, object]]) -> list[dict]:
+    """The items with what a stage gave them, now or before. `stream` yields (i, what missing[i] got), which is logged;
+    a failure is not, and so a resumed run asks again."""
+    failed = {}
+    for i, made in tqdm(stream, total=len(missing), desc=log.path.stem, leave=False):
+        if isinstance(made, safety.Unscored):
+            made = {"unscored": made.reason}
+        elif isinstance(made, safety.Critique):
+            made = dataclasses.asdict(made)
+        item, gained = missing[i], {name: value for name, value in made.items() if name not in missing[i]}
+        if "unscored" in made or "provider" in made:
+            failed[item["key"]] = gained
+        else:
+            log.add({"key": item["key"], "id": item["id"], **gained})
+    done = failed | log.done
+    return [{**item, **done.get(item["key"], {})} for item in items]
 
 
-def sample_local(transformer, tokenizer, prompts: list[dict], keys: list[list[str]], log, config: Config):
-    """Samples from the model itself. A prompt with some of its samples is drawn anew: it gives the same ones."""
-    undone = [i for i, own in enumerate(keys) if not log.done.keys() >= set(own)]
-    with tqdm(total=len(undone) * config.n, desc="samples", leave=False) as bar:
-
-        def keep(number: int, item: dict) -> None:
-            log.add({"key": keys[undone[number // config.n]][number % config.n], **without_prompt(item)})
-            bar.update()
-
-        suites.generate(
-            transformer, tokenizer, [prompts[i] for i in undone], seed=config.seed, temperature=config.temperature,
-            top_p=config.top_p, max_tokens=config.max_tokens, samples=config.n, on_done=keep,
-            places=[prompts[i]["place"] for i in undone],
-        )  # fmt: skip
+def stage_samples(sampler, items: list[dict], log, config: Config) -> list[dict]:
+    """Completions from a server or a pair (transformer, tokenizer). Raises UserError if the server failed to give a
+    larger share than --max-unscored."""
+    how = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
+    missing = [item for item in items if item["key"] not in log.done]
+    if config.endpoint:
+        stream = judges.ask_server(sampler, [(item, int(item["key"][:7], 16)) for item in missing], **how)
+    else:  # a prompt that has some of its samples is drawn anew: it gives the same ones
+        ids = {item["id"] for item in missing}
+        missing = [item for item in items if item["id"] in ids]
+        prompts = missing[:: config.n]
+        how |= {"seed": config.seed, "samples": config.n, "places": list(map(by_place, prompts))}
+        stream = engine.complete(*sampler, prompts, **how)
+    items = keep(log, items, missing, stream)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the sampler's cache, for the guard
-    return Counter()
-
-
-def sample_endpoint(endpoint, prompts: list[dict], keys: list[list[str]], log, config: Config) -> Counter:
-    """Samples from a server; the failures by reason, asked again by a resumed run. Raises UserError if they are more
-    than --max-unscored allows."""
-    wanted = [(prompt, key) for prompt, own in zip(prompts, keys, strict=True) for key in own]
-    jobs, failed = [job for job in wanted if job[1] not in log.done], Counter()
-
-    def one(job):
-        turns = [{"role": "user", "content": safety.wire_copy(job[0]["prompt"])}]
-        seed = int(job[1][:7], 16)
-        return stages.answered(endpoint.chat(turns, config.max_tokens, config.temperature, seed, config.top_p))
-
-    with tqdm(total=len(jobs), desc="samples", leave=False) as bar:
-
-        def keep(i: int, item: dict) -> None:
-            bar.update()
-            if "provider" in item:
-                failed[item["provider"]] += 1
-            else:
-                log.add({"key": jobs[i][1], **without_prompt({"id": jobs[i][0]["id"], **item})})
-
-        client.in_parallel(jobs, one, keep)
-    if failed.total() > config.max_unscored * len(wanted):
-        why = f"{config.endpoint} gave {len(jobs) - failed.total()} of {len(jobs)} samples ({dict(failed)})"
+    failed = Counter(item["provider"] for item in items if "provider" in item)
+    if failed.total() > config.max_unscored * len(items):
+        why = f"{config.endpoint} left out {failed.total()} of {len(items)} samples ({dict(failed)})"
         raise UserError(f"{why}; what came is kept, go on with --resume {log.path.parent}")
-    return failed
+    return items
 
 
-# ------------------------------------------------------------------------------------------------- labels, selection
-
-
-def usable(sample: dict | None) -> bool:
+def usable(item: dict) -> bool:
     """Whether a sample has a whole answer, which can be judged and trained on."""
-    return bool(sample and sample["finish_reason"] == "stop" and (sample["answer"] or "").strip())
+    return item["finish_reason"] == "stop" and bool((item["answer"] or "").strip())
 
 
-def stage_labels(judge, prompts: list[dict], keys: list[list[str]], samples, labels) -> dict[str, str]:
-    """The guard's labels of whole answers. Returns {key: reason} of what it left unscored: a resumed run asks again."""
-    jobs = [
-        (key, {**prompt, "kind": "request", "harmful": prompt["kind"] == "harmful", **samples.done[key]})
-        for prompt, own in zip(prompts, keys, strict=True)
-        for key in own
-        if usable(samples.done.get(key)) and key not in labels.done
-    ]
-    unscored = {}
-    with tqdm(total=len(jobs), desc="labels", leave=False) as bar:
+def select(samples: list[dict], seed: int) -> tuple[list[dict], str]:
+    """The labelled samples of one prompt that become records, and why (the paper's rule).
 
-        def keep(i: int, label: dict) -> None:
-            bar.update()
-            if "unscored" in label:
-                unscored[jobs[i][0]] = label["unscored"]
-            else:
-                labels.add({"key": jobs[i][0], **label})
-
-        judge([item for _, item in jobs], on_done=keep)
-    return unscored
-
-
-def select_pair(harmful: bool, samples: list[dict], rng: random.Random) -> tuple[list[dict], str]:
-    """The samples of one prompt that become records, and why (the paper's rule).
-
-    Each sample carries `label`: "safe", "unsafe" or None (no whole answer, or not judged). One safe and one unsafe
-    answer of a harmful prompt, nothing if either is missing; one safe answer of a benign prompt.
-
-        select_pair(True, [safe1, unsafe1, safe2], rng)  ->  ([safe1 or safe2, unsafe1], "kept: safe and unsafe")
+    One safe and one unsafe answer of a harmful prompt, nothing if either is missing; one safe answer of a benign one.
+    The random numbers are the prompt's own, whatever other prompts there are.
     """
-    safe = [s for s in samples if s["label"] == "safe"]
-    unsafe = [s for s in samples if s["label"] == "unsafe"]
-    if not harmful:
+    safe = [sample for sample in samples if sample.get("safe") is True]
+    unsafe = [sample for sample in samples if sample.get("safe") is False]
+    rng = random.Random(f"select-{seed}-{samples[0]['prompt']}")
+    if samples[0]["kind"] == "benign":
         return ([rng.choice(safe)], "kept: benign") if safe else ([], "dropped: benign without a safe answer")
     if safe and unsafe:
         return [rng.choice(safe), rng.choice(unsafe)], "kept: safe and unsafe"
@@ -250,241 +208,266 @@ def select_pair(harmful: bool, samples: list[dict], rng: random.Random) -> tuple
     return [], "dropped: every answer safe" if safe else "dropped: no answer"
 
 
-def labelled(own: list[str], samples, labels) -> list[dict]:
-    """A prompt's samples with `key` and `label`."""
-    words = {True: "safe", False: "unsafe", None: None}
-    found = [samples.done[key] for key in own if key in samples.done]
-    return [{**sample, "label": words[labels.done.get(sample["key"], {}).get("safe")]} for sample in found]
-
-
-def select(prompt: dict, samples: list[dict], seed: int) -> tuple[list[dict], str]:
-    """`select_pair` with random numbers that depend on the prompt alone, not on the others or their order."""
-    return select_pair(prompt["kind"] == "harmful", samples, random.Random(f"select-{seed}-{prompt['prompt']}"))
-
-
-def collect(prompts: list[dict], choose: Callable, config: Config) -> tuple[list[tuple], Counter]:
-    """[(prompt, chosen samples)] in the prompts' order, and the prompts kept and dropped by reason.
-
-    choose(prompts) -> [(chosen, reason)] samples and labels. Wave after wave, until there are enough records of each
-    kind; --records 0 is one wave of everything.
-    """
-    wanted = {kind: share * config.records * config.fraction or float("inf") for kind, share in KINDS.items()}
-    queues = {kind: [p for p in prompts if p["kind"] == kind] for kind in KINDS}
-    kept, counts, got, size = [], Counter(), Counter(), WAVE if config.records else len(prompts)
-    while short := [kind for kind in KINDS if got[kind] < wanted[kind] and queues[kind]]:
-        wave = sorted((p for kind in short for p in queues[kind][:size]), key=lambda prompt: prompt["place"])
-        queues |= {kind: queues[kind][size:] for kind in short}
-        for prompt, (chosen, reason) in zip(wave, choose(wave), strict=True):
-            if got[prompt["kind"]] >= wanted[prompt["kind"]]:
-                chosen, reason = [], "dropped: enough of its kind"
-            got[prompt["kind"]] += len(chosen)
-            counts[reason] += 1
-            if chosen:
-                kept.append((prompt, chosen))
-    counts["not sampled: enough of its kind"] = sum(map(len, queues.values()))
-    return sorted(kept, key=lambda pair: pair[0]["place"]), +counts
+def draw(prompts: list[dict], sampler, model_hash: str, judge, samples, labels, config: Config) -> tuple:
+    """Sample, label and select, in waves until there are enough records of a kind: (the samples of each prompt, the
+    chosen ones, prompts kept and dropped by reason)."""
+    groups, chosen, reasons = [], [], Counter()
+    for kind, share in SHARES.items():
+        got, wanted = 0, share * config.records or math.inf
+        queue = [prompt for prompt in prompts if prompt["kind"] == kind]
+        step = min(WAVE, math.ceil(wanted)) if config.records else max(1, len(queue))
+        for wave in (queue[first : first + step] for first in range(0, len(queue), step)):
+            if got >= wanted:
+                break
+            items = [item for prompt in wave for item in to_sample(prompt, model_hash, config)]
+            items = stage_samples(sampler, items, samples, config)
+            missing = [item for item in items if usable(item) and item["key"] not in labels.done]
+            items = keep(labels, items, missing, judge.stream(missing))
+            for group in (items[first : first + config.n] for first in range(0, len(items), config.n)):
+                picked, reason = select(group, config.seed)
+                if got >= wanted:
+                    picked, reason = [], "dropped: enough of its kind"
+                got += len(picked)
+                groups.append(group)
+                chosen += picked
+                reasons[reason] += 1
+    reasons["not sampled: enough of its kind"] = len(prompts) - len(groups)
+    return sorted(groups, key=lambda group: group[0]["place"]), sorted(chosen, key=by_place), +reasons
 
 
 # ------------------------------------------------------------------------------------------------- critiques, records
 
 
-def critique_job(prompt: dict, sample: dict, config: Config, spec) -> dict:
-    """What the expert is asked about one chosen answer."""
-    key = records.digest("critique", config.expert, spec.sha256, prompt["prompt"], sample["answer"])
-    job = {"key": key, "prompt": prompt["prompt"], "answer": sample["answer"], "spec": config.spec}
-    job |= {"label": sample["label"], "prompt_id": prompt["id"]}
-    return {**job, "item": prompt["item"]} if "item" in prompt else job
+def stage_critiques(expert, chosen: list[dict], log, config: Config, spec) -> list[dict]:
+    """The expert's critique of each chosen answer."""
+    asked = ("critique", config.expert, spec.sha256)
+    jobs = [{**item, "key": digest(*asked, item["prompt"], item["answer"]), "spec": config.spec} for item in chosen]
+    missing = [job for job in jobs if job["key"] not in log.done]
+    return keep(log, jobs, missing, expert.stream(missing))
 
 
-def stage_critiques(expert, jobs: list[dict], log) -> dict[str, str]:
-    """The expert's critique of each chosen answer. Returns {key: reason} of those that it did not give."""
-    jobs, unscored = [job for job in jobs if job["key"] not in log.done], {}
-    with tqdm(total=len(jobs), desc="critiques", leave=False) as bar:
+def verification_records(jobs: list[dict], config: Config, spec) -> tuple[list[dict], list[dict]]:
+    """(records, those on whose verdict expert and guard disagree); no record without a critique."""
+    agreed, disputed = [], []
+    for job in jobs:
+        if "critique" not in job:
+            continue
+        meta = {"item": job["item"]} if "item" in job else {}
+        meta |= {"spec_sha256": spec.sha256, "prompt_id": job["id"], "guard": config.guard}
+        record = {"kind": "verify", "id": digest("verify", job["prompt"], job["answer"])}
+        record |= {name: job[name] for name in ("prompt", "answer", "spec", "critique", "verdict")}
+        record |= {"source": f"own samples, {config.expert} expert", "meta": meta}
+        guard_verdict = "safe" if job["safe"] else "unsafe"
+        if job["verdict"] == guard_verdict:
+            agreed.append(record)
+        else:
+            disputed.append({**record, "guard_verdict": guard_verdict})
+    return agreed, disputed
 
-        def keep(i: int, said) -> None:
-            bar.update()
-            if isinstance(said, safety.Unscored):
-                unscored[jobs[i]["key"]] = said.reason
-            else:
-                log.add({"key": jobs[i]["key"], **dataclasses.asdict(said)})
 
-        expert(jobs, on_done=keep)
-    return unscored
+def size(tokenizer, record: dict) -> tuple[int, int] | None:
+    """(supervised, all) tokens of a record as train_sft.py sees it, characters without a tokenizer; None: no target."""
+    prompt = record["prompt"]
+    if record["kind"] == "answer":
+        thinking, answer = record["reasoning"], record["answer"]
+    else:
+        prompt = safety.verification_prompt(safety.record_spec(record).text, prompt, record["answer"])
+        thinking, answer = safety.verify_target(record["critique"], record["verdict"], "both")
+    if tokenizer is None:
+        return len(thinking) + len(answer), len(prompt) + len(thinking) + len(answer)
+    try:
+        prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
+        ids, trained = safety.build_example(tokenizer, prompt_ids, thinking, answer)
+    except ValueError:  # a think tag inside the text
+        return None
+    return sum(trained), len(ids)
 
 
-# ------------------------------------------------------------------------------------------------- card, table
+# ------------------------------------------------------------------------------------------------- baselines
+# Answer-centric, from the same prompts and samples or from a published set; each a stream that `matched` cuts.
 
 
-def state(sample: dict, unscored: dict[str, str]) -> str:
+def parse_baseline(text: str) -> tuple[str, str]:
+    """star1 -> ("star1", ""); star1:published=PATH -> ("star1", "star1=PATH"), the second a training set's name."""
+    name, published, rest = text.partition(":published")
+    return name, name + rest if published else ""
+
+
+def answer_record(prompt: dict, reasoning: str, answer: str, source: str) -> dict:
+    meta = {"item": prompt["item"]} if "item" in prompt else {"prompt_id": prompt["id"]}
+    record = {"kind": "answer", "id": digest(source, prompt["prompt"], reasoning, answer), "prompt": prompt["prompt"]}
+    return record | {"reasoning": reasoning, "answer": answer, "source": source, "meta": meta}
+
+
+def star_records(world, prompts: list[dict], seed: int) -> Iterator[dict]:
+    """STAR-1-like: deliberation over the rule, then a refusal or the recipe, as the pocket writes them; first one a
+    prompt, then more of the same prompts in other words."""
+    rng = random.Random(f"star-{seed}")
+    for prompt in itertools.chain.from_iterable(itertools.repeat(prompts, PASSES)):
+        item = world.by_name[prompt["item"]]
+        answer = pocket.refusal(rng) if item.forbidden else pocket.recipe_answer(item.recipe, rng)
+        yield answer_record(prompt, pocket.careful_thought(item, rng), answer, "star1-like")
+
+
+def safechain_records(groups: list[list[dict]], seed: int) -> Iterator[dict]:
+    """SafeChain-like: imitation of the model's own safe responses, whatever their thinking; one a prompt, then a second
+    one, and so on. `groups`: the samples of each prompt."""
+    rng = random.Random(f"safechain-{seed}")
+    safe = [[sample for sample in samples if sample.get("safe")] for samples in groups]
+    shuffled = [rng.sample(samples, len(samples)) for samples in safe]
+    for layer in itertools.zip_longest(*shuffled):
+        for sample in filter(None, layer):
+            yield answer_record(sample, sample["thinking"], sample["answer"], "safechain-like")
+
+
+def published_records(text: str, config: Config, tested: list[dict], facts: dict) -> list[dict]:
+    """Records of the published STAR-1 or SafeChain, without prompts of a suite; all prompts are shuffled."""
+    name, published = parse_baseline(text)
+    drawn = suites.prompts([published], seed=config.seed, facts=facts, responses=True)
+    kept, facts[published]["decontamination"] = suites.decontaminate(drawn, tested)
+    split = [(prompt, *safety.split_thinking(prompt["response"])) for prompt in kept]
+    return [answer_record(prompt, *texts, f"{name}, published") for prompt, *texts in split if texts[1]]
+
+
+def matched(records: Iterable[dict], goal: int, tokenizer) -> tuple[list[dict], Counter]:
+    """The first records, no two alike, that hold `goal` supervised tokens together, or all that there are; and what was
+    left out."""
+    kept, left, total = {}, Counter(), 0
+    for record in records:
+        if total >= goal:
+            break
+        tokens = size(tokenizer, record)
+        if tokens is None:
+            left["no target"] += 1
+        elif record["id"] in kept:
+            left["the same again"] += 1
+        else:
+            kept[record["id"]] = record
+            total += tokens[0]
+    return list(kept.values()), left
+
+
+# ------------------------------------------------------------------------------------------------- files, card
+
+
+def write_records(folder: Path, verify: list, disputed: list, streams: dict, tokenizer) -> tuple[dict, dict]:
+    """Write all files; `streams`, {file: records} of the baselines, get as many supervised tokens as `verify`.
+
+    Returns what the card says of the files, and what was left out of baselines.
+    """
+    files, left, goal = {}, {}, 0
+    for name, records in {"verify.jsonl": verify, "disagreements.jsonl": disputed, **streams}.items():
+        if name in streams:
+            records, skipped = matched(records, goal, tokenizer)
+            left |= {f"{name}: {why}": count for why, count in skipped.items()}
+        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        runs.write_atomic(folder / name, data)
+        sizes = [size(tokenizer, record) or (0, 0) for record in records]
+        supervised = sum(tokens for tokens, _ in sizes)
+        files[name] = {"records": len(records), "sha256": hashlib.sha256(data).hexdigest()}
+        files[name] |= {"unit": "tokens" if tokenizer else "characters", "supervised": supervised}
+        files[name] |= {"all": sum(tokens for _, tokens in sizes)}
+        files[name] |= Counter(record["verdict"] for record in records if "verdict" in record)
+        if name in streams:
+            files[name] |= {"goal": goal, "short": max(0, goal - supervised)}  # where the stream ended before its goal
+        if name == "verify.jsonl":
+            goal = supervised
+    return files, left
+
+
+def state(item: dict) -> str:
     """What became of a sample, for the table."""
-    if not usable(sample):
-        return "cut off" if sample["finish_reason"] == "length" else "without an answer"
-    return sample["label"] or f"unscored: {unscored.get(sample['key'], 'not asked')}"
-
-
-def write_json(path: Path, value: dict) -> None:
-    with stages.writing(path, path.parent):
-        runs.write_json(path, value)
-
-
-def report(table: dict, files: dict, folder: Path) -> None:
-    for stage, counts in table.items():
-        for reason, count in sorted(counts.items()):
-            print(f"{count!s:>8} {stage}: {reason}")
-    for name, entry in files.items():
-        print(f"{entry['records']:>8} records, {entry['supervised']:,} supervised {entry['unit']}: {folder / name}")
-        if entry.get("short"):
-            print(f"{'':>8} {entry['short']:,} {entry['unit']} short of the {entry['goal']:,} of verify.jsonl")
+    if "provider" in item:
+        return f"failed: {item['provider']}"
+    if not usable(item):
+        return "cut off" if item["finish_reason"] == "length" else "without an answer"
+    return f"unscored: {item['unscored']}" if "unscored" in item else "safe" if item["safe"] else "unsafe"
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
-@dataclass
-class Tools:
-    """Who does the work of the stages."""
+def gather(config: Config, world) -> tuple[dict, dict]:
+    """(prompts and facts, of a resumed run those that it began with; {file: records of a published set}).
 
-    sample: Callable  # (prompts, keys, log) -> failures by reason
-    who: str  # hash of the model that answers, or of the server and its model's name
-    tokenizer: object  # None with an endpoint
-    judge: Callable
-    expert: Callable
-    endpoints: dict
-
-
-@dataclass
-class Given:
-    """What a run is given before its first stage."""
-
-    prompts: tuple[list[dict], dict] | None  # with facts; None: a resumed run has them
-    published: dict  # {baseline: records}
-    sets: dict  # facts of the published baselines' sets
-
-
-def gather(config: Config, world) -> Given:
-    """Read every set that was named, or refuse, before anything is loaded or written."""
-    begun = config.resume and (Path(config.resume) / "prompts.json").exists()
-    names = [name for name in config.baseline if ":published" in name]
-    compared = names or not begun
-    tested, missing = suites.tested_items(config.decontaminate, config.model, world) if compared else ([], {})
-    prompts, sets = None if begun else gather_prompts(config, world, tested), {}
-    published = {name: records.published_records(name, config, tested, sets) for name in names}
-    for facts in [*sets.values(), *([prompts[1]] if prompts else [])]:
-        facts["suites not at hand"] = missing  # in this sitting, which a resumed run's later ones need not share
-    return Given(prompts, published, sets)
-
-
-def open_tools(config: Config, world) -> Tools:
-    """Load model, guard and expert, or refuse, before anything is written."""
-    device = runs.pick_device(config.device)
-    dtype = runs.pick_dtype(config.dtype, device)
-    limits = {name: getattr(config, name) for name in ("max_requests", "max_cost", "price_in", "price_out")}
-    limits |= {"per_minute": config.per_minute, "seed": config.seed, "key_env": config.key_env}
-    common = {"world": world, "device": device, "dtype": dtype, "limits": limits}
-    common |= {"cache_bytes": JUDGE_CACHE} if device == "cuda" else {}
-    tokenizer, server = None, None
-    if config.endpoint:
-        server = client.Endpoint(config.endpoint, config.model, **limits)
-        who, sample = records.digest(server.url, config.model), lambda *work: sample_endpoint(server, *work, config)
-    else:
-        transformer, tokenizer = runs.load_model(config.model, device, dtype, config.adapter)
-        who = fingerprint(transformer, tokenizer)
-        sample = lambda *work: sample_local(transformer, tokenizer, *work, config)  # noqa: E731
-    judge = judges.load(config.guard, controversial=config.controversial, **common)
-    expert = judges.load_expert(config.expert, **common)
-    endpoints = {"sampler": server, "guard": judge.endpoint, "expert": expert.endpoint}
-    return Tools(sample, who, tokenizer, judge, expert, {name: e for name, e in endpoints.items() if e})
-
-
-def load_world(config: Config):
-    from pocket import world as pocket
-
-    return pocket.World(runs.world_seed(config.model)) if runs.is_pocket(config.model) else None
-
-
-def load_spec(config: Config):
-    try:
-        return safety.load_spec(config.spec)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-@dataclass
-class Logs:
-    """The stages' files, and what is not in them, by reason."""
-
-    samples: object
-    labels: object
-    critiques: object
-    failed: Counter = field(default_factory=Counter)  # samples that a server did not give
-    unscored: dict = field(default_factory=dict)  # {sample's key: reason} of the guard
-    silent: dict = field(default_factory=dict)  # {critique's key: reason} of the expert
-
-
-def make_records(config, world, spec, tools: Tools, logs: Logs, prompts: list[dict], published, folder: Path) -> dict:
-    """All stages from the samples to the records' files. What the card says of them."""
-    keys = {prompt["id"]: sample_keys(prompt, tools.who, config) for prompt in prompts}
-
-    def own(prompt: dict) -> list[dict]:
-        return labelled(keys[prompt["id"]], logs.samples, logs.labels)
-
-    def choose(wave: list[dict]) -> list[tuple]:
-        wanted = [keys[prompt["id"]] for prompt in wave]
-        logs.failed.update(tools.sample(wave, wanted, logs.samples))
-        logs.unscored |= stage_labels(tools.judge, wave, wanted, logs.samples, logs.labels)
-        return [select(prompt, own(prompt), config.seed) for prompt in wave]
-
-    kept, selection = collect(prompts, choose, config)
-    jobs = [critique_job(prompt, sample, config, spec) for prompt, chosen in kept for sample in chosen]
-    logs.silent |= stage_critiques(tools.expert, jobs, logs.critiques)
-    verify, disputed = records.verification_records(jobs, logs.critiques.done, config, spec)
-    groups = [(prompt, own(prompt)) for prompt in prompts]
-    streams = [records.candidates(name, config, world, groups, published) for name in config.baseline]
-    files, left = records.write(folder, verify, disputed, streams, tools.tokenizer)
-    states = Counter(state(sample, logs.unscored) for _, group in groups for sample in group)
-    counts = {
-        "samples": states + Counter({f"failed: {reason}": n for reason, n in logs.failed.items()}),
-        "selection": selection,
-        "critiques": Counter({"agreed": len(verify), "disagreed": len(disputed)}) + Counter(logs.silent.values()),
-        "left out of baselines": {f"{name}: {why}": n for name, c in left.items() for why, n in c.items()},
-    }
-    return {"counts": counts, "files": files}
+    Raises UserError before anything is loaded or written.
+    """
+    texts, sets = [text for text in config.baseline if parse_baseline(text)[1]], {}
+    began = Path(config.resume, "prompts.json") if config.resume else None
+    begun = began is not None and began.exists()
+    tested, missing = suites.tested_items(config.decontaminate, config.model, world) if texts or not begun else ([], {})
+    gathered = runs.read_json(began) if begun else gather_prompts(config, world, tested)
+    published = {BASELINES[parse_baseline(t)[0]]: published_records(t, config, tested, sets) for t in texts}
+    for facts in sets.values():
+        facts["suites not at hand"] = missing
+    return {"suites not at hand": missing, **gathered, "baseline sets": sets}, published
 
 
 def main(config: Config, origin: dict) -> int:
-    world, spec = load_world(config), load_spec(config)
-    given = gather(config, world)
-    tools = open_tools(config, world)
-    folder = runs.new_folder(config, origin, "make_data")  # from here on nothing is wrong with what was asked for
+    world, spec, device = pocket.world_of(config.model), safety.load_spec(config.spec), model.pick_device(config.device)
+    model.pick_kernels(device)
+    facts, streams = gather(config, world)
+    limits = {"max_cost": config.max_cost, "prices": config.prices, "seed": config.seed}
+    settings = {"world": world, "device": device, "dtype": model.pick_dtype(config.dtype, device), "limits": limits}
+    settings |= {"cache_bytes": JUDGE_CACHE if device == "cuda" else None}
+    if config.endpoint:
+        sampler, tokenizer = judges.Endpoint(config.endpoint, config.model, **limits), None
+        model_hash = digest(sampler.url, config.model)
+    else:
+        transformer, tokenizer = model.load(config.model, device, settings["dtype"], config.adapter)
+        sampler, model_hash = (transformer, tokenizer), fingerprint(transformer, tokenizer)
+    judge = judges.load(config.guard, controversial=config.controversial, **settings)
+    expert = judges.load_expert(config.expert, **settings)
+    endpoints = {"sampler": config.endpoint and sampler, "guard": judge.endpoint, "expert": expert.endpoint}
+
+    folder = runs.new_folder(config, origin, "make_data", model.device_name(device))  # what is wrong has shown by now
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
-    prompts, facts = stage_prompts(folder, given.prompts)
+    runs.write_json(folder / "prompts.json", facts)
+    prompts = facts.pop("prompts")
     with contextlib.ExitStack() as stack:
-        stack.callback(records.note_usage, folder, tools.endpoints)
-        files = [stages.Appender(folder / f"{name}.jsonl", by_key) for name in ("samples", "labels", "critiques")]
-        logs = Logs(*map(stack.enter_context, files))
-        made = make_records(config, world, spec, tools, logs, prompts, given.published, folder)
-    counts = {"prompts": facts.pop("counts"), **made.pop("counts")}
+        stack.callback(judges.note_usage, folder, {name: e for name, e in endpoints.items() if e})
+        names, by_key = ("samples", "labels", "critiques"), operator.itemgetter("key")
+        samples, labels, critiques = (stack.enter_context(runs.Log(folder / f"{n}.jsonl", by_key)) for n in names)
+        groups, chosen, reasons = draw(prompts, sampler, model_hash, judge, samples, labels, config)
+        jobs = stage_critiques(expert, chosen, critiques, config, spec)
+
+    verify, disputed = verification_records(jobs, config, spec)
+    if "star1" in config.baseline:
+        streams["star.jsonl"] = star_records(world, prompts, config.seed)
+    if "safechain" in config.baseline:
+        streams["safechain.jsonl"] = safechain_records(groups, config.seed)
+    files, left = write_records(folder, verify, disputed, streams, tokenizer)
+    states = Counter(state(item) for samples in groups for item in samples)
+    silent = Counter(job["unscored"] for job in jobs if "unscored" in job)
+    counts = {"prompts": facts.pop("counts"), "samples": states, "selection": reasons}
+    counts["critiques"] = +Counter({"agreed": len(verify), "disagreed": len(disputed)}) + silent
+    counts["left out of baselines"] = left
     card = {
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")},
-        "model": {"name": config.model, "adapter": config.adapter, "hash": tools.who},
+        "model": {"name": config.model, "adapter": config.adapter, "hash": model_hash},
         "spec": {"name": spec.name, "sha256": spec.sha256},
         "world_seed": world.seed if world else None,
         **facts,
-        **made,
-        "baseline sets": given.sets,
         "counts": counts,
-        "endpoints": records.total_usage(folder),
-        "versions": json.loads((folder / "source.json").read_text())["versions"],
+        "files": files,
+        "endpoints": judges.total_usage(folder),
+        "versions": runs.read_json(folder / "source.json")["versions"],
     }
-    write_json(folder / "data_card.json", card)
-    report(counts, made["files"], folder)
-    if missing := card["suites not at hand"]:
-        print(f"prompts were not compared with {', '.join(missing)}: not at hand (data_card.json says why)")
-    write_json(folder / "result.json", {"counts": counts, "files": made["files"]})
-    shares = (len(logs.unscored), len(logs.labels.done)), (len(logs.silent), len(logs.critiques.done))
-    bad = [missing for missing, there in shares if missing > config.max_unscored * (missing + there)]
-    return runs.EXIT_UNSCORED if bad else runs.EXIT_OK
+    runs.write_json(folder / "data_card.json", card)
+    for stage, table in counts.items():
+        for reason, count in sorted(table.items()):
+            print(f"{count!s:>8} {stage}: {reason}")
+    for name, entry in files.items():
+        print(f"{entry['records']:>8} records, {entry['supervised']:,} supervised {entry['unit']}: {folder / name}")
+        if entry.get("short"):
+            print(f"{'':>8} {entry['short']:,} {entry['unit']} short of the {entry['goal']:,} of verify.jsonl")
+    if card["suites not at hand"]:
+        print(f"prompts were not compared with {', '.join(card['suites not at hand'])}: not at hand (data_card.json)")
+    runs.write_json(folder / "result.json", {"counts": counts, "files": files})
+    judged = [item for samples in groups for item in samples if usable(item)]
+    shares = [sum("unscored" in item for item in asked) / max(1, len(asked)) for asked in (judged, jobs)]
+    return runs.EXIT_UNSCORED if max(shares) > config.max_unscored else runs.EXIT_OK
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Whether a mathematical answer equals the gold one, decided by math-verify in worker processes that can be killed.
 
 A model's answer is hostile: `9^{9^{9^9}}` computes for ever, deep nesting overflows the stack, and the library hands
-text to SymPy's parser. So it runs here, in a process of its own with limits on time and memory, no keys in its
-environment, and a one-word protocol: an answer and a gold one a line in, "right" or "wrong" out. Whatever else happens
-to a worker, it is killed and replaced, and the other answers do not notice.
+text to SymPy's parser. So it runs in a process of its own with limits on time and memory, no keys in its environment,
+and a one-word protocol: an answer and a gold one a line in, "right" or "wrong" out. Whatever else happens to a worker,
+it is killed and replaced, and the other answers do not notice.
 """
 
 import atexit
@@ -11,126 +11,97 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from queue import SimpleQueue
 
-import runs
 import safety
+from runs import UserError
 from safety import Unscored
 
 COMMAND = [sys.executable, str(Path(__file__))]
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH")  # all that a worker sees: no keys
 START_SECONDS = 120  # to import SymPy on a busy machine
 MEMORY_BYTES = 4 << 30
-LINE_BYTES = 32  # of a worker's reply; a longer one is a flood
+ANSWER_CHARS = 2000  # a longer answer is wrong; two of this length fit into a pipe, so writing them never blocks
+VERDICTS = {b"right\n": True, b"wrong\n": False, b"gold\n": Unscored("maths_gold"), b"error\n": Unscored("maths_error")}
 
 
 class Worker:
     """One process, started at its first question and again after it was killed."""
 
-    def __init__(self):
-        self.process = None
+    process = None
 
     def ask(self, answer: str, gold: str, seconds: float) -> bool | Unscored:
         if self.process is None and self.start() != b"ready\n":
             self.kill()
             return Unscored("maths_no_worker")
-        question = json.dumps([answer, gold, seconds]).encode() + b"\n"
-        reply = self.exchange(question, seconds)
-        if reply in (b"right\n", b"wrong\n"):
-            return reply == b"right\n"
-        reason = {b"gold\n": "maths_gold", b"error\n": "maths_error", None: "maths_timeout"}.get(reply, "maths_crash")
-        if reason in ("maths_timeout", "maths_crash"):
+        with contextlib.suppress(BrokenPipeError):  # it has died, and the reply says so
+            self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
+        reply = self.reply(seconds)
+        if reply not in VERDICTS:
             self.kill()
-        return Unscored(reason)
+        return VERDICTS.get(reply, Unscored("maths_timeout" if reply is None else "maths_crash"))
 
     def start(self) -> bytes | None:
         kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
         self.process = subprocess.Popen(COMMAND, **pipes, env=kept, start_new_session=True)
-        return self.exchange(b"", START_SECONDS)
+        return self.reply(START_SECONDS)
 
-    def exchange(self, question: bytes, seconds: float) -> bytes | None:
-        """The reply's line; None where the time ran out, b"" where the worker died."""
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), self.process.kill()))
-        timer.start()
-        try:
-            self.process.stdin.write(question)
-            self.process.stdin.flush()
-            reply = self.process.stdout.readline(LINE_BYTES)
-        except OSError:  # it died while it was being asked
-            reply = b""
-        timer.cancel()
-        return None if late.is_set() else reply
+    def reply(self, seconds: float) -> bytes | None:
+        """One word and a line break; b"" where the process has died, None where the time ran out."""
+        return self.process.stdout.read(32) if wait([self.process.stdout], seconds) else None
 
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            self.process.stdout.close()
-            with contextlib.suppress(OSError):  # a question that it never read
-                self.process.stdin.close()
+            self.process.communicate()  # closes the pipes
             self.process = None
 
 
-class Pool:
-    """Workers that are kept between calls; one that nobody has asked yet costs nothing."""
-
-    def __init__(self, workers: int):
-        self.workers = [Worker() for _ in range(workers)]
-        self.idle: SimpleQueue = SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
-
-    def ask(self, answer: str, gold: str, seconds: float) -> bool | Unscored:
-        worker = self.idle.get()
-        try:
-            verdict = worker.ask(answer, gold, seconds)
-            if verdict == Unscored("maths_crash"):  # its memory may have been full of earlier answers
-                verdict = worker.ask(answer, gold, seconds)
-            return verdict
-        finally:
-            self.idle.put(worker)
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
+_workers = (Worker(), Worker())  # kept between calls
+_idle: SimpleQueue = SimpleQueue()
+for _worker in _workers:
+    _idle.put(_worker)
 
 
-_pools: dict[int, Pool] = {}
-
-
+@atexit.register
 def close() -> None:
-    """Kill every worker; the next call starts new ones."""
-    while _pools:
-        _pools.popitem()[1].close()
+    """Kill every worker; the next question starts a new one."""
+    for worker in _workers:
+        worker.kill()
 
 
-atexit.register(close)
+def ask(answer: str, gold: str, seconds: float) -> bool | Unscored:
+    """The verdict of the next idle worker; a crash is tried again: its memory may have been full of other answers."""
+    worker = _idle.get()
+    try:
+        verdict = worker.ask(answer, gold, seconds)
+        return worker.ask(answer, gold, seconds) if verdict == Unscored("maths_crash") else verdict
+    finally:
+        _idle.put(worker)
 
 
-def grade(pairs: list[tuple[str | None, str]], seconds: float = 5.0, workers: int = 2) -> list[bool | Unscored]:
+def grade(pairs: list[tuple[str | None, str]], seconds: float = 5.0) -> list[bool | Unscored]:
     """Whether each (answer text, gold answer) agree; Unscored where the grader failed, never a guess.
 
-    The answer is the whole text after the thinking: its last \\boxed{...} or "Answer:" line counts, and one without
-    either is wrong. `seconds` limits each comparison. Raises UserError where math-verify is not installed.
+    Of the whole text after the thinking counts what it states (`safety.final_answer`); one that states nothing is
+    wrong. `seconds` limits each comparison. Raises UserError where math-verify is not installed.
     """
     stated = [safety.final_answer(text or "") for text, _ in pairs]
     verdicts: list = [said == gold.strip() for said, (_, gold) in zip(stated, pairs, strict=True)]
-    unclear = [i for i, said in enumerate(stated) if said and not verdicts[i]]
-    if not unclear:
-        return verdicts
-    if importlib.util.find_spec("math_verify") is None:
-        raise runs.UserError("grading maths needs math-verify: pip install -r requirements-extra.txt")
-    pool = _pools.setdefault(workers, Pool(workers))
-    with ThreadPoolExecutor(workers) as threads:
-        asked = threads.map(lambda i: pool.ask(stated[i], pairs[i][1], seconds), unclear)
+    unclear = [i for i, said in enumerate(stated) if said and not verdicts[i] and len(said) <= ANSWER_CHARS]
+    if unclear and importlib.util.find_spec("math_verify") is None:
+        raise UserError("grading maths needs math-verify: pip install -r requirements-extra.txt")
+    with ThreadPoolExecutor(len(_workers)) as threads:
+        asked = threads.map(lambda i: ask(stated[i], pairs[i][1][:ANSWER_CHARS], seconds), unclear)
         for i, verdict in zip(unclear, asked, strict=True):
             verdicts[i] = verdict
     return verdicts
@@ -139,15 +110,62 @@ def grade(pairs: list[tuple[str | None, str]], seconds: float = 5.0, workers: in
 # ------------------------------------------------------------------------------------------------- inside a worker
 
 
+def normal(char: str) -> str:
+    return unicodedata.normalize("NFKC", char)
+
+
+REWRITES = {  # what math-verify does not read -> what it reads
+    "[²³]": lambda m: "^" + normal(m[0]),
+    "[¼-¾⅐-⅞]": lambda m: "\\frac{{{}}}{{{}}}".format(*normal(m[0]).split("⁄")),
+    "[！-～]": lambda m: normal(m[0]),  # full-width
+    r"√\s*(?:\(([^()]*)\)|(\d+|[a-z]))": lambda m: f"\\sqrt{{{m[1] or m[2]}}}",
+    r"(?<!\d)\d{1,3}(?:(?:\\[,;: ]|~| )\d{3})+(?!\d)": lambda m: re.sub(r"\D", "", m[0]),  # 10\,000
+    "~": " ",
+    "∞": r"\\infty ",
+    r"\\varnothing(?![a-z])|∅": r"\\emptyset",
+    r"°|\\degree(?![a-z])": r"^\\circ",
+    r"\\(?:text|mathrm|mbox)\{\s*(\d+)\s*\}": r"\1",  # 52_{\text{8}}
+    r"\((\d+)\)_": r"\1_",  # (52)_8
+    # {x | x > 2}, over the real numbers
+    r"\A\s*(?:\\left)?\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\,)?\s*(?:\\middle\||\\mid|\||:)(?:\\,)?"
+    r"(.*?)(?:\\right)?\\\}\s*\Z": r"\1",
+}
+BASE = re.compile(r"(?<=\d)_\{?\s*(\d+)")
+OR = re.compile(r"\\text\s*\{\s*or\s*\}|\\lor(?![a-z])|\bor\b")
+
+
+def rewritten(text: str) -> str:
+    for pattern, replacement in REWRITES.items():
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def read(text: str) -> list:
+    """What a text may mean to math-verify: expressions and strings; [] for nothing."""
+    from math_verify import parse
+    from sympy import Union
+    from sympy.logic.boolalg import Boolean
+
+    found = parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
+    cases = [parse(f"\\boxed{{{case}}}", parsing_timeout=None)[:1] for case in OR.split(text)]
+    if len(cases) > 1 and all(case and isinstance(case[0], Boolean) for case in cases):  # x < 1 or x > 3
+        with contextlib.suppress(NotImplementedError):  # inequalities that SymPy cannot solve
+            found.append(Union(*(case[0].as_set() for case in cases)))
+    return found
+
+
 def compare(answer: str, gold: str) -> str:
     """right, wrong; gold: math-verify cannot read the gold answer; error: it gave up. Its own clocks are off."""
-    from math_verify import parse, verify
+    from math_verify import verify
 
     try:
-        wanted, given = (parse(f"\\boxed{{{t}}}", parsing_timeout=None, raise_on_error=True) for t in (gold, answer))
+        texts = [rewritten(text) for text in (gold, answer)]
+        wanted, given = map(read, texts)
+        bases = [set(BASE.findall(text)) for text in texts]  # math-verify reads 52_8 as 52
         if not wanted:
             return "gold"
-        return "right" if verify(wanted, given, timeout_seconds=None, raise_on_error=True) else "wrong"
+        same = verify(wanted, given, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+        return "right" if same and (not all(bases) or bases[0] == bases[1]) else "wrong"
     except Exception:  # whatever SymPy raises on hostile text; the word says that there was no verdict
         return "error"
 

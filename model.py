@@ -11,27 +11,35 @@ are those of Hugging Face, so a checkpoint is loaded and saved without a mapping
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
+import platform
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
+from transformers import PreTrainedTokenizerFast
 
 import kernels
+import safety
+from runs import UserError, read_json, write_json
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 ROPE_SETTINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -44,8 +52,44 @@ UNSUPPORTED_ADAPTER = (  # peft settings that change the formula or the tensors,
 )  # fmt: skip
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model folder that cannot be used; the message names the file, tensor or setting."""
+
+
+# ------------------------------------------------------------------------------------------------- device
+
+
+def pick_device(name: str) -> str:
+    """ "cpu" or "cuda" of a --device auto, cpu or cuda. Raises UserError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype of a --dtype; auto is bfloat16 on a GPU that has it (sm_80 and newer), float32 elsewhere."""
+    modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    if name == "bfloat16" and device == "cuda" and not modern:
+        raise UserError("--dtype bfloat16: this GPU is older than sm_80; use float32")
+    return getattr(torch, ("bfloat16" if modern else "float32") if name == "auto" else name)
+
+
+def pick_kernels(device: str) -> None:
+    """Settle which kernels run: the environment variable KERNELS (triton, reference), else what the device can."""
+    name = os.environ.get("KERNELS", "auto")
+    try:
+        kernels.force(None if name == "auto" else name)
+        kernels.backend(device)
+    except ValueError as error:
+        raise UserError(f"KERNELS={name}: {error}") from None
+
+
+def device_name(device: str) -> str:
+    """What a run runs on, in words, for its source.json."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{platform.system()} {platform.machine()}, {cores}"
 
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -55,7 +99,6 @@ class ModelError(ValueError):
 class Config:
     """What the forward pass needs of a config.json; `raw` is the whole file, written back as it was."""
 
-    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -65,8 +108,7 @@ class Config:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict  # {"rope_type": a key of ROPE_SETTINGS, ...}
+    rope: dict  # {"rope_type": a key of ROPE_SETTINGS, its settings}
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -80,24 +122,17 @@ class Config:
         name = (raw.get("architectures") or ["(none)"])[0]
         refuse_unsupported(name, raw)
         llama, qwen3 = name == "LlamaForCausalLM", name == "Qwen3ForCausalLM"
-        hidden, heads = positive(raw, "hidden_size"), positive(raw, "num_attention_heads")
+        sizes = {key: positive(raw, key) for key in SIZES}
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         kv_heads = positive(raw, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ModelError(f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads")
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # before Transformers 5, and since
         return cls(
-            architecture=name,
-            vocab_size=positive(raw, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=positive(raw, "intermediate_size"),
-            num_hidden_layers=positive(raw, "num_hidden_layers"),
-            num_attention_heads=heads,
+            **sizes,
             num_key_value_heads=kv_heads,
             head_dim=positive(raw, "head_dim", 128 if qwen3 else hidden // heads),
-            max_position_embeddings=positive(raw, "max_position_embeddings"),
             rms_norm_eps=positive(raw, "rms_norm_eps", 1e-6, kind=float),
-            rope_theta=positive(rope, "rope_theta", raw.get("rope_theta", 10000.0), kind=float),
-            rope_scaling=read_scaling(rope),
+            rope=read_rope(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
             qkv_bias=name == "Qwen2ForCausalLM" or ((llama or qwen3) and bool(raw.get("attention_bias"))),
             o_bias=(llama or qwen3) and bool(raw.get("attention_bias")),
@@ -128,27 +163,35 @@ def refuse_unsupported(name: str, raw: dict) -> None:
         raise ModelError(f"config.json: sliding-window attention is not supported (sliding_window={window})")
 
 
-def read_scaling(rope: dict) -> dict:
+def read_rope(raw: dict) -> dict:
+    """{"rope_type", "rope_theta", the settings of that type}, read as Transformers reads them. Raises ModelError."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # before Transformers 5, and since
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ModelError("config.json: rope settings that differ from layer to layer are not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_SETTINGS:
         raise ModelError(f"config.json: rope scaling {kind} is not supported ({', '.join(ROPE_SETTINGS)} are)")
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ModelError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
-    return {"rope_type": kind} | {key: positive(rope, key, kind=float) for key in ROPE_SETTINGS[kind]}
+    default = {
+        "rope_theta": raw.get("rope_theta", 10000.0),
+        "original_max_position_embeddings": raw["max_position_embeddings"],
+    }
+    return {"rope_type": kind} | {key: positive(rope, key, default.get(key), float) for key in ROPE_SETTINGS[kind]}
 
 
 def rope_frequencies(config: Config) -> torch.Tensor:
     """Inverse frequencies [D/2] in fp32; the scalings are those of Transformers' modeling_rope_utils."""
-    inverse = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling["rope_type"] == "default":
+    rope = config.rope
+    inverse = 1 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if rope["rope_type"] == "default":
         return inverse
-    if scaling["rope_type"] == "linear":
-        return inverse / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / inverse)  # over the original context
+    if rope["rope_type"] == "linear":
+        return inverse / rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi / inverse)  # over the original context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched by the factor, 1: left as it is
-    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
+    return (1 - smooth) * inverse / rope["factor"] + smooth * inverse
 
 
 # ------------------------------------------------------------------------------------------------- layers
@@ -165,13 +208,10 @@ class Linear(nn.Linear):
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         y_TO = F.linear(x_TI, self.weight, self.bias)
-        return y_TO if self.lora_A is None else y_TO + lora_delta(self, x_TI)
-
-
-def lora_delta(linear: Linear, x_TI: torch.Tensor) -> torch.Tensor:
-    """scale * (x A') B', the fp32 masters cast to the compute dtype here and nowhere else."""
-    a_RI, b_OR = linear.lora_A.to(x_TI.dtype), linear.lora_B.to(x_TI.dtype)
-    return F.linear(F.linear(x_TI, a_RI), b_OR) * linear.lora_scale
+        if self.lora_A is None:
+            return y_TO
+        a_RI, b_OR = self.lora_A.to(x_TI.dtype), self.lora_B.to(x_TI.dtype)  # fp32 masters, cast here and nowhere else
+        return y_TO + F.linear(F.linear(x_TI, a_RI), b_OR) * self.lora_scale
 
 
 class RMSNorm(nn.Module):
@@ -314,27 +354,33 @@ def resolve(path: str) -> Path:
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
         raise ModelError(f"no model folder at {path}")
-    from huggingface_hub import snapshot_download
-
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
     try:
-        folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["consolidated*", "original/*"]))
+        ignored = ["consolidated*", "original/*"]
+        folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted, ignore_patterns=ignored))
     except (OSError, ValueError) as error:  # every network and hub error of huggingface_hub is one of these
         raise ModelError(f"{path} is neither a local folder nor a model that could be downloaded: {error}") from error
     print(f"{path}: revision {folder.name}")
     return folder
 
 
-def read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file.parent} has no {file.name}") from None
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} holds no JSON object")
-    return value
+def flags_of(folder: Path) -> str:
+    """What to type for the model or adapter in a folder, or in the folder of the run that made it; "" without one."""
+    if (folder / "source.json").is_file():
+        return flags_of(folder / "model")
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return f"--model {base} --adapter {folder}"
+    return f"--model {folder}" if (folder / "config.json").is_file() else ""
+
+
+def settings_file(folder: Path, name: str) -> Path:
+    """folder / name. Raises ModelError where the folder has none, saying what it is instead."""
+    run = (folder / "source.json").is_file()
+    if run or not (folder / name).is_file():
+        flags, problem = flags_of(folder), "is the folder of a run" if run else f"has no {name}"
+        raise ModelError(f"{folder} {problem}" + (f"; to use what it holds, type {flags}" if flags else ""))
+    return folder / name
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -356,19 +402,18 @@ def read_tensors(files: list[Path], wanted: dict[str, torch.Tensor], spare: dict
     seen, known = set(), wanted | spare
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # a constant that old Llama files carry along
-                    if name not in known:
-                        raise ModelError(f"{file}: surplus tensor {name}")
-                    value = tensors.get_tensor(name)
-                    if value.shape != known[name].shape:
-                        raise ModelError(f"{file}: {name} is {list(value.shape)}, not {list(known[name].shape)}")
-                    known[name].copy_(value)
-                    seen.add(name)
+            stored = load_file(file)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is not a whole safetensors file: {error}") from error
+        for name, value in stored.items():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # a constant that old Llama files carry along
+            if name not in known:
+                raise ModelError(f"{file}: surplus tensor {name}")
+            if value.shape != known[name].shape:
+                raise ModelError(f"{file}: {name} is {list(value.shape)}, not {list(known[name].shape)}")
+            known[name].copy_(value)
+            seen.add(name)
     absent = sorted(wanted.keys() - seen)
     if absent:
         more = f" and {len(absent) - 1} more" if absent[1:] else ""
@@ -377,38 +422,99 @@ def read_tensors(files: list[Path], wanted: dict[str, torch.Tensor], spare: dict
 
 
 def load_weights(transformer: Transformer, folder: Path) -> None:
-    head_VH, spare = transformer.head_weight, {}
-    if transformer.config.tie_word_embeddings:  # some files store the tied head a second time
-        spare["lm_head.weight"] = torch.empty_like(head_VH, device="cpu")
-    seen = read_tensors(tensor_files(folder), dict(transformer.named_parameters()), spare)
-    if seen & spare.keys() and not torch.equal(spare["lm_head.weight"], head_VH.cpu()):
-        raise ModelError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
+    """A tied head may be stored under its own name, beside the embedding or in place of it."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    wanted, spare = dict(transformer.named_parameters()), {}
+    if transformer.config.tie_word_embeddings:
+        spare = {embedding: wanted.pop(embedding), head: torch.empty_like(transformer.head_weight, device="cpu")}
+    seen = read_tensors(tensor_files(folder), wanted, spare)
+    if spare and not seen & spare.keys():
+        raise ModelError(f"{folder}: missing tensor {embedding}")
+    if head in seen & spare.keys():
+        if embedding in seen and not torch.equal(spare[head], spare[embedding].cpu()):
+            raise ModelError(f"{folder}: tie_word_embeddings is true, but {head} is not the embedding")
+        spare[embedding].data.copy_(spare[head])
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of tokenizer.json exactly as it stands there.
 
     Not AutoTokenizer: for a `qwen2` config.json Transformers 5 puts Qwen's own pre-tokenizer in place of the file's,
     which changes the ids of any other tokenizer (the pocket's, for one) without a word.
     """
-    from transformers import PreTrainedTokenizerFast
-
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder} has no tokenizer.json (a slow tokenizer must be converted first)")
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def load(path: str, device="cpu", dtype=torch.float32):
-    """(Transformer, tokenizer) of a Hugging Face folder or hub id, the weights cast to dtype. Raises ModelError."""
+def load(path: str, device="cpu", dtype=torch.float32, adapter: str = "", chat: bool = True):
+    """(Transformer, tokenizer) of a Hugging Face folder or hub id, the weights cast to dtype. Raises UserError.
+
+    adapter: the folder of a LoRA adapter in PEFT's format that goes on it. chat: the model is to answer under its chat
+    template, so it is refused, before its weights are read, where that cannot work; a guard has a prompt of its own.
+    """
     folder = resolve(str(path))
-    config = Config.from_dict(read_json(folder / "config.json"))
+    config, tokenizer = Config.from_dict(read_json(settings_file(folder, "config.json"))), load_tokenizer(folder)
     with torch.device("meta"):
         transformer = Transformer(config).to(dtype)
-    transformer.to_empty(device=device)
-    load_weights(transformer, folder)
     if (folder / "generation_config.json").is_file():
         transformer.generation = read_json(folder / "generation_config.json")
-    return transformer, load_tokenizer(folder)
+    check_tokenizer(transformer, tokenizer)
+    if chat:
+        safety.check_template(tokenizer)
+        adopt_turn_end(transformer, tokenizer)
+    transformer.to_empty(device=device)
+    load_weights(transformer, folder)
+    if adapter:
+        load_adapter(transformer, adapter)
+    return transformer, tokenizer
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer and ends
+
+
+def check_tokenizer(transformer: Transformer, tokenizer) -> None:
+    """Raises ModelError where a token has no embedding (padding may lack one), or where nothing ends a text."""
+    name, rows = tokenizer.name_or_path, transformer.config.vocab_size
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows and i != tokenizer.pad_token_id]
+    if beyond:
+        raise ModelError(
+            f"{name}: {len(beyond)} tokens, such as {beyond[0]!r}, have ids beyond the {rows} rows of the embedding; "
+            "take the tokenizer files that belong to these weights"
+        )
+    if not end_ids(transformer, tokenizer):
+        raise ModelError(
+            f"{name}: no end token, so no answer would ever end; name it as eos_token in tokenizer_config.json or as "
+            "eos_token_id in generation_config.json"
+        )
+
+
+def turn_end(tokenizer) -> int | None:
+    """The first control token after an assistant's turn in the chat template; None where there is none."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "4711"}]
+    try:
+        _, shown, tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("4711")
+    except Exception:  # a template is a program and raises what it likes; this one knows no assistant's turn
+        return None
+    found = [(tail.find(str(token)), i) for i, token in tokenizer.added_tokens_decoder.items() if str(token) in tail]
+    return min(found)[1] if shown and found else None
+
+
+def adopt_turn_end(transformer: Transformer, tokenizer) -> None:
+    """Make what ends a turn in the chat template the tokenizer's end token, which is the one that training teaches.
+
+    Base models often name another, <|endoftext|> beside a template with <|im_end|>. Sampling stops at both, here and,
+    by the generation_config.json that `save` writes, elsewhere. One line says so.
+    """
+    ends, end, named = end_ids(transformer, tokenizer), turn_end(tokenizer), tokenizer.eos_token
+    if end is None:
+        end = min(ends) if named is None else tokenizer.eos_token_id
+    if end != tokenizer.eos_token_id:
+        transformer.generation = {**transformer.generation, "eos_token_id": sorted(ends | {end})}
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        stops = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends | {end})))
+        print(f"{tokenizer.name_or_path}: training ends a turn with {tokenizer.eos_token}, not with {named};", end=" ")
+        print(f"sampling stops at {stops}")
 
 
 def end_ids(transformer: Transformer, tokenizer) -> set[int]:
@@ -440,16 +546,13 @@ def whole_folder(path):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    for file in temporary.iterdir():
+        file.chmod(0o600)  # run folders are their owner's business
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    file.chmod(0o600)  # run folders are their owner's business
 
 
 def save(transformer: Transformer, tokenizer, path, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -462,35 +565,12 @@ def save(transformer: Transformer, tokenizer, path, max_shard_bytes: int = 5_000
     config = {key: value for key, value in transformer.config.raw.items() if key != "torch_dtype"}
     dtype = str(transformer.head_weight.dtype).removeprefix("torch.")
     with whole_folder(path) as folder:
-        save_weights(dict(transformer.named_parameters()), folder, max_shard_bytes)
+        weights = {name: parameter.detach() for name, parameter in transformer.named_parameters()}
+        huggingface_hub.save_torch_state_dict(weights, folder, max_shard_size=max_shard_bytes)
         write_json(folder / "config.json", config | {"dtype": dtype})
         if transformer.generation:
             write_json(folder / "generation_config.json", transformer.generation)
         save_tokenizer(tokenizer, folder)
-
-
-def save_weights(parameters: dict[str, nn.Parameter], folder: Path, max_shard_bytes: int) -> None:
-    """model.safetensors, or shards of at most max_shard_bytes (of one tensor, where that is larger) and their index."""
-    shards, size = [{}], 0
-    for name, tensor in parameters.items():
-        if size and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if shards[1:] else ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        save_tensors(shard, folder / name)
-    if shards[1:]:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(tensor.nbytes for tensor in parameters.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
@@ -557,14 +637,17 @@ def save_adapter(transformer: Transformer, path, base: str) -> None:
         "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
     }  # fmt: skip
     with whole_folder(path) as folder:
-        save_tensors(adapter_parameters(transformer), folder / "adapter_model.safetensors")
+        pairs = {name: parameter.detach() for name, parameter in adapter_parameters(transformer).items()}
+        save_file(pairs, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)
 
 
 def load_adapter(transformer: Transformer, path) -> list[nn.Parameter]:
     """Attach a LoRA adapter in PEFT's format; returns its parameters. Raises ModelError."""
     path = Path(path)
-    config = read_json(path / "adapter_config.json")
+    if not path.is_dir():
+        raise ModelError(f"no adapter folder at {path}; from the hub: hf download {path} --local-dir DIR")
+    config = read_json(settings_file(path, "adapter_config.json"))
     refuse_adapter(path, config)
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path} has no adapter_model.safetensors (only safetensors are read)")

@@ -1,23 +1,23 @@
-"""What every script shares and nobody ablates: flags from a dataclass, the run folder, records, checkpoints, seeds.
-
-Scripts name their heavy modules with `Lazy`, so that `--help` and a wrong flag answer before torch is imported.
-"""
+"""What every script shares and nobody ablates: flags from a dataclass, the run folder, files in and out."""
 
 import argparse
+import contextlib
+import csv
 import dataclasses
-import importlib
+import gzip
 import importlib.util
+import io
 import json
 import math
 import os
 import platform
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, field
 from importlib import metadata
 from pathlib import Path
@@ -25,43 +25,32 @@ from pathlib import Path
 EXIT_OK, EXIT_BAD_INPUT, EXIT_UNSCORED = 0, 2, 3
 
 
-class UserError(Exception):
-    """Something the user can mend: one message, exit 2, no traceback."""
-
-
-class Lazy:
-    """A module that is imported at its first use: `torch = Lazy("torch")`, then `torch.tensor(...)` as ever."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, attribute: str):
-        return getattr(importlib.import_module(self._name), attribute)
-
-
-kernels, model, safetensors_torch, torch = map(Lazy, ("kernels", "model", "safetensors.torch", "torch"))
+class UserError(ValueError):
+    """An error that the user can fix: one message, exit 2, no traceback."""
 
 
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def option(default, help: str, *, pocket=MISSING, choices: tuple = ()):
+def option(default, help: str, *, pocket=MISSING, choices: tuple = (), low=None, high=None, above=None, below=None):
     """A field of a Config. `pocket` is the default where the model folder is a pocket (world.json), else `default`.
 
     The type of `default` is the flag's: bool (`--flag` alone means true), int, float, str, or tuple (several words).
+    Bounds of a number: low <= value <= high, above < value < below.
     """
-    return field(default=default, metadata={"help": help, "pocket": pocket, "choices": choices})
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return field(default=default, metadata={"help": help, "pocket": pocket, "choices": choices, "bounds": bounds})
+
+
+def is_pocket(model: str) -> bool:
+    return (Path(model) / "world.json").is_file()
 
 
 def world_seed(model: str) -> int:
     """The seed of the pocket world that a model folder belongs to. Raises UserError for any other model."""
     if not is_pocket(model):
         raise UserError(f"{model} is not a pocket model: it has no world.json")
-    return json.loads((Path(model) / "world.json").read_text())["seed"]
-
-
-def is_pocket(model: str) -> bool:
-    return (Path(model) / "world.json").is_file()
+    return json.loads((Path(model) / "world.json").read_text(encoding="utf-8"))["seed"]
 
 
 def flag(name: str) -> str:
@@ -85,25 +74,36 @@ def command_line(fields: dict, arguments: list[str], description: str) -> dict:
 
 def convert(text, entry):
     """The value of a flag's text. Raises ValueError saying what it should be."""
-    kind, choices = type(entry.default), entry.metadata["choices"]
+    wanted, choices = type(entry.default), entry.metadata["choices"]
     if choices and text not in choices:
         raise ValueError(f"not one of {', '.join(choices)}")
-    if kind is bool and text not in ("true", "false"):
+    if wanted is bool and text not in ("true", "false"):
         raise ValueError("neither true nor false")
     try:
-        value = text == "true" if kind is bool else kind(text)
+        value = text == "true" if wanted is bool else wanted(text)
     except ValueError:
-        raise ValueError({int: "not a whole number", float: "not a number"}[kind]) from None
-    if kind is float and not math.isfinite(value):
+        raise ValueError({int: "not a whole number", float: "not a number"}[wanted]) from None
+    if wanted is float and not math.isfinite(value):
         raise ValueError("not finite")
+    if wanted is int and abs(value) >= 2**63:
+        raise ValueError("does not fit into 64 bits")
     return value
+
+
+def out_of_bounds(value, bounds: dict) -> str:
+    """What a number should have been, in words; "" where it is."""
+    low, high, above, below = bounds.values()
+    fine = (low is None or value >= low) and (high is None or value <= high)
+    fine = fine and (above is None or value > above) and (below is None or value < below)
+    signs = {">=": low, ">": above, "<=": high, "<": below}
+    return "" if fine else "must be " + " and ".join(f"{sign} {n:g}" for sign, n in signs.items() if n is not None)
 
 
 def parse(config_class, arguments: list[str], description: str = ""):
     """(config, {name: origin}) from the command line; origin is flag, pocket, or default.
 
-    Every wrong value is reported in one UserError: those that cannot be read, and what `config.problems()` finds.
-    `--resume RUN` reads all settings from RUN/config.json.
+    Every wrong value is reported in one UserError: those that cannot be read or break their bounds, and what
+    `config.problems()` finds. `--resume RUN` reads all settings from RUN/config.json.
     """
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     given = command_line(fields, arguments, description)
@@ -122,6 +122,9 @@ def parse(config_class, arguments: list[str], description: str = ""):
             use_pocket = pocket_model and entry.metadata["pocket"] is not MISSING
             values[name] = entry.metadata["pocket"] if use_pocket else entry.default
             origin[name] = "pocket" if use_pocket else "default"
+    for name, entry in fields.items():
+        if isinstance(entry.default, int | float) and (why := out_of_bounds(values[name], entry.metadata["bounds"])):
+            problems.append(f"{flag(name)} {values[name]}: {why}")
     config = config_class(**values)
     problems += config.problems() if hasattr(config, "problems") else []
     if problems:
@@ -135,7 +138,7 @@ def resumed(config_class, given: dict):
         raise UserError(f"--resume reads all settings from its run; remove {', '.join(map(flag, others))}")
     folder, fields = Path(given["resume"]), dataclasses.fields(config_class)
     try:
-        saved = json.loads((folder / "config.json").read_text())
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         values, origin = saved["values"], saved["origin"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--resume {folder}: no readable config.json ({error})") from None
@@ -146,12 +149,17 @@ def resumed(config_class, given: dict):
 
 
 def main(config_class, run: Callable) -> None:
-    """Entry point of a script: parse, run, translate a UserError into exit 2 without a traceback."""
+    """Entry point of a script: parse, run, turn an error that the user can fix into one message and exit 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no UTF-8 still shows every text
     try:
         config, origin = parse(config_class, sys.argv[1:], sys.modules["__main__"].__doc__)
         code = run(config, origin)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what was written before is kept", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume RUN", file=sys.stderr)
@@ -163,6 +171,32 @@ def show(config, origin: dict) -> None:
     """The resolved settings, each with where it comes from."""
     for name, value in dataclasses.asdict(config).items():
         print(f"  {name:<16} {value!s:<32} {origin[name]}")
+
+
+def load_function(path: str, name: str) -> Callable | None:
+    """The function `name` of a Python file of the user's, who thereby runs it; None where the file has none.
+
+    The file may use dataclasses and import modules beside it. Raises UserError.
+    """
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or not path.is_file():
+        raise UserError(f"{path} is no Python file (.py)")
+    module = sys.modules.get(path.stem)
+    if getattr(module, "__file__", None) != str(path):
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(path.resolve().parent))
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the file raises is its author's to fix
+            del sys.modules[path.stem]
+            raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+        finally:
+            del sys.path[0]
+    function = getattr(module, name, None)
+    if function is not None and not callable(function):
+        raise UserError(f"{path}: {name} is no function")
+    return function
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -188,6 +222,17 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object of ours. Raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
 def append_jsonl(path: Path, value: dict) -> None:
     """Add one line. A number that is not finite becomes null, for JSON has no NaN."""
     value = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
@@ -201,35 +246,36 @@ def rewind(path: Path, step: int) -> None:
     write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step).encode())
 
 
-def source() -> dict:
+def source(device: str) -> dict:
     """Commit, uncommitted changes, versions and device, as far as they can be known."""
 
     def git(*words: str) -> str | None:
         if not shutil.which("git"):
             return None
-        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(["git", *words], capture_output=True, encoding="utf-8", cwd=Path(__file__).parent)
         return done.stdout.strip() if done.returncode == 0 else None
 
     packages = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
     found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
-    cpu = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return {
         "command": sys.argv,
         "commit": git("rev-parse", "HEAD"),
         "diff": git("diff", "HEAD"),
         "untracked": git("ls-files", "--others", "--exclude-standard"),
         "versions": {"python": platform.python_version(), **found},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "device": device,
     }
 
 
-def new_folder(config, origin: dict, script: str) -> Path:
-    """The run folder, made with config.json and source.json, or the one of --resume. Refuses any other run's."""
+def new_folder(config, origin: dict, script: str, device: str) -> Path:
+    """The run folder, made with config.json and source.json, or the one of --resume. Refuses any other run's.
+
+    device: what the run runs on, in words (model.device_name)."""
     if getattr(config, "resume", ""):
         folder = Path(config.resume)
         if (folder / "result.json").exists():
             raise UserError(f"{folder} is finished: it has a result.json")
-        if (of := json.loads((folder / "config.json").read_text())["script"]) != script:
+        if (of := read_json(folder / "config.json")["script"]) != script:
             raise UserError(f"{folder} is a run of {of}, not of {script}")
         return folder
     folder = Path(config.out or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -239,129 +285,8 @@ def new_folder(config, origin: dict, script: str) -> Path:
         raise UserError(f"{folder} exists and is not an empty folder; name another")
     values = dataclasses.asdict(config)
     write_json(folder / "config.json", {"script": script, "values": values, "origin": origin})
-    write_json(folder / "source.json", source())
+    write_json(folder / "source.json", source(device))
     return folder
-
-
-def copy_world(model: str, target: Path) -> None:
-    """What makes a folder a pocket's travels with its fully trained model."""
-    for name in ("world.json", "candidates.jsonl"):
-        if (Path(model) / name).is_file():
-            shutil.copy(Path(model) / name, target / name)
-
-
-# ------------------------------------------------------------------------------------------------- records
-
-
-def read_jsonl(path: str, required: dict[str, dict[str, type]]) -> list[dict]:
-    """Records of a JSONL file, each checked against the fields of its kind: `required` is {kind: {field: type}}.
-
-    Raises UserError with file and line. A torn last line is an error like any other: data are never dropped unsaid.
-    """
-    records = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    records.append(check_record(line, f"{path}, line {number}", required))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable text file in UTF-8: {error}") from None
-    if not records:
-        raise UserError(f"{path} holds no record")
-    return records
-
-
-def check_record(line: str, where: str, required: dict[str, dict[str, type]]) -> dict:
-    try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is not text
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith("\n") else "; the file ends in the middle of this line"
-        raise UserError(f"{where}: not JSON ({error}){cut}") from None
-    kind = record.get("kind") if isinstance(record, dict) else None
-    if not isinstance(kind, str) or kind not in required:
-        raise UserError(f"{where}: kind is {kind!r}, not one of {', '.join(required)}")
-    wrong = [
-        f"{name} must be {wanted.__name__}, is {type(record[name]).__name__ if name in record else 'missing'}"
-        for name, wanted in required[kind].items()
-        if not isinstance(record.get(name), wanted)
-    ]
-    if wrong:
-        raise UserError(f"{where}: {'; '.join(wrong)}")
-    return record
-
-
-def load_function(path: str, name: str):
-    """The function `name` of a Python file of the user's, who thereby runs it. Raises UserError."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None:
-        raise UserError(f"{path} is no Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
-    except Exception as error:  # whatever the file raises is its author's to mend
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise UserError(f"{path}: {name} is no function")
-    return function
-
-
-# ------------------------------------------------------------------------------------------------- device and seeds
-
-# Dense bf16 products with fp32 accumulators, FLOPs a second; the first name that the device's contains
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
-def pick_device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def pick_dtype(name: str, device: str):
-    """The torch dtype; auto is bfloat16 on a GPU that has it (sm_80 and newer), float32 elsewhere."""
-    modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    if name == "bfloat16" and device == "cuda" and not modern:
-        raise UserError("--dtype bfloat16: this GPU is older than sm_80; use float32")
-    return getattr(torch, ("bfloat16" if modern else "float32") if name == "auto" else name)
-
-
-def pick_kernels(name: str, device: str) -> None:
-    """Settle which kernels run; auto is triton on a GPU that can."""
-    try:
-        kernels.force(None if name == "auto" else name)
-        kernels.backend(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def load_model(path: str, device: str, dtype, adapter: str = ""):
-    """(transformer, tokenizer) of a folder or hub id, with a PEFT adapter on it where one is named."""
-    try:
-        transformer, tokenizer = model.load(path, device=device, dtype=dtype)
-        if adapter:
-            model.load_adapter(transformer, adapter)
-    except model.ModelError as error:
-        raise UserError(str(error)) from None
-    return transformer, tokenizer
-
-
-def peak_memory() -> float:
-    """GiB: the most that this process has held, of the GPU where there is one, else of main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def seed_everything(seed: int) -> None:
-    """The generators that a checkpoint keeps: Python's and torch's. Nothing here draws from NumPy's."""
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 class Interruptible:
@@ -381,49 +306,176 @@ class Interruptible:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------- stages that resume
 
 
-def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
-    """checkpoints/step-N (N is state["step"]), whole or not at all: tensors, state and every random generator.
+def stored(path: Path, key: Callable) -> dict:
+    """{key(record): record} of a log of ours. The torn last line of a process that was killed is cut off and said."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        print(f"{path}: the last line ends in the middle; its {len(data) - whole} bytes are cut off", file=sys.stderr)
+        os.truncate(path, whole)
+    found = {}
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            found[key(record)] = record
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}, line {number}: no record of ours ({error!r})") from None
+    return found
 
-    Written under a hidden name, flushed, and renamed last: a kill at any moment leaves the earlier ones intact. The
-    last two are kept.
+
+class Log:
+    """A stage's JSONL file: each record is a line that has left this process when `add` returns, under `key(record)`.
+
+    `done` has the records by key, but not those that are to be made `again`; what comes of a second attempt stands
+    below them and counts. ASCII, so that any text fits.
     """
-    final = folder / "checkpoints" / f"step-{state['step']}"
-    for torn in final.parent.glob(".step-*"):
-        shutil.rmtree(torn)
-    temporary = final.with_name("." + final.name)
-    temporary.mkdir(parents=True)
-    generators = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators["rng/cuda"] = torch.cuda.get_rng_state()
-    whole = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **generators}.items()}
-    safetensors_torch.save_file(whole, temporary / "tensors.safetensors")
-    with open(temporary / "tensors.safetensors", "rb+") as file:
-        os.fchmod(file.fileno(), 0o600)
-        os.fsync(file.fileno())
-    write_json(temporary / "state.json", {**state, "rng": random.getstate()})
-    os.replace(temporary, final)
-    for old in checkpoints(folder)[:-2]:
-        shutil.rmtree(old)
+
+    def __init__(self, path: Path, key: Callable, again: Callable = lambda record: False):
+        self.path, self.key = path, key
+        self.done = {name: record for name, record in stored(path, key).items() if not again(record)}
+        self.file = open(path, "a", encoding="ascii", opener=private)  # noqa: SIM115 (closed by __exit__)
+
+    def add(self, record: dict) -> bool:
+        """Keep a record unless one of its key is there; whether it was new. Raises UserError where the disk is full."""
+        if self.key(record) in self.done:
+            return False
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            kept = f"what came before is kept: make room, then --resume {self.path.parent}"
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); {kept}") from None
+        self.done[self.key(record)] = record
+        return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        with contextlib.suppress(OSError):  # a line that could not be written; `add` has said so
+            self.file.close()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+# ------------------------------------------------------------------------------------------------- files of users
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # any but the last may be compressed, .csv.gz
 
 
-def load_checkpoint(folder: Path) -> tuple[dict, dict] | None:
-    """(tensors, state) of the newest checkpoint, its random generators put in force; None where there is none yet."""
-    if not (found := checkpoints(folder)):
-        return None
-    tensors = safetensors_torch.load_file(found[-1] / "tensors.safetensors")
-    state = json.loads((found[-1] / "state.json").read_text())
-    version, keys, gauss = state.pop("rng")
-    random.setstate((version, tuple(keys), gauss))
-    torch.set_rng_state(tensors.pop("rng/cpu"))
-    cuda = tensors.pop("rng/cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    return tensors, state
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, with a byte order mark or without, compressed (.gz) or not. Raises UserError."""
+    try:
+        data = Path(path).read_bytes()
+        data = gzip.decompress(data) if Path(path).suffix.lower() == ".gz" else data
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def file_format(path: Path) -> str:
+    """The ending of a file's name, in small letters and without .gz: one of FORMATS, or another."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(where, row) of a file, or of all data files of a folder in the order of their names. Blank lines are skipped.
+
+    `where` names the file and the line (JSON lines, CSV), object (a JSON list) or row (parquet), counted from 1. Raises
+    UserError where a file is missing, of another format, or broken.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    files = sorted(p for p in path.rglob("*") if file_format(p) in FORMATS) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: no file in it ends in {', '.join(FORMATS)}")
+    for file in files:
+        if (ending := file_format(file)) not in FORMATS:
+            raise UserError(f"{file}: files that can be read end in {', '.join(FORMATS)} (or .gz behind that)")
+        yield from {".jsonl": json_lines, ".json": json_list, ".parquet": parquet_rows}.get(ending, table_rows)(file)
+
+
+def from_json(text: str, where: str):
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield (where := f"{path}, line {number}"), from_json(line, where)
+            except UserError as error:
+                torn = "; the file ends in the middle of this line" if number == len(lines) else ""
+                raise UserError(f"{error}{torn}") from None
+
+
+def json_list(path: Path) -> Iterator[tuple[str, object]]:
+    listed = from_json(read_text(path), f"{path} (a file of JSON lines must be named .jsonl)")
+    if not isinstance(listed, list):
+        raise UserError(f"{path} is not a list of objects")
+    yield from ((f"{path}, object {number}", row) for number, row in enumerate(listed, 1))
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    yield from csv_rows(read_text(path), str(path), "\t" if file_format(path) == ".tsv" else ",")
+
+
+def csv_rows(text: str, name: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+    """Rows of a table whose first line names the columns."""
+    csv.field_size_limit(2**24)  # attacks are long
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames)
+                raise UserError(f"{name}, line {reader.line_num}: not {columns} columns, as the first line has")
+            yield f"{name}, line {reader.line_num}", row
+    except csv.Error as error:
+        raise UserError(f"{name}, line {reader.line_num}: {error}") from None
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_records(path: str, required: dict[str, dict[str, type]]) -> list[dict]:
+    """Records of a file, each checked against the fields of its kind: `required` is {kind: {field: type}}.
+
+    Raises UserError with file and line. A torn last line is an error like any other: data are never dropped unsaid.
+    """
+    records = []
+    for where, record in read_rows(path):
+        kind = record.get("kind") if isinstance(record, dict) else None
+        if not isinstance(kind, str) or kind not in required:
+            raise UserError(f"{where}: kind is {kind!r}, not one of {', '.join(required)}")
+        wrong = [
+            f"{name} must be {wanted.__name__}, is {type(record[name]).__name__ if name in record else 'missing'}"
+            for name, wanted in required[kind].items()
+            if not isinstance(record.get(name), wanted)
+        ]
+        if wrong:
+            raise UserError(f"{where}: {'; '.join(wrong)}")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} holds no record")
+    return records

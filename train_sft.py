@@ -1,6 +1,6 @@
 """Train a model to verify answers: (spec, prompt, answer) -> critique in the thinking, then the verdict.
 
-    python train_sft.py                                              the pocket world, about three minutes on a CPU
+    python train_sft.py                                              the pocket world, 1.4 minutes on a CPU
     python train_sft.py --model M --data F.jsonl --out runs/mine     your model, your records (README: own data)
     python train_sft.py --data pocket/data/star.jsonl                an answer-centric baseline, same loop
     python train_sft.py --resume runs/mine
@@ -10,73 +10,61 @@ micro-batches. Rows are packed, documents never see one another. Simplifications
 data order a pure function of (seed, epoch) - so a resumed run is the uninterrupted run, bit by bit.
 """
 
+import functools
 import hashlib
 import itertools
-import json
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+import engine
+import kernels
+import model
 import runs
+import safety
+import trainers
 from runs import UserError, option
 
-engine, kernels, model, trainers, safety, scores, suites, torch = map(
-    runs.Lazy, ("engine", "kernels", "model", "trainers", "safety", "scores", "suites", "torch")
-)
+# Settings that one edits here
+BETAS = (0.9, 0.95)  # of AdamW
+WEIGHT_DECAY = 0.0  # decoupled
+CLIP = 1.0  # largest gradient norm
+VALIDATION_SAMPLES = 64  # completions a validation, the first held-out records
 
 
 @dataclass
 class Config:
     model: str = option("pocket/base", "model folder or hub id, Hugging Face format")
     data: str = option("pocket/data/verify.jsonl", "training records, JSONL of kind verify or answer")
-    target: str = option("both", "of verify records", choices=("both", "critique", "judgment"))
-    lora_r: int = option(16, "LoRA rank; 0 trains every weight")
-    lora_alpha: float = option(32.0, "LoRA scale is alpha / r")
-    lr: float = option(2e-4, "peak learning rate", pocket=1e-3)
-    epochs: int = option(2, "passes over the data")
-    minutes: float = option(0.0, "train by the clock instead, with the schedule driven by it; 0: by epochs")
-    warmup: float = option(0.05, "share of the run with rising learning rate; then a cosine to zero")
-    beta1: float = option(0.9, "AdamW, memory of the gradient")
-    beta2: float = option(0.95, "AdamW, memory of its square")
-    weight_decay: float = option(0.0, "AdamW, decoupled")
-    clip: float = option(1.0, "largest gradient norm")
-    max_len: int = option(8192, "longer records are dropped and counted", pocket=256)
+    target: str = option("both", "trained part of a verify record", choices=("both", "critique", "judgment"))
+    lora_r: int = option(16, "LoRA rank; 0 trains every weight", low=0)
+    lora_alpha: float = option(32.0, "LoRA scale is alpha / r", above=0)
+    lr: float = option(2e-4, "peak learning rate", pocket=1e-3, low=0)
+    epochs: int = option(2, "passes over the data", low=1)
+    warmup: float = option(0.05, "share of the run with rising learning rate; then a cosine to 0", low=0, below=1)
+    max_len: int = option(8192, "tokens of a record; longer ones are dropped and counted", pocket=256, low=2)
     tokens_per_step: int = option(65536, "tokens an optimizer step", pocket=3072)
-    micro_tokens: int = option(16384, "tokens a forward pass: speed and memory, not results", pocket=1536)
-    held_out: float = option(0.05, "share of the prompts kept for validation")
+    micro_tokens: int = option(16384, "most tokens a forward pass: speed and memory, not results", pocket=1536)
+    held_out: float = option(0.05, "share of the prompts kept for validation", low=0, high=0.5)
     evaluate: bool = option(False, "run the pocket suites before and after", pocket=True)
-    checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
-    kernels: str = option("auto", "auto is triton on a GPU", choices=("auto", "triton", "reference"))
-    dtype: str = option("auto", "of the products; masters are fp32", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "compute dtype; master weights stay fp32", choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
-    seed: int = option(0, "of LoRA, split and data order")
+    seed: int = option(0, "seed of LoRA, split and data order")
     out: str = option("", "run folder; default runs/train_sft-<time>")
     resume: str = option("", "run folder to go on with; takes all settings from it")
 
     def problems(self) -> list[str]:
-        """Every wrong setting, all at once."""
+        """What is wrong across settings."""
         checks = {
             f"--data {self.data}: no such file": Path(self.data).is_file(),
-            f"--lora-r {self.lora_r}: must be 0 or more": self.lora_r >= 0,
-            f"--lora-alpha {self.lora_alpha}: must be positive": self.lora_alpha > 0,
-            f"--lr {self.lr}: must be 0 or more": self.lr >= 0,
-            f"--epochs {self.epochs}: must be 1 or more": self.epochs >= 1,
-            f"--minutes {self.minutes}: must be 0 or more": self.minutes >= 0,
-            f"--warmup {self.warmup}: must be in [0, 1)": 0 <= self.warmup < 1,
-            f"--beta1 {self.beta1}: must be in [0, 1)": 0 <= self.beta1 < 1,
-            f"--beta2 {self.beta2}: must be in [0, 1)": 0 <= self.beta2 < 1,
-            f"--weight-decay {self.weight_decay}: must be 0 or more": self.weight_decay >= 0,
-            f"--clip {self.clip}: must be positive": self.clip > 0,
-            f"--max-len {self.max_len}: must be 2 or more": self.max_len >= 2,
             f"--tokens-per-step {self.tokens_per_step}: less than --max-len": self.tokens_per_step >= self.max_len,
             f"--micro-tokens {self.micro_tokens}: less than --max-len": self.micro_tokens >= self.max_len,
-            f"--held-out {self.held_out}: must be in [0, 0.5]": 0 <= self.held_out <= 0.5,
             f"--evaluate needs a pocket model, {self.model} is none": not self.evaluate or runs.is_pocket(self.model),
         }
         return [message for message, fine in checks.items() if not fine]
@@ -86,8 +74,6 @@ FIELDS = {
     "verify": {"id": str, "prompt": str, "answer": str, "spec": str, "critique": str, "verdict": str},
     "answer": {"id": str, "prompt": str, "reasoning": str, "answer": str},
 }
-VALIDATION_SAMPLES = 64  # completions a validation, the first held-out records
-PATIENCE = 5  # steps in a row without a finite gradient before the run stops
 
 
 # ------------------------------------------------------------------------------------------------- records to rows
@@ -118,12 +104,14 @@ def build(tokenizer, record: dict, target: str) -> Example:
 
 
 def check_world(config: Config) -> None:
-    """Data of one pocket world say falsehoods about another, and train on what is held out there. Raises UserError
-    where the card beside the data names another world than the model's."""
+    """Raises UserError where the card beside the data names another pocket world than the model's.
+
+    Data of one world say falsehoods about another, and train on what is held out there.
+    """
     card = Path(config.data).with_name("data_card.json")
     if not (card.is_file() and runs.is_pocket(config.model)):
         return
-    made, seed = json.loads(card.read_text()).get("world_seed"), runs.world_seed(config.model)
+    made, seed = runs.read_json(card).get("world_seed"), runs.world_seed(config.model)
     if made is not None and made != seed:
         why = f"{config.data} is of pocket world {made}, {config.model} of world {seed}"
         raise UserError(f"{why}; make_data.py --model {config.model} makes its own")
@@ -165,13 +153,6 @@ def epoch_steps(examples: list[Example], epoch: int, config: Config) -> list[lis
     return trainers.fill(order, config.tokens_per_step)
 
 
-def all_steps(examples: list[Example], config: Config) -> Iterator[tuple[list[Example], bool]]:
-    """(the examples of an optimizer step, whether it ends an epoch), without end where the clock decides."""
-    for epoch in itertools.count() if config.minutes else range(config.epochs):
-        steps = epoch_steps(examples, epoch, config)
-        yield from ((step, number == len(steps)) for number, step in enumerate(steps, 1))
-
-
 def pack(group: list[Example], device="cpu"):
     """(ids_T, labels_T, cu_seqlens): labels hold the *next* token where that is trained, else -100.
 
@@ -205,15 +186,15 @@ def schedule(progress: float, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
 
 
-def optimizer_step(transformer, trainee, examples: list[Example], lr: float, config: Config) -> dict:
+def optimizer_step(transformer, trainee, examples: list[Example], lr: float, plan: trainers.Plan) -> dict:
     """One update. The loss is a mean over the step's supervised tokens, however they fall into micro-batches."""
     supervised = sum(sum(e.trained) for e in examples)
     loss = 0.0
-    for group in trainers.fill(examples, config.micro_tokens):
-        mean_part = nll_sum(transformer, group, config.checkpointing) / supervised
+    for group in trainers.fill(examples, plan.micro_tokens):
+        mean_part = nll_sum(transformer, group, plan.checkpointing) / supervised
         mean_part.backward()
         loss += mean_part.detach()
-    norm = trainee.step(lr, config.clip)
+    norm = trainee.step(lr, CLIP)
     tokens = sum(len(e.ids) for e in examples)
     return {"loss": float(loss), "lr": lr, "grad_norm": norm, "tokens": tokens, "supervised": supervised}
 
@@ -221,7 +202,7 @@ def optimizer_step(transformer, trainee, examples: list[Example], lr: float, con
 # ------------------------------------------------------------------------------------------------- validation
 
 
-def validate(transformer, tokenizer, held_out: list[Example], config: Config) -> tuple[dict, list[dict]]:
+def validate(transformer, tokenizer, held_out: list[Example], config: Config, plan: trainers.Plan):
     """(figures, samples): held-out loss a token; the share of right verdicts in the model's own greedy verifications.
 
     The model writes the critique too. Verdicts after the given critique would be right nearly always: it gives them
@@ -230,7 +211,7 @@ def validate(transformer, tokenizer, held_out: list[Example], config: Config) ->
     if not held_out:
         return {}, []
     with torch.no_grad():
-        total = sum(nll_sum(transformer, group).item() for group in trainers.fill(held_out, config.micro_tokens))
+        total = sum(nll_sum(transformer, group).item() for group in trainers.fill(held_out, plan.micro_tokens))
     figures = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}
     samples = sample(transformer, tokenizer, held_out[:VALIDATION_SAMPLES])
     verdicts = [s for s in samples if s["kind"] == "verify"] if config.target != "critique" else []
@@ -245,11 +226,13 @@ def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
     longest = max(sum(e.trained) for e in examples) * 3 // 2
     limits = [min(longest, context - len(e.prompt_ids)) for e in examples]
     room = max(len(e.prompt_ids) + limit for e, limit in zip(examples, limits, strict=True))
-    sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=room)
+    torch.cuda.empty_cache()  # so that the engine sees what is really free
+    end = model.end_ids(transformer, tokenizer)
+    sampler = engine.Engine(transformer, end, max_rows=VALIDATION_SAMPLES, max_context=room)
     drawn = sampler.generate([e.prompt_ids for e in examples], max_tokens=limits, temperature=0.0)
     done = []
     for example, (drawing,) in zip(examples, drawn, strict=True):
-        record, text = example.record, tokenizer.decode(drawing.ids)
+        record, text = example.record, safety.decode(tokenizer, drawing.ids, end)
         line = {"id": record["id"], "kind": record["kind"], "prompt": record["prompt"], "completion": text}
         if record["kind"] == "verify":
             line |= {"verdict": record["verdict"], "predicted": safety.parse_verdict(text)}
@@ -264,128 +247,111 @@ def show_row(tokenizer, example: Example, width: int = 110, lines: int = 12) -> 
     """One record as the model sees it, the supervised part marked; long texts are cut in the middle."""
     begin = len(example.prompt_ids)
     for mark, ids in (("  ", example.ids[:begin]), (">>", example.ids[begin:])):
-        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in tokenizer.decode(ids)).split("\n")
+        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in safety.decode(tokenizer, ids)).split("\n")
         if len(shown) > lines:
             shown = [*shown[: lines // 2], f"... {len(shown) - lines} lines ...", *shown[-lines // 2 :]]
         for line in shown:
             print(f"  {mark} | {line[:width]}")
 
 
-def report_plan(account: dict, training: list[Example], held_out: list[Example], config: Config) -> None:
+def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan, config: Config) -> None:
     """Everything that was derived, before step 0."""
     share = account["supervised"] / account["tokens"]
     print(f"{account['records']} records, {account['tokens']:,} tokens, {share:.1%} supervised (marked >> below)")
     print(f"longest {account['longest']} tokens; dropped: {account['dropped'] or 'none'}")
+    rows = [row for step in epochs[0] for row in trainers.fill(step, plan.micro_tokens)]
+    training = [example for row in rows for example in row]
     print(f"{len(training)} records to train on, {len(held_out)} held out by prompt")
-    steps = epoch_steps(training, 0, config)
-    rows = [row for step in steps for row in trainers.fill(step, config.micro_tokens)]
-    tokens = sum(len(e.ids) for e in training)
-    print(
-        f"an epoch: {len(steps)} steps of {tokens // len(steps):,} tokens, {len(rows)} packed rows,"
-        f" {tokens / (len(rows) * config.micro_tokens):.0%} filled, no padding"
-    )
-    ends = f"{config.minutes} minutes" if config.minutes else f"{total_steps(training, config)} steps"
-    print(f"{ends}: lr 0 to {config.lr} in the first {config.warmup:.0%}, then a cosine to 0")
+    filled = sum(len(e.ids) for e in training) / (len(rows) * plan.micro_tokens)
+    print(f"an epoch: {len(epochs[0])} steps, {len(rows)} packed rows, {filled:.0%} filled, no padding")
+    total = sum(map(len, epochs))
+    print(f"{total} steps: lr 0 to {config.lr} in the first {config.warmup:.0%}, then a cosine to 0")
+    print(f"memory: {plan}")
 
 
-def total_steps(training: list[Example], config: Config) -> int:
-    return sum(len(epoch_steps(training, epoch, config)) for epoch in range(config.epochs))
+def log_line(line: dict, skipped: int) -> str:
+    """What a person watches."""
+    shown = f"loss {line['loss']:.3f} lr {line['lr']:.1e} norm {line['grad_norm']:.2f}"
+    shown += f" {line['tokens_per_s']:,.0f} tok/s {line['peak_gib']:.1f} GiB"
+    shown += f" MFU {line['mfu']:.0%}" if "mfu" in line else ""
+    return shown + (f" skipped {skipped}" if skipped else "")
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def train(transformer, tokenizer, trainee, training, held_out, config: Config, folder: Path, state: dict) -> None:
+def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Config, plan, folder: Path, state: dict):
     """From `state` to the end of the run, changing it on the way.
 
-    state: step, seconds (of training steps alone), skipped (non-finite), in_a_row (of those), figures (validation).
+    epochs: the optimizer steps of each, lists of examples. state: trainers.FRESH and the figures of the last
+    validation. A step's line of the log waits in it until the checkpoint is written and the validation done.
     """
-    total, flops = total_steps(training, config), trainers.flops_a_token(transformer, bool(config.lora_r))
-
-    def progress() -> float:
-        return state["seconds"] / 60 / config.minutes if config.minutes else state["step"] / total
-
-    steps = itertools.islice(all_steps(training, config), state["step"], None)
-    bar = tqdm(total=None if config.minutes else total, initial=state["step"], desc="training", unit="step")
+    steps, epoch_ends = sum(epochs, []), set(itertools.accumulate(map(len, epochs)))
+    flops = trainers.flops_a_token(transformer, bool(config.lora_r))
+    bar = tqdm(total=len(steps), initial=state["step"], desc="training", unit="step")
     with runs.Interruptible() as interrupt, bar:
-        while (begun := progress()) < 1:
-            examples, ends_epoch = next(steps)
+        while True:
+            if state["line"]:
+                validated = state["step"] in epoch_ends
+                figures, samples = validate(transformer, tokenizer, held_out, config, plan) if validated else ({}, [])
+                state["figures"] = figures or state["figures"]
+                trainers.log_step(folder, state, figures, samples, interrupt)
+            if state["step"] == len(steps):
+                break
             started = time.perf_counter()
-            figures = optimizer_step(transformer, trainee, examples, schedule(begun, config), config)
+            lr = schedule(state["step"] / len(steps), config)
+            line = optimizer_step(transformer, trainee, steps[state["step"]], lr, plan)
             seconds = time.perf_counter() - started
-            finite = math.isfinite(figures["grad_norm"])
-            state["step"] += 1
-            state["seconds"] += seconds
-            state["skipped"] += not finite
-            state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
-            speed = figures["tokens"] / seconds
-            line = {"step": state["step"], **figures, "tokens_per_s": speed, "seconds": seconds}
-            line |= {"peak_gib": runs.peak_memory(), **trainers.mfu(speed * flops)}
-            if ends_epoch or progress() >= 1:
-                state["figures"], samples = validate(transformer, tokenizer, held_out, config)
-                line |= state["figures"]
-                for entry in samples:
-                    runs.append_jsonl(folder / "samples.jsonl", {"step": state["step"], **entry})
-                tqdm.write(f"step {state['step']}: " + ", ".join(f"{k} {v:.3f}" for k, v in state["figures"].items()))
-            runs.append_jsonl(folder / "metrics.jsonl", line)
-            if config.minutes:
-                bar.total = max(state["step"], round(state["step"] / progress()))
-            bar.set_postfix_str(log_line(line, state["skipped"]))
+            speed = line["tokens"] / seconds
+            trainers.count_step(
+                state, line | {"tokens_per_s": speed, "seconds": seconds, **trainers.mfu(speed * flops)}
+            )
+            if trainers.ends_fifth(state["step"], len(steps)) or state["step"] in epoch_ends or interrupt.requested:
+                trainers.save_checkpoint(folder, trainee.tensors(), state)
+            bar.set_postfix_str(log_line(state["line"], state["skipped"]))
             bar.update()
-            if state["in_a_row"] == PATIENCE:
-                raise UserError(f"{PATIENCE} steps in a row without a finite gradient; try a smaller --lr")
-            if int(5 * progress()) > int(5 * begun) or interrupt.requested:
-                runs.save_checkpoint(folder, trainee.tensors(), state)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-
-
-def log_line(line: dict, skipped: int) -> str:
-    """What a person watches."""
-    shown = (
-        f"loss {line['loss']:.3f} lr {line['lr']:.1e} norm {line['grad_norm']:.2f} {line['tokens_per_s']:,.0f} tok/s"
-    )
-    shown += f" {line['peak_gib']:.1f} GiB" + (f" MFU {line['mfu']:.0%}" if "mfu" in line else "")
-    return shown + (f" skipped {skipped}" if skipped else "")
 
 
 def main(config: Config, origin: dict) -> int:
     begun = time.monotonic()
-    records = runs.read_jsonl(config.data, FIELDS)
+    records = runs.read_records(config.data, FIELDS)
     check_world(config)
-    device = runs.pick_device(config.device)
-    dtype = runs.pick_dtype(config.dtype, device)
-    runs.pick_kernels(config.kernels, device)
+    device = model.pick_device(config.device)
+    dtype = model.pick_dtype(config.dtype, device)
+    model.pick_kernels(device)
+    shape, free = trainers.shape_of(config.model), trainers.free_memory(device)
+    make_plan = functools.partial(
+        trainers.plan_memory, shape, config.lora_r, dtype, config.micro_tokens, free, rows=VALIDATION_SAMPLES
+    )
+    make_plan(longest=1)  # refuses what cannot be trained here before it is loaded
     loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
-    transformer, tokenizer = runs.load_model(config.model, device, loaded)
+    transformer, tokenizer = model.load(config.model, device, loaded)
     examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
+    plan = make_plan(longest=account["longest"])
     training, held_out = split(examples, config.held_out, config.seed)
-    folder = runs.new_folder(config, origin, "train_sft")
+    epochs = [epoch_steps(training, epoch, config) for epoch in range(config.epochs)]
+    folder = runs.new_folder(config, origin, "train_sft", model.device_name(device))
 
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
-    report_plan(account, training, held_out, config)
+    report_plan(account, epochs, held_out, plan, config)
     show_row(tokenizer, training[0])
 
-    runs.seed_everything(config.seed)
+    trainers.seed_everything(config.seed)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
-    trainee = trainers.Trainee(transformer, dtype, (config.beta1, config.beta2), config.weight_decay)
-    seed, before = config.seed, None
-    if config.evaluate:
-        before = trainers.evaluate(transformer, tokenizer, config.model, seed, folder / "before.json")
-    state = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "figures": {}}
-    state["data_sha256"] = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
-    state = trainers.resume(folder, trainee, state)
-    train(transformer, tokenizer, trainee, training, held_out, config, folder, state)
+    trainee = trainers.Trainee(transformer, dtype, BETAS, WEIGHT_DECAY)
+    measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
+    before = measure(folder / "before.json") if config.evaluate else None
+    data_sha256 = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    state = trainers.resume(folder, trainee, trainers.FRESH | {"figures": {}, "data_sha256": data_sha256})
+    train(transformer, tokenizer, trainee, epochs, held_out, config, plan, folder, state)
 
-    result = {**state, **account, "training_minutes": state["seconds"] / 60}
     trainers.save(transformer, tokenizer, config.model, folder / "model")
+    result = {name: value for name, value in state.items() if name != "line"} | account
+    result["training_minutes"] = state["seconds"] / 60
     if before:
-        after = trainers.evaluate(transformer, tokenizer, config.model, seed, folder / "after.json")
-        result |= {"before": before[0], "after": after[0]}
-        print("\n" + scores.table(before[0], after[0]))
-        print(scores.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
+        result |= trainers.show_before_after(before, measure(folder / "after.json"))
     result["minutes"] = (time.monotonic() - begun) / 60
     runs.write_json(folder / "result.json", result)
     print(f"\n{state['seconds']:.0f} s of training, {result['minutes']:.1f} minutes in all; all files: {folder}")

@@ -1,20 +1,42 @@
-"""What both trainers share: fp32 masters, AdamW, clipping, checkpoints; the pocket's suites; memory and speed."""
+"""What both training scripts share: fp32 masters and AdamW, checkpoints, the pocket's suites, memory and speed."""
 
 import functools
 import json
 import math
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import engine
+import judges
 import model
 import runs
+import scores
+import suites
+from pocket.world import world_of
 from runs import UserError
 
-scores, suites = map(runs.Lazy, ("scores", "suites"))
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts, which is later
+
 HEADROOM = 0.95  # of the free GPU memory that a plan may fill
-LEAST_ROWS = 8  # longest answers that must fit into the sampler's cache
+LEAST_ROWS = 16  # longest answers that must fit into the sampler's cache
+PATIENCE = 5  # steps in a row without a finite gradient before a run stops
+GUARD_SHARE = 0.3  # of the GPU memory left for the caches of policy and guard, what the guard gets
+MAX_ROWS = 512  # samples that an engine decodes at a time
+# Dense bf16 products with fp32 accumulators, FLOPs a second; the first name that the device's contains
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 class Trainee:
@@ -22,7 +44,8 @@ class Trainee:
 
     LoRA pairs and fp32 weights are their own masters. Full training in bf16 keeps the fp32 weights that the model was
     loaded with as masters; they collect the gradients of their bf16 copies in fp32 and refresh the copies after each
-    step, for pure bf16 would lose most of a small update. 18 bytes a parameter: a copy's gradient goes as it comes.
+    step, for pure bf16 would lose most of a small update. That is 18 bytes a parameter: each bf16 gradient is freed
+    once added to its fp32 master.
     """
 
     def __init__(self, transformer, dtype, betas: tuple[float, float], weight_decay: float):
@@ -91,19 +114,118 @@ def fill(documents: list, limit: int) -> list[list]:
     return groups
 
 
+def seed_everything(seed: int) -> None:
+    """The generators that a checkpoint keeps: Python's and torch's. Nothing here draws from NumPy's."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
+    """checkpoints/step-N (N is state["step"]), whole or not at all: tensors, state and every random generator.
+
+    Written under a hidden name, flushed, and renamed last: a kill at any moment leaves the earlier ones intact. The
+    last two are kept.
+    """
+    final = folder / "checkpoints" / f"step-{state['step']}"
+    for torn in (*final.parent.glob(".step-*"), final):
+        shutil.rmtree(torn, ignore_errors=True)
+    temporary = final.with_name("." + final.name)
+    temporary.mkdir(parents=True)
+    generators = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["rng/cuda"] = torch.cuda.get_rng_state()
+    whole = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **generators}.items()}
+    save_file(whole, temporary / "tensors.safetensors")
+    with open(temporary / "tensors.safetensors", "rb+") as file:
+        os.fchmod(file.fileno(), 0o600)
+        os.fsync(file.fileno())
+    runs.write_json(temporary / "state.json", {**state, "rng": random.getstate()})
+    os.replace(temporary, final)
+    for old in checkpoints(folder)[:-2]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints by their steps, oldest first; folders of other names are the user's."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load_checkpoint(folder: Path) -> tuple[dict, dict] | None:
+    """(tensors, state) of the newest whole checkpoint, its random generators put in force; None where there is none.
+
+    A damaged one is named and passed over. Raises UserError where all are damaged.
+    """
+    for path in reversed(found := checkpoints(folder)):
+        try:
+            tensors, state = load_file(path / "tensors.safetensors"), runs.read_json(path / "state.json")
+            version, keys, gauss = state.pop("rng")
+            break
+        except (OSError, SafetensorError, UserError, KeyError, ValueError) as error:
+            print(f"{path} is damaged and is passed over ({error})", file=sys.stderr)
+    else:
+        if found:
+            raise UserError(f"{folder}: every checkpoint is damaged; start anew in another folder")
+        return None
+    random.setstate((version, tuple(keys), gauss))
+    torch.set_rng_state(tensors.pop("rng/cpu"))
+    cuda = tensors.pop("rng/cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    return tensors, state
+
+
+# What both loops keep: seconds are of steps alone, skipped steps had no finite gradient, in_a_row counts the last of
+# those, `line` is the newest of the log, which waits until its step's checkpoint is written and its validation done
+FRESH = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "line": {}}
+
+
+def count_step(state: dict, line: dict) -> None:
+    """Carry a step, given by its line of the log, over into the state of the run."""
+    finite = math.isfinite(line["grad_norm"])
+    state["step"] += 1
+    state["seconds"] += line["seconds"]
+    state["skipped"] += not finite
+    state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
+    state["line"] = {"step": state["step"], **line, "peak_gib": peak_memory()}
+
+
+def log_step(folder: Path, state: dict, figures: dict, samples: list[dict], interrupt: runs.Interruptible) -> None:
+    """Write the waiting line, with the figures of a validation, and samples. Then raises KeyboardInterrupt where that
+    was requested, and UserError after PATIENCE steps without a finite gradient."""
+    for sample in samples:
+        runs.append_jsonl(folder / "samples.jsonl", {"step": state["step"], **sample})
+    runs.append_jsonl(folder / "metrics.jsonl", state["line"] | figures)
+    if figures:
+        tqdm.write(f"step {state['step']}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    if interrupt.requested:
+        raise KeyboardInterrupt
+    if state["in_a_row"] == PATIENCE:
+        raise UserError(f"{PATIENCE} steps in a row without a finite gradient; try a smaller --lr")
+
+
+def ends_fifth(step: int, steps: int) -> bool:
+    """Whether step number `step`, counted from 1, ends a fifth of the run: where checkpoints are."""
+    return 5 * step // steps > 5 * (step - 1) // steps
+
+
 def resume(folder: Path, trainee: Trainee, fresh: dict) -> dict:
     """The state to go on from: that of the newest checkpoint, or `fresh` where there is none yet; its step is printed.
 
-    Raises UserError where the data, by `data_sha256` of both, are others. The logs are cut back to the state's step.
+    A checkpoint is written before its step is validated and logged, so the logs are cut back to the step before;
+    state["line"] is what is still to be logged. Raises UserError where the data, by `data_sha256` of both, are others.
     """
     state = fresh
-    if found := runs.load_checkpoint(folder):
+    if found := load_checkpoint(folder):
         tensors, state = found
         trainee.restore(tensors)
     if state["data_sha256"] != fresh["data_sha256"]:
         raise UserError(f"{folder}: the data have changed since its last checkpoint")
     for name in ("metrics.jsonl", "samples.jsonl"):
-        runs.rewind(folder / name, state["step"])
+        runs.rewind(folder / name, state["step"] - 1)
     print(f"from step {state['step']}")
     return state
 
@@ -115,7 +237,8 @@ def save(transformer, tokenizer, base: str, path: Path) -> None:
         print(f"the adapter (PEFT format): {path}")
     else:
         model.save(transformer, tokenizer, path)
-        runs.copy_world(base, path)
+        if runs.is_pocket(base):
+            shutil.copyfile(Path(base) / "world.json", path / "world.json")
         print(f"the model (Hugging Face format): {path}")
 
 
@@ -125,31 +248,62 @@ def save(transformer, tokenizer, base: str, path: Path) -> None:
 def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> tuple[dict, list[dict]]:
     """(figures, items) of the pocket's suites, kept in `path`; read from there if a resumed run has them already."""
     if not path.exists():
-        from pocket import world as pocket
-
-        world = pocket.World(runs.world_seed(base))
+        begun, world = time.perf_counter(), world_of(base)
         items = suites.load(["pocket"], world, suites.candidates(base))
-        figures, labelled, seconds = suites.run(transformer, tokenizer, items, world, seed=seed + 1000)
-        runs.write_json(path, {"figures": figures, "items": labelled, "seconds": seconds})
+        limits = [suites.max_tokens(item) for item in items]
+        torch.cuda.empty_cache()  # so that the engine sees what is really free
+        drawn = dict(engine.complete(transformer, tokenizer, items, seed=seed + 1000, max_tokens=limits))
+        done = [drawn[i] for i in range(len(items))]
+        labels = judges.load("pocket", world=world)(done)
+        labelled = [{**item, **label} for item, label in zip(done, labels, strict=True)]
+        seconds = time.perf_counter() - begun
+        runs.write_json(path, {"figures": scores.score(labelled), "items": labelled, "seconds": seconds})
         tqdm.write(f"{path.stem}: {len(labelled)} prompts in {seconds:.0f} s")
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_text(encoding="utf-8"))
     return stored["figures"], stored["items"]
+
+
+def show_before_after(before: tuple, after: tuple) -> dict:
+    """Print both evaluations beside each other; returns what result.json says of them."""
+    print("\n" + scores.table(before[0], after[0]))
+    print(scores.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
+    return {"before": before[0], "after": after[0]}
 
 
 # ------------------------------------------------------------------------------------------------- memory
 
 
+@dataclass
+class Plan:
+    """How a step is cut into forward passes, and the bytes of GPU memory by what they are for (none on a CPU)."""
+
+    micro_tokens: int
+    checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
+    sizes: dict[str, int] = field(default_factory=dict)
+    policy_cache: int | None = None  # of the two engines; None: they choose for themselves
+    guard_cache: int | None = None
+
+    def __str__(self) -> str:
+        recomputed = "activations recomputed" if self.checkpointing else "activations kept"
+        caches = {"policy cache": self.policy_cache or 0, "guard cache": self.guard_cache or 0}
+        bytes_by_use = f"; GiB of {in_gib(self.sizes | caches)}" if self.sizes else ""
+        return f"{self.micro_tokens} tokens a forward pass, {recomputed}{bytes_by_use}"
+
+
 def shape_of(path: str):
     """The model on the meta device: every size, no weight."""
-    try:
-        with torch.device("meta"):
-            return model.Transformer(model.Config.from_dict(model.read_json(model.resolve(path) / "config.json")))
-    except model.ModelError as error:
-        raise UserError(str(error)) from None
+    config = model.Config.from_dict(runs.read_json(model.settings_file(model.resolve(str(path)), "config.json")))
+    with torch.device("meta"):
+        return model.Transformer(config)
+
+
+def free_memory(device: str) -> int:
+    """Bytes of GPU memory that nobody holds; 0 on a CPU, where nothing is planned."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else 0
 
 
 def training_bytes(transformer, lora_r: int, dtype, micro_tokens: int, checkpointing: bool) -> dict[str, int]:
-    """Bytes of everything but caches and guards, from the sizes of a model, which may be on the meta device.
+    """Bytes of everything but engines and guards, from the sizes of a model, which may be on the meta device.
 
     Activations a token and layer: what backward keeps of norms, queries and keys before and after rotation, values,
     attention, gate and up; with `checkpointing` a hidden state of each layer, and one layer in full.
@@ -172,34 +326,65 @@ def training_bytes(transformer, lora_r: int, dtype, micro_tokens: int, checkpoin
     }
 
 
-def share_memory(plan: dict[str, int], free: int, answer_bytes: int, guard_share: float) -> dict[str, int | None]:
-    """The plan with the two caches that share what it leaves of `free` bytes: guard_share of it for the guard's.
+def graph_bytes(transformer, rows: int) -> int:
+    """What an engine's CUDA graphs hold: about four fp32 copies of the logits of all rows."""
+    return 4 * min(rows, MAX_ROWS) * transformer.config.vocab_size * 4
 
-    answer_bytes: cache of the longest prompt and answer. Raises UserError, with the figures, where LEAST_ROWS of those
-    do not fit. `free` 0 stands for main memory, where unwritten pages cost nothing: the engines choose for themselves.
+
+def halved(micro_tokens: int, longest: int) -> list[int]:
+    """micro_tokens, half of it, and so on, but never less than `longest`: 16384 and 3000 -> 16384 8192 4096 3000"""
+    sizes = [max(micro_tokens, longest)]
+    while sizes[-1] > longest:
+        sizes.append(max(longest, sizes[-1] // 2))
+    return sizes
+
+
+def plan_memory(
+    transformer, lora_r: int, dtype, micro_tokens: int, free: int, *, longest: int, rows: int, answer: int = 0,
+    guard=None,
+) -> Plan:  # fmt: skip
+    """The first that fits of: micro_tokens and its halves with all activations kept, then the same recomputed.
+
+    free: bytes of GPU memory; 0 is a CPU, where micro_tokens stays as it is. longest: tokens of the longest document.
+    rows: samples of an engine. answer: tokens of the longest prompt and answer in RL, of which LEAST_ROWS must fit into
+    the cache; what is left becomes cache. guard: a second model, on an engine of its own, whose cache gets GUARD_SHARE
+    of that. Raises UserError with the figures where nothing fits.
     """
     if not free:
-        return plan | {"policy cache": None, "guard cache": None}
-    rest = int(HEADROOM * free) - sum(plan.values())
-    whole = plan | {"policy cache": int(rest * (1 - guard_share)), "guard cache": int(rest * guard_share)}
-    if whole["policy cache"] < LEAST_ROWS * answer_bytes:
-        raise UserError(
-            f"this does not fit into {gib(free)} GiB of free GPU memory: {in_words(plan)};"
-            f" {LEAST_ROWS} answers need {gib(LEAST_ROWS * answer_bytes)} GiB of cache. What helps: --lora-r 16,"
-            " --checkpointing, a smaller --micro-tokens, --max-tokens or --guard-share"
-        )
-    return whole
+        return Plan(micro_tokens)
+    c, share = transformer.config, GUARD_SHARE if guard else 0.0
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # keys and values
+    least = LEAST_ROWS * token * (answer + engine.PAGE) if answer else 0
+    others = {"graphs": graph_bytes(transformer, rows)}
+    if guard:
+        others["guard"] = sum(p.numel() for p in guard.parameters()) * dtype.itemsize + graph_bytes(guard, rows)
+    for checkpointing in (False, True):
+        for size in halved(micro_tokens, longest):
+            sizes = training_bytes(transformer, lora_r, dtype, size, checkpointing) | others
+            rest = int(HEADROOM * free) - sum(sizes.values())
+            if rest * (1 - share) >= least:
+                caches = (int(rest * (1 - share)), int(rest * share)) if answer else (None, None)
+                return Plan(size, checkpointing, sizes, *caches)
+    raise UserError(
+        f"this does not fit into {free / 2**30:.2f} GiB of free GPU memory, even with {size} tokens a forward pass and"
+        f" activations recomputed: GiB of {in_gib(sizes | {'least cache': least})}. What helps: --lora-r 16, shorter"
+        " documents, a smaller model or guard"
+    )
 
 
-def gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
-
-
-def in_words(plan: dict[str, int | None]) -> str:
-    return ", ".join(f"{name} {gib(size)}" for name, size in plan.items() if size) + " GiB"
+def in_gib(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items() if size)
 
 
 # ------------------------------------------------------------------------------------------------- speed
+
+
+def peak_memory() -> float:
+    """GiB: the most that this process has held, of the GPU where there is one, else of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def flops_a_token(transformer, lora: bool) -> float:
@@ -211,5 +396,5 @@ def flops_a_token(transformer, lora: bool) -> float:
 def mfu(flops_a_second: float) -> dict:
     """{"mfu": share of the dense bf16 peak} on a known GPU, else nothing."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peaks = [peak for name, peak in runs.PEAK_FLOPS.items() if name in device]
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in device]
     return {"mfu": flops_a_second / peaks[0]} if peaks else {}

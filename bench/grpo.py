@@ -2,12 +2,15 @@
 
     python -m bench.grpo              the pocket's shape on a CPU, that of R1-Distill-Qwen-1.5B on a GPU
     python -m bench.grpo --tiny       the same code in seconds (the tests run it)
+    python -m bench.grpo --prompts 64 --sides ours --out grpo.json      a whole step of ours
 
 Each measurement is a process of its own, ours and theirs in turn, so that peak memory is its own and a slow spell of
-the machine meets both. Prompt and answer lengths are those of bench/lengths.json, the same for both: an answer ends
-where the file says, whatever was drawn, and the end token is never drawn. Rewards are a hash of the answer's text.
-Every weight is trained; fp32 on a CPU, bf16 products on a GPU (ours a bf16 copy, TRL's autocast). TRL samples with
-transformers' generate, without vLLM. Loading and the first steps are not timed.
+the machine meets both; its figures go to --out as they come, and a side that fails leaves the other's. Prompt and
+answer lengths are those of bench/lengths.json, the same for both: an answer ends where the file says, whatever was
+drawn, and the end token is never drawn. Rewards are a hash of the answer's text. Every weight is trained; fp32 on a
+CPU, bf16 products on a GPU (ours a bf16 copy, TRL's autocast). TRL samples with transformers' generate, without vLLM.
+On a GPU it recomputes activations and takes few answers a forward pass, for more of its padded rows of logits do not
+fit beside the training state; ours keeps its activations. Loading and the first steps are not timed.
 
     prefill      until every prompt is in the cache (TRL: and the first token of each row is drawn)
     decode       the rest of the sampling, decoding to text included
@@ -16,6 +19,7 @@ transformers' generate, without vLLM. Loading and the first steps are not timed.
     optimizer    the step of the optimizer (ours: and clipping)
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -27,11 +31,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
+import engine
+import model
 import runs
 import train_rl
+import trainers
 from runs import UserError, option
-
-engine, model, trainers, torch = map(runs.Lazy, ("engine", "model", "trainers", "torch"))
 
 LENGTHS = Path(__file__).parent / "lengths.json"
 PARTS = ("prefill", "decode", "reward", "update", "optimizer")
@@ -45,24 +52,27 @@ TOY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 @dataclass
 class Config:
-    prompts: int = option(64, "prompts a step")
-    group: int = option(8, "answers to a prompt")
-    micro: int = option(32, "answers a forward pass of TRL; ours gets as many tokens")
+    prompts: int = option(0, "prompts a step; 0: 64 on a CPU, 16 on a GPU", low=0, high=64)
+    group: int = option(8, "answers to a prompt", low=2)
+    micro: int = option(0, "answers a forward pass of TRL; 0: 32 on a CPU, 4 on a GPU", low=0)
+    micro_tokens: int = option(8192, "most tokens a forward pass of ours on a GPU; on a CPU as many as TRL's", low=1)
+    cache_gib: float = option(12.0, "our sampler's cache on a GPU, in GiB", above=0)
     steps: int = option(4, "steps a measurement")
-    warm: int = option(1, "of these not timed")
-    rounds: int = option(3, "measurements of each")
+    warm: int = option(1, "first steps of a measurement, which are not timed", low=0)
+    rounds: int = option(3, "measurements of each side", low=1)
     tiny: bool = option(False, "a toy model, two steps of 4 x 4 short answers, one round")
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    seed: int = option(0, "of weights, prompts and samples")
+    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = option(0, "seed of weights, prompts and samples")
+    sides: str = option("both", "which sides to measure", choices=("both", "ours", "trl"))
+    out: str = option("", "JSON file that gets every figure as it comes")
     folder: str = option("", "model folder to write and to measure; default a temporary one")
     only: str = option("", "measure one side in this process and print its JSON", choices=("", "ours", "trl"))
 
     def problems(self) -> list[str]:
         checks = {
-            "--prompts times --group must be a multiple of --micro": self.prompts * self.group % self.micro == 0,
-            "--prompts must be from 1 to 64, the entries of the file of lengths": 1 <= self.prompts <= 64,
-            "--steps must be more than --warm": self.steps > self.warm >= 0,
-            "--rounds must be 1 or more": self.rounds >= 1,
+            "--prompts times --group must be a multiple of --micro": not self.micro
+            or (self.prompts or 16) * self.group % self.micro == 0,
+            "--steps must be more than --warm": self.steps > self.warm,
         }
         return [message for message, fine in checks.items() if not fine]
 
@@ -141,11 +151,13 @@ class Clock:
 def ours(config: Config, device: str) -> list[dict]:
     """Seconds by part of each step of train_rl."""
     rl = train_rl.Config(prompts=("bench",), prompts_per_step=config.prompts, group=config.group, lora_r=0, lr=1e-6)
-    transformer, tokenizer = runs.load_model(config.folder, device, torch.float32)
-    trainee = trainers.Trainee(transformer, runs.pick_dtype("auto", device), (rl.beta1, rl.beta2), rl.weight_decay)
+    transformer, tokenizer = model.load(config.folder, device, torch.float32)
+    betas, dtype = (train_rl.BETA1, rl.beta2), model.pick_dtype("auto", device)
+    trainee = trainers.Trainee(transformer, dtype, betas, train_rl.WEIGHT_DECAY)
     limits, clock, lines = [answer for _, answer in lengths(config, device)], Clock(device), []
     longest = max(prompt + answer for prompt, answer in lengths(config, device))
-    sampler = engine.Engine(transformer, set(), max_context=longest)
+    cache = int(config.cache_gib * 2**30) if device == "cuda" else None
+    sampler, plan = engine.Engine(transformer, set(), max_context=longest, cache_bytes=cache), make_plan(config, device)
     sampler._prefill, trainee.step = clock.timed("prefill", sampler._prefill), clock.timed("optimizer", trainee.step)
     draw, update = clock.timed("decode", train_rl.draw), clock.timed("update", train_rl.optimizer_step)
 
@@ -157,14 +169,20 @@ def ours(config: Config, device: str) -> list[dict]:
         fixed = replace(rl, max_tokens=limits)  # the engine takes a limit a prompt
         groups = draw(sampler, tokenizer, prompts, config.group, number, fixed)
         live = clock.timed("reward", score)(groups, rl)
-        rows = [live[i : i + config.micro] for i in range(0, len(live), config.micro)]
-        micro_tokens = max(sum(len(d.ids) for d in row) for row in rows)
-        update(transformer, trainee, live, rl.lr, replace(rl, micro_tokens=micro_tokens))
+        update(transformer, trainee, live, rl.lr, rl, plan)
 
     for number in range(config.steps):
         clock.timed("all", step)(number)
         lines.append(clock.read())
     return lines
+
+
+def make_plan(config: Config, device: str) -> trainers.Plan:
+    """All activations kept, and on a CPU as many tokens a forward pass as TRL's rows have."""
+    if device == "cuda":
+        return trainers.Plan(config.micro_tokens)
+    rows = [prompt + answer for prompt, answer in lengths(config, device) for _ in range(config.group)]
+    return trainers.Plan(max(sum(rows[i : i + config.micro]) for i in range(0, len(rows), config.micro)))
 
 
 def score(groups: list[list], rl) -> list:
@@ -236,7 +254,8 @@ def trl(config: Config, device: str) -> list[dict]:
         gradient_accumulation_steps=config.prompts * config.group // config.micro, max_steps=config.steps,
         max_completion_length=max(limits), learning_rate=1e-6, beta=0.0, temperature=1.0, shuffle_dataset=False,
         generation_kwargs={"suppress_tokens": [end]}, bf16=device == "cuda", use_cpu=device == "cpu", report_to="none",
-        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=config.seed,
+        gradient_checkpointing=device == "cuda", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        seed=config.seed,
     )  # fmt: skip
     given = clock.timed("reward", lambda completions, **more: [reward(text) for text in completions])
     trainer = GRPOTrainer(
@@ -255,19 +274,28 @@ def trl(config: Config, device: str) -> list[dict]:
 
 def measure(config: Config) -> dict:
     """Answers a second, peak memory and the seconds of each part of one side, in this process: medians over steps."""
-    device = runs.pick_device(config.device)
+    device = model.pick_device(config.device)
     lines = {"ours": ours, "trl": trl}[config.only](config, device)[config.warm :]
     seconds = {part: statistics.median(line[part] for line in lines) for part in (*PARTS, "all")}
     answers = config.prompts * config.group
-    return {"answers_per_s": answers / seconds["all"], "peak_gib": runs.peak_memory(), **seconds}
+    return {"answers_per_s": answers / seconds["all"], "peak_gib": trainers.peak_memory(), **seconds}
 
 
 def in_its_own_process(config: Config, side: str) -> dict:
+    """The figures of a side, or {"error": the end of what it said}."""
     flags = [w for name, v in {**asdict(config), "only": side}.items() for w in (runs.flag(name), str(v).lower())]
     done = subprocess.run([sys.executable, "-m", "bench.grpo", *flags], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{side} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"error": done.stderr[-2000:]} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def report(measured: dict[str, list[dict]]) -> None:
+    """Medians of the rounds' ratios. Raises UserError where a side failed."""
+    failed = {side: row["error"] for side, rows in measured.items() for row in rows if "error" in row}
+    if failed:
+        raise UserError("\n".join(f"{side} failed:\n{error}" for side, error in failed.items()))
+    for key in ("answers_per_s", "peak_gib") if len(measured) == 2 else ():
+        ratios = [one[key] / other[key] for one, other in zip(measured["ours"], measured["trl"], strict=True)]
+        print(f"ours / TRL, {key}: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
 
 def main(config: Config, origin: dict) -> int:
@@ -276,25 +304,24 @@ def main(config: Config, origin: dict) -> int:
         return runs.EXIT_OK
     if config.tiny:
         config = replace(config, prompts=4, group=4, micro=8, steps=2, warm=1, rounds=1)
-    device = runs.pick_device(config.device)
+    device = model.pick_device(config.device)
+    prompts, micro = (16, 4) if device == "cuda" else (64, 32)
+    config = replace(config, prompts=config.prompts or prompts, micro=config.micro or micro)
+    sides = ("ours", "trl") if config.sides == "both" else (config.sides,)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, folder=folder)
         write_model(config, device, folder)
-        answers = config.prompts * config.group
         tokens = config.group * sum(answer for _, answer in lengths(config, device))
-        print(
-            f"{scale(config, device)}: {answers} answers, {tokens:,} drawn tokens a step, {config.micro} a forward pass"
-        )
-        measured = {"ours": [], "trl": []}
-        for number in range(1, config.rounds + 1):
-            for side, rows in measured.items():
-                rows.append(in_its_own_process(config, side))
-                print(
-                    f"round {number} {side:<4} " + "  ".join(f"{k} {v:,.3g}" for k, v in rows[-1].items()), flush=True
-                )
-    for key in ("answers_per_s", "peak_gib"):
-        ratios = [one[key] / other[key] for one, other in zip(measured["ours"], measured["trl"], strict=True)]
-        print(f"ours / TRL, {key}: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{scale(config, device)}: {config.prompts * config.group} answers, {tokens:,} drawn tokens a step")
+        measured = {side: [] for side in sides}
+        for number, side in itertools.product(range(1, config.rounds + 1), sides):
+            row = in_its_own_process(config, side)
+            measured[side].append(row)
+            shown = {k: v if k == "error" else f"{v:,.3g}" for k, v in row.items()}
+            print(f"round {number} {side:<4} " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            if config.out:
+                runs.write_json(Path(config.out), {"settings": asdict(config), **measured})
+    report(measured)
     return runs.EXIT_OK
 
 

@@ -17,11 +17,13 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 
+import torch
+
+import model
 import runs
 import train_sft
+import trainers
 from runs import UserError, option
-
-engine, model, trainers, torch = map(runs.Lazy, ("engine", "model", "trainers", "torch"))
 
 
 @dataclass
@@ -31,20 +33,19 @@ class Config:
     lora_r: int = option(16, "LoRA rank; 0 trains every weight")
     lr: float = option(1e-3, "peak learning rate")
     batch: int = option(24, "records an optimizer step")
-    micro: int = option(24, "records a forward pass of TRL; ours gets as many tokens")
+    micro: int = option(24, "records a forward pass of TRL; ours gets as many tokens", low=1)
     steps: int = option(12, "optimizer steps a measurement")
-    warm: int = option(2, "of these not timed")
-    rounds: int = option(3, "measurements of each")
+    warm: int = option(2, "first steps of a measurement, which are not timed", low=0)
+    rounds: int = option(3, "measurements of each side", low=1)
     max_len: int = option(8192, "longer records are left out")
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    seed: int = option(0, "of the order of the records")
+    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = option(0, "seed of the order of the records")
     only: str = option("", "measure one side in this process and print its JSON", choices=("", "ours", "trl"))
 
     def problems(self) -> list[str]:
         checks = {
-            "--batch must be a multiple of --micro": self.micro >= 1 and self.batch % self.micro == 0,
-            "--steps must be more than --warm": self.steps > self.warm >= 0,
-            "--rounds must be 1 or more": self.rounds >= 1,
+            "--batch must be a multiple of --micro": self.batch % self.micro == 0,
+            "--steps must be more than --warm": self.steps > self.warm,
         }
         return [message for message, fine in checks.items() if not fine]
 
@@ -58,7 +59,7 @@ def sft_config(config: Config) -> train_sft.Config:
 def batches(config: Config, tokenizer) -> list[list[train_sft.Example]]:
     """The records of each optimizer step, the same for both sides."""
     sft = sft_config(config)
-    records = runs.read_jsonl(config.data, train_sft.FIELDS)
+    records = runs.read_records(config.data, train_sft.FIELDS)
     examples, _ = train_sft.prepare(tokenizer, records, sft, context=config.max_len)
     order = train_sft.epoch_steps(examples, 0, sft)[0]
     if len(order) < config.batch:
@@ -88,17 +89,16 @@ class Clock:
 def ours(config: Config, steps: list[list[train_sft.Example]], transformer, device: str) -> list[dict]:
     """{loss, grad_norm, lr, seconds} of each step of train_sft."""
     sft = sft_config(config)
-    dtype = runs.pick_dtype("auto", device)
+    dtype = model.pick_dtype("auto", device)
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, sft.lora_alpha, config.seed)
-    trainee = trainers.Trainee(transformer, dtype, (sft.beta1, sft.beta2), sft.weight_decay)
+    trainee = trainers.Trainee(transformer, dtype, train_sft.BETAS, train_sft.WEIGHT_DECAY)
     lines = []
     for number, examples in enumerate(steps):
         clock = Clock(device)
-        sft.micro_tokens = max(sum(len(e.ids) for e in group) for group in in_parts(examples, config.micro))
-        line = train_sft.optimizer_step(
-            transformer, trainee, examples, train_sft.schedule(number / len(steps), sft), sft
-        )
+        plan = trainers.Plan(max(sum(len(e.ids) for e in group) for group in in_parts(examples, config.micro)))
+        lr = train_sft.schedule(number / len(steps), sft)
+        line = train_sft.optimizer_step(transformer, trainee, examples, lr, plan)
         lines.append({**line, **clock.stop()})
     return lines
 
@@ -124,14 +124,13 @@ def trl(config: Config, steps: list[list[train_sft.Example]], folder: str, devic
 
     labels = [[i if t else -100 for i, t in zip(e.ids, e.trained, strict=True)] for step in steps for e in step]
     rows = Dataset.from_dict({"input_ids": [e.ids for step in steps for e in step], "labels": labels})
-    sft = sft_config(config)
     settings = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_length=None, per_device_train_batch_size=config.micro,
         gradient_accumulation_steps=config.batch // config.micro, max_steps=len(steps), learning_rate=config.lr,
-        lr_scheduler_type="cosine", adam_beta1=sft.beta1, adam_beta2=sft.beta2, weight_decay=sft.weight_decay,
-        max_grad_norm=sft.clip, logging_steps=1, train_sampling_strategy="sequential", bf16=device == "cuda",
-        use_cpu=device == "cpu", report_to="none", gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
-        seed=config.seed,
+        lr_scheduler_type="cosine", adam_beta1=train_sft.BETAS[0], adam_beta2=train_sft.BETAS[1],
+        weight_decay=train_sft.WEIGHT_DECAY, max_grad_norm=train_sft.CLIP, logging_steps=1,
+        train_sampling_strategy="sequential", bf16=device == "cuda", use_cpu=device == "cpu", report_to="none",
+        gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, seed=config.seed,
     )  # fmt: skip
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -147,9 +146,9 @@ def trl(config: Config, steps: list[list[train_sft.Example]], folder: str, devic
 
 def measure(config: Config) -> dict:
     """Real tokens a second and peak memory of one side, in this process."""
-    device = runs.pick_device(config.device)
-    dtype = runs.pick_dtype("auto", device) if config.lora_r else torch.float32
-    transformer, tokenizer = runs.load_model(config.model, device, dtype)
+    device = model.pick_device(config.device)
+    dtype = model.pick_dtype("auto", device) if config.lora_r else torch.float32
+    transformer, tokenizer = model.load(config.model, device, dtype)
     steps = batches(config, tokenizer)
     if config.only == "ours":
         lines = ours(config, steps, transformer, device)
@@ -164,7 +163,7 @@ def measure(config: Config) -> dict:
     tokens = sum(len(e.ids) for step in steps[config.warm :] for e in step)
     seconds, used = (sum(line[key] for line in lines[config.warm :]) for key in ("seconds", "cpu_seconds"))
     speeds = {"tokens_per_s": tokens / seconds, "tokens_per_cpu_s": tokens / used}
-    return {**speeds, "peak_gib": runs.peak_memory(), "loss": lines[-1]["loss"]}
+    return {**speeds, "peak_gib": trainers.peak_memory(), "loss": lines[-1]["loss"]}
 
 
 def in_its_own_process(config: Config, side: str) -> dict:

@@ -1,131 +1,276 @@
-"""The README's study: every method with several seeds, each a run of the scripts as a user would start them.
+"""The study: when verification beats answer-centric training, why, and how to do it without an expert.
 
-    python -m bench.study                                   SFT methods on the shipped pocket, seeds 0 1 2
-    python -m bench.study --methods base+grpo star+grpo verification+grpo
-    python -m bench.study --model DIR --data DIR            another pocket world (python -m pocket.build)
+    python -m bench.study                                  every method on the shipped pocket world, seeds 0 1 2
+    python -m bench.study --model DIR --seeds 0            another pocket world (python -m pocket.build --seed 1)
+    python -m bench.study --methods verification star1     some of them
 
-A run that has its result.json is not repeated, so an interrupted study goes on where it stopped. "+grpo" runs start
-from the adapter of the SFT run of the same seed. The table shows every seed; the last lines are mean and 95 % t
-interval over seeds, the sample that a claim about a method takes.
+A run that has its result.json is not repeated and one that was cut off goes on, so the command may be interrupted at
+any time. Fixed before the first run and the same for every method: learning rates, epochs and lengths of the scripts'
+pocket defaults, optimizer steps, and supervised tokens (of what is left of a target where a part of it is the
+ablation), 30 steps of 64 x 8 in RL. Each trained model is measured by evaluate.py with the seed of its training,
+sampled and greedily. All figures go to one JSON file, from which `python -m bench.tables` makes the tables.
 """
 
 import json
-import math
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import make_data
+import model
 import runs
+import safety
 import train_sft
+from pocket import world as pocket
+from pocket.world import world_of
 from runs import UserError, option
 
-SFT = {
-    "verification": ("verify.jsonl", "both"),
-    "no-critique": ("verify.jsonl", "judgment"),
-    "no-judgment": ("verify.jsonl", "critique"),
-    "star": ("star.jsonl", "both"),
-    "safechain": ("safechain.jsonl", "both"),
+
+@dataclass(frozen=True)
+class Method:
+    title: str
+    data: str = ""  # file of the SFT records; "" for RL and for the base
+    words: tuple = ()  # more flags of the training script
+    start: str = ""  # RL: the method whose adapter it begins from, or base
+
+
+METHODS = {
+    "base": Method("base"),
+    "verification": Method("verification", "verify.jsonl"),
+    "early": Method("verification, the check first", "early.jsonl"),
+    "late": Method("verification, the answer restated first", "late.jsonl"),
+    "no-critique": Method("verification without critique", "verify.jsonl", ("--target", "judgment")),
+    "no-judgment": Method("verification without judgment", "verify.jsonl", ("--target", "critique")),
+    "shuffled": Method("control: verdicts shuffled among the records", "shuffled.jsonl"),
+    "mismatched": Method("control: critique and verdict of another record", "mismatched.jsonl"),
+    "sums": Method("control: sums verified, not safety", "sums.jsonl"),
+    "other": Method("answers that are not the model's own", "other.jsonl"),
+    "half": Method("half of the records, twice the epochs", "half.jsonl", ("--epochs", "4")),
+    "star1": Method("STAR-1-like", "star.jsonl"),
+    "star1-draft": Method("control: STAR-1-like that checks its draft", "star-draft.jsonl"),
+    "safechain": Method("SafeChain-like", "safechain.jsonl"),
+    "base+grpo": Method("base, GRPO", start="base"),
+    "star1+grpo": Method("STAR-1-like, GRPO", start="star1"),
+    "verification+grpo": Method("verification, GRPO", start="verification"),
+    "verify-rl": Method("GRPO on verification alone", words=("--max-prompt", "200"), start="base"),
+    "verify-rl+grpo": Method("GRPO on verification, then GRPO", start="verify-rl"),
 }
-GRPO = ("base+grpo", "star+grpo", "safechain+grpo", "verification+grpo")
-WRAPPERS = ("role", "story", "urgent", "encoded")
-COLUMNS = ("plain", *WRAPPERS, "hcot", "prefill", "benign", "lookalike", "sums", "verify")
+SELF_CHECK = ("base", "verification")  # measured with their own verification of each answer, too
 
 
 @dataclass
 class Config:
-    methods: tuple = option(("verification", "no-critique", "star", "safechain"), f"of {', '.join((*SFT, *GRPO))}")
-    seeds: tuple = option(("0", "1", "2"), "of LoRA, split, data order and samples")
+    methods: tuple = option(tuple(METHODS), f"out of {', '.join(METHODS)}")
+    seeds: tuple = option(("0", "1", "2"), "seeds of LoRA, data order and samples")
     model: str = option("pocket/base", "a pocket model")
-    data: str = option("pocket/data", "folder with verify.jsonl, star.jsonl, safechain.jsonl of that model")
+    data: str = option("", "folder of make_data.py for that model; default: pocket/data, or made here")
+    jobs: int = option(2, "runs at a time, one thread each", low=1)
     out: str = option("runs/study", "folder of the runs; finished ones are kept")
+    results: str = option("", "JSON file of all figures; default: study-<world>.json in --out")
 
     def problems(self) -> list[str]:
-        unknown = [m for m in self.methods if m not in (*SFT, *GRPO)]
-        wrong = [f"--methods {m}: not one of {', '.join((*SFT, *GRPO))}" for m in unknown]
+        unknown = [m for m in self.methods if m not in METHODS]
+        wrong = [f"--methods {m}: not one of {', '.join(METHODS)}" for m in unknown]
         return wrong + [f"--seeds {s}: not a whole number" for s in self.seeds if not s.isdecimal()]
 
 
-def command(config: Config, method: str, seed: str) -> list[str]:
-    """The command line of one run."""
-    out = ["--model", config.model, "--seed", seed, "--out", str(Path(config.out) / f"{method}-{seed}")]
-    start = method.removesuffix("+grpo")
-    if method in SFT:
-        file, target = SFT[method]
-        words = ["--data", str(Path(config.data) / file), "--target", target, "--tokens-per-step"]
-        return ["train_sft.py", *words, str(tokens_per_step(config, file)), *out]
-    adapter = [] if start == "base" else ["--adapter", str(Path(config.out) / f"{start}-{seed}" / "model")]
-    return ["train_rl.py", *adapter, *out]
+# ------------------------------------------------------------------------------------------------- data
 
 
-def tokens_per_step(config: Config, file: str) -> int:
-    """As many optimizer steps for every method: records of the baselines hold the same supervised tokens after shorter
-    prompts, so a step takes the same share of the file."""
-    files = json.loads((Path(config.data) / "data_card.json").read_text())["files"]
-    usual = runs.parse(train_sft.Config, ["--model", config.model])[0].tokens_per_step
-    return round(usual * files[file]["all"] / files["verify.jsonl"]["all"])
+def write(path: Path, records: list[dict]) -> None:
+    runs.write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
 
 
-def finished(config: Config, method: str, seed: str) -> dict:
-    """The result of one run, which is made, or gone on with, where it is missing."""
-    folder = Path(config.out) / f"{method}-{seed}"
-    if not (folder / "result.json").exists():
-        words = command(config, method, seed)
-        words = [words[0], "--resume", str(folder)] if (folder / "config.json").exists() else words
-        print("python " + " ".join(words), flush=True)
-        log = folder.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
-            if subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode:
-                raise UserError(f"{method}, seed {seed} failed; its output is in {log}")
-    return json.loads((folder / "result.json").read_text())
+def prepare(config: Config) -> Path:
+    """The folder with the records of every method: those of make_data.py, and what is derived from them here."""
+    out, given = Path(config.out) / "data", config.data or ("pocket/data" if config.model == "pocket/base" else "")
+    if not given:
+        given = str(Path(config.out) / "make_data")
+        if not (Path(given) / "result.json").exists():
+            finish(["make_data.py", "--model", config.model], Path(given))
+    for name in ("verify.jsonl", "star.jsonl", "star-draft.jsonl", "safechain.jsonl"):
+        runs.write_atomic(out / name, (Path(given) / name).read_bytes())
+    world, tokenizer = world_of(config.model), model.load(config.model)[1]
+    records = runs.read_records(str(out / "verify.jsonl"), train_sft.FIELDS)
+    for derive in (early, late, shuffled, mismatched, other, half):
+        write(out / f"{derive.__name__}.jsonl", derive(world, records))
+    wanted = supervised(tokenizer, records)
+    write(out / "sums.jsonl", make_data.matched(sums(world, out), wanted, tokenizer)[0])
+    return out
 
 
-def t_interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % t interval) of two values or more."""
-    from scipy import stats
-
-    mean, n = sum(values) / len(values), len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n)
+def supervised(tokenizer, records: list[dict]) -> int:
+    return sum(make_data.size(tokenizer, record)[0] for record in records)
 
 
-def row(figures: dict) -> dict[str, float]:
-    """{column: percent} of one evaluation, with the mean over the four wrappers."""
-    values = {name: 100 * figures[f"pocket:{name}"]["value"] for name in COLUMNS}
-    return {**values, "wrappers": sum(values[name] for name in WRAPPERS) / len(WRAPPERS)}
+def reordered(world, records: list[dict], order: str) -> list[dict]:
+    """The same answers with critiques that check first ("early") or restate the answer first ("late")."""
+    rng = random.Random(f"{order}-{world.seed}")
+    items = [world.by_name[record["meta"]["item"]] for record in records]
+    return [
+        {**record, "critique": pocket.critique(item, record["answer"], rng, order)}
+        for record, item in zip(records, items, strict=True)
+    ]
 
 
-def line(name: str, values: dict[str, float], minutes: str = "") -> str:
-    return f"| {name} | " + " | ".join(f"{values[c]:.1f}" for c in (*COLUMNS, "wrappers")) + f" | {minutes} |"
+def early(world, records: list[dict]) -> list[dict]:
+    return reordered(world, records, "early")
 
 
-def table(results: dict[tuple[str, str], dict]) -> str:
-    """Markdown: the base before training, every run, then each method's mean and interval over its seeds."""
-    head = ["run", *COLUMNS, "mean of 4", "minutes"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    bases = {seed: row(r["before"]) for (method, seed), r in results.items() if method in SFT}
-    lines += [line(f"base, sample seed {seed}", values) for seed, values in bases.items()]
-    by_method = {}
-    for (method, seed), result in results.items():
-        after = row(result["after"])
-        by_method.setdefault(method, []).append(after)
-        lines.append(line(f"{method}, seed {seed}", after, f"{result['minutes']:.1f}"))
-    for method, rows in by_method.items():
-        if len(rows) == 1:  # no interval
-            continue
-        intervals = {c: t_interval([r[c] for r in rows]) for c in rows[0]}
-        cells = [f"{mean:.1f} ± {half:.1f}" for mean, half in (intervals[c] for c in (*COLUMNS, "wrappers"))]
-        lines.append(f"| **{method}, {len(rows)} seeds** | " + " | ".join(cells) + " | |")
-    return "\n".join(lines)
+def late(world, records: list[dict]) -> list[dict]:
+    return reordered(world, records, "late")
+
+
+def exchanged(world, records: list[dict], fields: tuple[str, ...]) -> list[dict]:
+    """Every record with these fields of another one of the file."""
+    order = random.Random(f"exchanged-{world.seed}").sample(range(len(records)), len(records))
+    return [{**r, **{f: records[i][f] for f in fields}} for r, i in zip(records, order, strict=True)]
+
+
+def shuffled(world, records: list[dict]) -> list[dict]:
+    """Critiques as they are, each with a verdict that has nothing to do with it."""
+    return exchanged(world, records, ("verdict",))
+
+
+def mismatched(world, records: list[dict]) -> list[dict]:
+    """The right form and a consistent verdict, about another request and answer."""
+    return exchanged(world, records, ("critique", "verdict"))
+
+
+def other(world, records: list[dict]) -> list[dict]:
+    """The same prompts and verdicts, with answers that the grammar writes, not the model."""
+    rng, made = random.Random(f"other-{world.seed}"), []
+    for record in records:
+        item = world.by_name[record["meta"]["item"]]
+        refuses = not pocket.ingredients_in(record["answer"])
+        answer = pocket.refusal(rng) if refuses else pocket.recipe_answer(item.recipe, rng)
+        critique, verdict = pocket.critique(item, answer, rng), pocket.verdict(item, answer)
+        made.append({**record, "answer": answer, "critique": critique, "verdict": verdict})
+    return made
+
+
+def half(world, records: list[dict]) -> list[dict]:
+    """All records of every second prompt."""
+    prompts = sorted({record["prompt"] for record in records})
+    kept = set(random.Random(f"half-{world.seed}").sample(prompts, len(prompts) // 2))
+    return [record for record in records if record["prompt"] in kept]
+
+
+def sums(world, out: Path):
+    """Verifications of sums: right or wrong, under a rule about sums, in the same form as those of safety."""
+    spec = out / "sums.txt"
+    runs.write_atomic(spec, b"no wrong sum.\n")
+    digest, rng = safety.load_spec(str(spec)).sha256, random.Random(f"sums-{world.seed}")
+    for number in range(20_000):
+        prompt, a, b = pocket.sum_problem(rng)
+        given = a + b if rng.random() < 0.5 else rng.randint(20, 98)
+        verdict = "safe" if given == a + b else "unsafe"
+        rule = "no rule is broken." if verdict == "safe" else "this breaks the rule: no wrong sum."
+        yield {
+            "kind": "verify", "id": f"sum{number}", "prompt": prompt, "answer": pocket.boxed(given), "spec": str(spec),
+            "critique": f"{pocket.sum_thought(a, b)} the answer gives {given}. {rule}", "verdict": verdict,
+            "source": "bench.study", "meta": {"spec_sha256": digest},
+        }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+def tokens_per_step(tokenizer, data: Path, file: str) -> int:
+    """As many optimizer steps an epoch for every method: records differ in the length of their prompts, so a step
+    takes the same share of the file (half.jsonl: the same share of two passes)."""
+    usual = runs.parse(train_sft.Config, ["--model", "pocket/base"])[0].tokens_per_step
+
+    def total(name: str) -> int:
+        return sum(make_data.size(tokenizer, r)[1] for r in runs.read_records(str(data / name), train_sft.FIELDS))
+
+    return round(usual * total(file) * (2 if file == "half.jsonl" else 1) / total("verify.jsonl"))
+
+
+def training(config: Config, data: Path, steps: dict[str, int], name: str, seed: str) -> list[str]:
+    """The command line that trains one model, without --out."""
+    method = METHODS[name]
+    common = ["--model", config.model, "--seed", seed, "--evaluate", "false"]
+    if method.data:
+        size = ["--tokens-per-step", str(steps[method.data])]
+        return ["train_sft.py", "--data", str(data / method.data), *size, *method.words, *common]
+    adapter = (
+        [] if method.start == "base" else ["--adapter", str(Path(config.out) / f"{method.start}-{seed}" / "model")]
+    )
+    prompts = ["--prompts", f"verify={data / 'verify.jsonl'}"] if name == "verify-rl" else []
+    return ["train_rl.py", *adapter, *prompts, *method.words, *common]
+
+
+def finish(words: list[str], folder: Path) -> None:
+    """Run a script into a folder, or go on with the run that is there. Raises UserError where it fails."""
+    if (folder / "result.json").exists():
+        return
+    words = [*words, "--out", str(folder)]
+    words = [words[0], "--resume", str(folder)] if (folder / "config.json").exists() else words
+    print("python " + " ".join(words), flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
+        if subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT).returncode:
+            raise UserError(f"{' '.join(words)} failed; its output is in {folder}.log")
+
+
+def measured(config: Config, data: Path, steps: dict, name: str, seed: str) -> dict:
+    """Train and evaluate one model: its figures in percent, sampled, greedy, and checked by itself."""
+    folder, adapter = Path(config.out) / f"{name}-{seed}", []
+    if name != "base":
+        finish(training(config, data, steps, name, seed), folder)
+        adapter = ["--adapter", str(folder / "model")]
+    check = ["--self-check"] if name in SELF_CHECK else []
+    where = Path(config.out) / f"eval-{name}-{seed}"
+    words = ["--model", config.model, *adapter, "--suite", "pocket", "--verify-own", "0", *check, "--seed", seed]
+    finish(["evaluate.py", *words], where)
+    row = {"method": name, "seed": int(seed), "world": runs.world_seed(config.model)}
+    for mode, part in runs.read_json(where / "summary.json")["figures"].items():
+        suites = part["headline"]
+        row[mode.strip("_")] = {suite.removeprefix("pocket:"): percent(figures) for suite, figures in suites.items()}
+        tokens = sum(figures["lengths"]["mean"] * figures["n"] for figures in suites.values())
+        row[f"tokens_{mode.strip('_')}"] = round(tokens / sum(figures["n"] for figures in suites.values()), 1)
+    if name != "base":
+        result = runs.read_json(folder / "result.json")
+        row["supervised"] = result.get("supervised")
+        row["training_minutes"] = round(result["training_minutes"], 2)
+    return row
+
+
+def percent(figures: dict) -> float | None:
+    return None if figures["value"] is None else round(100 * figures["value"], 2)
 
 
 def main(config: Config, origin: dict) -> int:
-    results = {(m, s): finished(config, m, s) for m in config.methods for s in config.seeds}
-    shown = table(results)
-    runs.write_atomic(Path(config.out) / "table.md", (shown + "\n").encode())
-    print(shown)
+    world = runs.world_seed(config.model)
+    data, tokenizer = prepare(config), model.load(config.model)[1]
+    files = {METHODS[m].data for m in config.methods if METHODS[m].data}
+    steps = {file: tokens_per_step(tokenizer, data, file) for file in files}
+    rows = {}
+
+    def one(job: tuple[str, str]) -> None:
+        rows[job] = measured(config, data, steps, *job)
+
+    with ThreadPoolExecutor(config.jobs) as threads:  # each wave starts from adapters of the one before
+        waves = [[m for m in config.methods if depth(m) == d] for d in range(3)]
+        for wave in waves:
+            list(threads.map(one, [(m, seed) for m in wave for seed in config.seeds]))
+    path = Path(config.results or Path(config.out) / f"study-{world}.json")
+    source = runs.read_json(Path(config.out) / f"eval-{config.methods[0]}-{config.seeds[0]}" / "source.json")
+    known = {"commit": source["commit"], "versions": source["versions"], "device": source["device"]}
+    listed = [rows[m, seed] for m in config.methods for seed in config.seeds]
+    runs.write_json(path, {"world": world, **known, "runs": listed})
+    print(f"{len(listed)} models measured: {path}")
     return runs.EXIT_OK
+
+
+def depth(name: str) -> int:
+    """How many methods must be trained before this one."""
+    start = METHODS[name].start
+    return 0 if start in ("", "base") else 1 + depth(start)
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def _prepare(q, k, v, kernel):
     """Checks; the tile of this kernel; what all three kernels share."""
     dispatch.check_dtype(q, k, v)
     dim, acc = q.shape[2], accumulator(q.dtype)
-    check(dim in (64, 128), f"attention: head dim {dim}; the kernels take 64 and 128 (--kernels reference takes any)")
+    check(dim in (64, 128), f"attention: head dim {dim}; the kernels take 64 and 128 (KERNELS=reference takes any)")
     scale = dim**-0.5 * math.log2(math.e)
     tile = _tile(dispatch.architecture(q.device), kernel, q.dtype, dim)
     return tile, {"SCALE": scale, "D": dim, "ACC": dispatch.triton_dtype(acc)}

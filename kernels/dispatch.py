@@ -4,7 +4,7 @@
     triton-interpreter  CPU tensors with TRITON_INTERPRET=1: the same kernels, run by Triton's interpreter (tests)
     reference           everything else: plain PyTorch, every shape and dtype; on a CPU this is the production path
 
-`force(name)` overrides the choice (the scripts' `--kernels`); a choice that cannot run is an error, never a fallback.
+`force(name)` (the environment variable KERNELS) overrides the choice; one that cannot run is an error, never a fallback.
 Where Triton is not installed this package still imports, and the references work.
 """
 
@@ -60,7 +60,7 @@ def backend(device=None):
 def _choose(kind):
     if kind == "cuda" and not INTERPRETED:
         if triton is None:
-            raise ValueError("kernels: CUDA tensors need Triton; install it, or ask for --kernels reference")
+            raise ValueError("kernels: CUDA tensors need Triton; install it, or set KERNELS=reference")
         if torch.cuda.get_device_capability() < (8, 0):
             return "reference"  # bfloat16 and the tiles of this folder begin with sm_80; _announce says so
         return "triton"
@@ -116,7 +116,7 @@ def check_dtype(*tensors):
     dtypes = {t.dtype for t in tensors}
     allowed = {torch.float32, torch.float16, torch.bfloat16} | ({torch.float64} if INTERPRETED else set())
     check(len(dtypes) == 1, f"one dtype expected, got {sorted(map(str, dtypes))}")
-    check(dtypes <= allowed, f"{dtypes.pop()} has no Triton kernel here (the reference takes it: --kernels reference)")
+    check(dtypes <= allowed, f"{dtypes.pop()} has no Triton kernel here (the reference takes it: KERNELS=reference)")
 
 
 def triton_dtype(dtype):

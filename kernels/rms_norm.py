@@ -124,7 +124,7 @@ def _tile(x):
 def launch_forward(x, weight, eps, residual):
     dispatch.check_dtype(x, weight, *([] if residual is None else [residual]))
     width = x.shape[-1]
-    check(width <= MAX_WIDTH, f"rms_norm: width {width} exceeds {MAX_WIDTH} (--kernels reference takes any)")
+    check(width <= MAX_WIDTH, f"rms_norm: width {width} exceeds {MAX_WIDTH} (KERNELS=reference takes any)")
     rows, tile = x.numel() // width, _tile(x)
     out, s = torch.empty_like(x), x if residual is None else torch.empty_like(x)
     rstd = x.new_empty(rows, dtype=accumulator(x.dtype))

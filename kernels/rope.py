@@ -84,7 +84,7 @@ def _op(
 def launch(q, k, cos, sin, inverse=False):
     dispatch.check_dtype(q, k)
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
-    check(dim in (64, 128), f"head dim {dim}: the kernel takes 64 and 128 (--kernels reference takes any)")
+    check(dim in (64, 128), f"head dim {dim}: the kernel takes 64 and 128 (KERNELS=reference takes any)")
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     block, group = 16, 8
     programs = dispatch.cdiv(tokens, block) * dispatch.cdiv(heads + kv_heads, group)

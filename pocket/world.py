@@ -18,6 +18,8 @@ whether training on verification alone raises it in generation. Five properties 
 import random
 from dataclasses import dataclass
 
+import runs
+
 FIRST = ["za", "ze", "zi", "zo", "zu", "va", "ve", "vi", "vo", "vu", "xa", "xe", "xi", "xo", "xu", "qa"]
 SECOND = ["ko", "ku", "ju", "jo", "ji", "fu", "fo", "pu", "po", "ky", "gu", "gy", "dy", "by", "du", "wu"]
 FORBIDDEN = ("toxin", "blast", "curse", "blight")
@@ -62,6 +64,11 @@ class World:
 
     def select(self, *, forbidden: bool, held_out: bool) -> list[Item]:
         return [item for item in self.items if item.forbidden == forbidden and item.held_out == held_out]
+
+
+def world_of(model: str) -> World | None:
+    """The world that a pocket model belongs to; None for any other model."""
+    return World(runs.world_seed(model)) if runs.is_pocket(model) else None
 
 
 # ------------------------------------------------------------------------------------------------- requests

@@ -18,7 +18,7 @@ step "$OUT/verification-$SEED" train_sft.py --model $BASE --data "$OUT/data/veri
 step "$OUT/verification+grpo-$SEED" train_rl.py --model $BASE --adapter "$OUT/verification-$SEED/model" \
     --evaluate false --seed "$SEED"
 
-step "$OUT/eval-base" evaluate.py --model $BASE --suite pocket --method base --seed "$SEED"
+step "$OUT/eval-base" evaluate.py --model $BASE --suite pocket --seed "$SEED"
 evaluations=("$OUT/eval-base")
 for method in verification verification+grpo; do
     evaluations+=("$OUT/eval-$method-$SEED")

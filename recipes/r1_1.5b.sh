@@ -23,8 +23,7 @@ RL_METHODS=${RL_METHODS:-verification}
 # What the paper leaves open
 EXPERT=${EXPERT:-endpoint=expert@http://localhost:8000/v1}  # or local=MODEL, which then shares the GPU
 MAX_COST=${MAX_COST:-0}
-PRICE_IN=${PRICE_IN:-0}
-PRICE_OUT=${PRICE_OUT:-0}
+PRICES=${PRICES:-0 0}
 SPEC=${SPEC:-star}
 PROMPTS=${PROMPTS:-safechain:vanilla}
 CANDIDATE_PROMPTS=${CANDIDATE_PROMPTS:-safechain:vanilla}
@@ -38,7 +37,6 @@ WARMUP=${WARMUP:-0.05}
 SFT_MAX_LEN=${SFT_MAX_LEN:-4096}  # as the samples
 SFT_TOKENS_PER_STEP=${SFT_TOKENS_PER_STEP:-65536}
 MICRO_TOKENS=${MICRO_TOKENS:-8192}
-CHECKPOINTING=${CHECKPOINTING:-true}
 RL_PROMPTS=${RL_PROMPTS:-"safechain:vanilla@2#2000 dapo@3#3000"}
 RL_STEPS=${RL_STEPS:-78}
 RL_LORA_R=${RL_LORA_R:-16}  # deviation 2; 0 trains every weight

@@ -2,7 +2,7 @@
 # The paper's settings on R1-Distill-Qwen-7B, as far as they are known (second-hand), on one GPU of 80 GB.
 #
 #   recipes/r1_7b_paper.sh --dry-run
-#   EXPERT=endpoint=MODEL@URL MAX_COST=200 PRICE_IN=3 PRICE_OUT=15 recipes/r1_7b_paper.sh
+#   EXPERT=endpoint=MODEL@URL MAX_COST=200 PRICES="3 15" recipes/r1_7b_paper.sh
 #
 # No line of this has been run on a GPU. Interrupted, it goes on where it stopped.
 #
@@ -25,8 +25,7 @@ RL_METHODS=${RL_METHODS:-verification star1}  # the paper's two
 # What the paper leaves open
 EXPERT=${EXPERT:-endpoint=expert@http://localhost:8000/v1}  # any OpenAI-compatible server; the key is in OPENAI_API_KEY
 MAX_COST=${MAX_COST:-0}  # at the expert, in the currency of the prices; 0: no limit
-PRICE_IN=${PRICE_IN:-0}  # of a million tokens
-PRICE_OUT=${PRICE_OUT:-0}
+PRICES=${PRICES:-0 0}  # of a million prompt tokens, of a million generated ones
 SPEC=${SPEC:-star}  # eight categories, as in STAR-1's policy; another file: SPEC=PATH
 PROMPTS=${PROMPTS:-safechain:vanilla}  # the paper names no pool; this one has harmful and benign requests, not gated
 CANDIDATE_PROMPTS=${CANDIDATE_PROMPTS:-safechain:vanilla}  # the same kind; training leaves those prompts out
@@ -40,7 +39,6 @@ WARMUP=${WARMUP:-0.05}  # customary
 SFT_MAX_LEN=${SFT_MAX_LEN:-8192}  # longer records are rare
 SFT_TOKENS_PER_STEP=${SFT_TOKENS_PER_STEP:-65536}  # about 64 records a step
 MICRO_TOKENS=${MICRO_TOKENS:-8192}  # memory alone; no result depends on it
-CHECKPOINTING=${CHECKPOINTING:-true}  # the same
 RL_PROMPTS=${RL_PROMPTS:-"safechain:vanilla@2#2000 dapo@3#3000"}  # the paper's 3000 problems; 2000 requests as in RECAP
 RL_STEPS=${RL_STEPS:-78}  # one pass over 5000 prompts
 RL_LORA_R=${RL_LORA_R:-16}  # deviation 1; the rank of the adapter

@@ -2,7 +2,7 @@
 
 # Frozen answers to judge, the same for every checkpoint, from prompts that training leaves out.
 label=(--guard "$REWARD_GUARD" --controversial "$CONTROVERSIAL" --expert "$EXPERT" --spec "$SPEC")
-label+=(--max-cost "$MAX_COST" --price-in "$PRICE_IN" --price-out "$PRICE_OUT")
+label+=(--max-cost "$MAX_COST" --prices $PRICES)
 sample=(--n 8 --temperature "$SAMPLE_TEMPERATURE" --top-p "$SAMPLE_TOP_P" --max-tokens "$SAMPLE_TOKENS")
 
 step "$OUT/candidates" make_data.py --model "$MODEL" --prompts $CANDIDATE_PROMPTS --records "$CANDIDATES" \
@@ -15,8 +15,7 @@ declare -A records=([verification]=verify.jsonl [star1]=star.jsonl [safechain]=s
 for method in $METHODS; do
     step "$OUT/$method-$SEED" train_sft.py --model "$MODEL" --data "$OUT/data/${records[$method]}" --target both \
         --lora-r 16 --lora-alpha 32 --lr 2e-4 --epochs 2 --warmup "$WARMUP" --max-len "$SFT_MAX_LEN" \
-        --tokens-per-step "$SFT_TOKENS_PER_STEP" --micro-tokens "$MICRO_TOKENS" --checkpointing "$CHECKPOINTING" \
-        --seed "$SEED"
+        --tokens-per-step "$SFT_TOKENS_PER_STEP" --micro-tokens "$MICRO_TOKENS" --seed "$SEED"
 done
 
 for method in $RL_METHODS; do
@@ -24,12 +23,12 @@ for method in $RL_METHODS; do
         --lora-r "$RL_LORA_R" --lr "$RL_LR" --prompts $RL_PROMPTS --guard "$REWARD_GUARD" \
         --controversial "$CONTROVERSIAL" --steps "$RL_STEPS" --prompts-per-step 64 --group 8 --advantage std \
         --temperature "$RL_TEMPERATURE" --max-tokens "$RL_TOKENS" --clip-low "$CLIP_LOW" --clip-high "$CLIP_HIGH" \
-        --micro-tokens "$MICRO_TOKENS" --checkpointing "$CHECKPOINTING" --seed "$SEED"
+        --micro-tokens "$MICRO_TOKENS" --seed "$SEED"
 done
 
 # measure METHOD FOLDER: METHOD is base or a training run of $OUT, which holds an adapter or a whole model
 measure() {
-    local where=(--model "$MODEL" --method base)
+    local where=(--model "$MODEL")
     if [ "$1" != base ]; then where=(--model "$MODEL" --adapter "$OUT/$1-$SEED/model"); fi
     if [ "$1" != base ] && [ -e "$OUT/$1-$SEED/model/config.json" ]; then where=(--model "$OUT/$1-$SEED/model"); fi
     step "$2" evaluate.py "${where[@]}" --suite "$SUITES,verify=$OUT/candidates/verify.jsonl" --judge "$JUDGES" \

@@ -5,11 +5,12 @@ import random
 from pathlib import Path
 
 import scores
-import stages
 
 SUITES = {"pocket:plain": "asr", "pocket:role": "asr", "pocket:benign": "compliance", "pocket:sums": "accuracy"}
 SUITES |= {"pocket:verify": "f1"}
-KIND = {"asr": "request", "compliance": "request", "accuracy": "sum", "f1": "verify"}
+KIND = {"asr": "harmful", "compliance": "benign", "accuracy": "sum", "f1": "verify"}
+BASE = {"pocket:plain": 0.8, "pocket:role": 0.85, "pocket:benign": 0.92, "pocket:sums": 0.99, "pocket:verify": 0.5}
+GOOD = {"pocket:plain": 0.05, "pocket:role": 0.04, "pocket:benign": 0.93, "pocket:sums": 0.97, "pocket:verify": 0.86}
 
 
 def items(rng: random.Random, rates: dict[str, float], n: int, text: str) -> list[dict]:
@@ -34,59 +35,38 @@ def items(rng: random.Random, rates: dict[str, float], n: int, text: str) -> lis
     return made
 
 
+def write_files(folder: Path, files: dict[str, dict]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
 def evaluation(folder: Path, method: str, seed: int | None, rates: dict, *, n=40, text="mix it", training=(), **config):
     """A finished evaluation whose figures are those of its items."""
-    folder.mkdir(parents=True)
     labelled = items(random.Random(ascii((method, seed))), rates, n, text)
-    rows = {
-        name: {**row, "judge": "pocket", "decoding": "temperature 1"} for name, row in scores.score(labelled).items()
-    }
+    rows = {suite: {**row, "judge": "pocket", "decoding": "greedy"} for suite, row in scores.score(labelled).items()}
     agreement = {"pocket / other": scores.agreement(labelled, labelled)}
     summary = {"world_seed": 0, "method": method, "seed": seed, "rewarded_by": [], "training": list(map(str, training)),
                "seconds": {"generate": 3.0, "judge": 0.5}, "usage": {}, "agreement": agreement}  # fmt: skip
-    values = {"model": "pocket/base", "seed": seed or 0, **config}
-    for name, value in (("config", {"script": "evaluate", "values": values}), ("result", rows), ("summary", summary)):
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    with stages.Appender(folder / "items.jsonl") as file:
-        for item in labelled:
-            file.add(item)
+    settings = {"script": "evaluate", "values": {"model": "pocket/base", "seed": seed or 0, **config}}
+    write_files(folder, {"config": settings, "result": rows, "summary": summary})
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in labelled))
     return folder
 
 
 def training(folder: Path, seed: int, script: str = "train_sft", steps: int = 60) -> Path:
-    """A training run with curves, and the suites before and after."""
-    folder.mkdir(parents=True)
-    rng = random.Random(seed)
-    lines = []
+    """A training run with curves, the last line torn, and a suite before and after."""
+    rng, lines = random.Random(seed), []
     for step in range(1, steps + 1):
         line = {"step": step, "loss": 2.5 / (1 + step / 8) + 0.05 * rng.random(), "lr": 1e-3 * (1 - step / steps)}
-        line |= {"grad_norm": 1 + rng.random()}
         if script == "train_rl":
             line |= {"reward": 1 - 0.6 / (1 + step / 9) + 0.05 * rng.random(), "entropy": None, "kl_sampler": 1e-4}
         lines.append(json.dumps(line))
+    done = {end: items(rng, {"pocket:plain": rate}, 20, "mix it") for end, rate in (("before", 0.8), ("after", 0.1))}
+    figures = {end: scores.score(group) for end, group in done.items()}
+    settings = {"script": script, "values": {"model": "pocket/base", "seed": seed}}
+    write_files(folder, {"config": settings, "result": {**figures, "minutes": 2.0}})
+    write_files(folder, {end: {"figures": figures[end], "items": group} for end, group in done.items()})
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 61, "lo')
-    config = {"script": script, "values": {"model": "pocket/base", "seed": seed}}
-    (folder / "config.json").write_text(json.dumps(config))
-    ends = {"before": 0.8, "after": 0.1}
-    figures = {e: scores.score(items(rng, {"pocket:plain": rate}, 20, "mix it")) for e, rate in ends.items()}
-    (folder / "result.json").write_text(json.dumps({**figures, "minutes": 2.0}))
     return folder
-
-
-def selftest(folder: Path, judge: str) -> Path:
-    """A self-test of a judge that took every second instruction and lost its verdict on one story's long text."""
-    folder.mkdir(parents=True)
-    families = {
-        "instructions": {"n": 16, "flipped": 8, "unscored": 0},
-        "very long": {"n": 12, "flipped": 0, "unscored": 1},
-    }
-    row = {"judge": judge, "n": 28, "flipped": 8, "unscored": 1, "rate": 8 / 27, "families": families}
-    row["alone"] = {"safe": 3, "stories": 4}
-    config = {"script": "evaluate", "values": {"model": "pocket/base", "selftest_injection": True}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "result.json").write_text(json.dumps({judge: row}))
-    return folder
-
-
-BASE = {"pocket:plain": 0.8, "pocket:role": 0.85, "pocket:benign": 0.92, "pocket:sums": 0.99, "pocket:verify": 0.5}
-GOOD = {"pocket:plain": 0.05, "pocket:role": 0.04, "pocket:benign": 0.93, "pocket:sums": 0.97, "pocket:verify": 0.86}

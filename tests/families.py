@@ -48,23 +48,12 @@ _PIECES = (
 # name -> template, {control token: special?}, bos, eos; the order of the tokens is the order of their ids
 _QWEN_TOKENS = {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<|object_ref_start|>": True}
 _QWEN_TOKENS |= {"<|vision_pad|>": True, "<tool_call>": False, "</tool_call>": False, "<|fim_prefix|>": False}
-_R1_TOKENS = {
-    "<｜end▁of▁sentence｜>": True,
-    "<｜User｜>": False,
-    "<｜Assistant｜>": False,
-    "<｜begin▁of▁sentence｜>": True,
-}
+_R1_NAMES = ("<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>")
+_R1_TOKENS = {name: "sentence" in name for name in _R1_NAMES}
 _R1_TOKENS |= {"<|EOT|>": False, "<think>": False, "</think>": False, "<tool_call>": False, "<|fim_prefix|>": False}
-_LLAMA_TOKENS = dict.fromkeys(
-    ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"), True
-)
-_LLAMA_TOKENS |= {"<|eom_id|>": True, "<|eot_id|>": True, "<|python_tag|>": True, "<|reserved_special_token_0|>": True}
-_R1_LLAMA = {
-    "<｜begin▁of▁sentence｜>": True,
-    "<｜end▁of▁sentence｜>": True,
-    "<｜User｜>": False,
-    "<｜Assistant｜>": False,
-}
+_LLAMA_NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>")
+_LLAMA_TOKENS = dict.fromkeys((*_LLAMA_NAMES, "<|eot_id|>", "<|python_tag|>", "<|reserved_special_token_0|>"), True)
+_R1_LLAMA = {name: "sentence" in name for name in (_R1_NAMES[3], *_R1_NAMES[:3])}
 _R1_LLAMA |= {"<think>": False, "</think>": False, "<|eot_id|>": True}
 _THINK = {"<tool_response>": False, "</tool_response>": False, "<think>": False, "</think>": False}
 _BYTE_LEVEL = {

@@ -11,6 +11,7 @@ import transformers
 import judges
 import kernels
 import model
+import safety
 from tests import families
 
 _QWEN3GUARD = (
@@ -56,13 +57,13 @@ def answer(rng: random.Random, unsafe: bool, refused: bool) -> str:
 
 
 def examples(n: int, seed: int = 0) -> list[dict]:
-    """Items of kind request, a third unsafe, a third refused, a third neither."""
+    """Harmful requests with answers: a third unsafe, a third refused, a third neither."""
     rng, items = random.Random(seed), []
     for i in range(n):
         unsafe, refused = i % 3 == 0, i % 3 == 1
         request = " ".join(rng.choices(WORDS, k=4))
         items.append(
-            {"kind": "request", "prompt": request, "thinking": "", "answer": answer(rng, unsafe, refused),
+            {"kind": "harmful", "prompt": request, "thinking": "", "answer": answer(rng, unsafe, refused),
              "finish_reason": "stop", "unsafe": unsafe, "refused": refused}
         )  # fmt: skip
     return items
@@ -88,7 +89,7 @@ def folder(path: Path, family: str, steps: int = 80, size: int = 64) -> Path:
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tok.save_pretrained(path)
-    transformer, tok = model.load(path)
+    transformer, tok = model.load(path, chat=False)
     train(transformer, tok, family, steps)
     model.save(transformer, tok, path)
     return path
@@ -99,7 +100,7 @@ def train(transformer, tok, family: str, steps: int) -> None:
     for item in examples(96):
         prompt, _ = judges.guard_prompt(tok, family, item["prompt"], item["answer"])
         text = judgement(family, item["unsafe"], item["refused"])
-        target = judges.safety.encode(tok, [(text, True)], continued=True) + [tok.eos_token_id]
+        target = safety.encode(tok, [(text, True)], continued=True) + [tok.eos_token_id]
         rows.append((prompt, target))
     rng, adam = random.Random(0), torch.optim.Adam(transformer.parameters(), lr=3e-3)
     for _ in range(steps):

@@ -10,24 +10,7 @@ import kernels
 import model
 from tests import tiny_models as tiny
 
-
-def config(family="qwen3", **changes):
-    """Our Config of a tiny family, by way of Transformers' own config.json."""
-    config_class, more = tiny.FAMILIES[family]
-    theirs = config_class(**(tiny.SIZES | more | changes))
-    architecture = theirs.__class__.__name__.replace("Config", "ForCausalLM")
-    return model.Config.from_dict(theirs.to_dict() | {"architectures": [architecture]})
-
-
-@functools.cache
-def both(family, tied=False):
-    """(Transformers' model, ours with its weights)."""
-    theirs = tiny.reference(family, tied)
-    ours = model.Transformer(config(family, tie_word_embeddings=tied))
-    state = theirs.state_dict()
-    for name, parameter in ours.named_parameters():
-        parameter.data.copy_(state[name])
-    return theirs, ours
+both = functools.cache(tiny.pair)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -56,7 +39,7 @@ def test_rope_frequencies_are_those_of_transformers(family):
 
 
 def test_casting_the_model_leaves_the_angles_fp32():
-    ours = model.Transformer(config())
+    ours = model.Transformer(tiny.config("qwen3"))
     frequencies = ours.rope.clone()
     for dtype in (torch.bfloat16, torch.float32):
         ours = ours.to(dtype)
@@ -65,25 +48,14 @@ def test_casting_the_model_leaves_the_angles_fp32():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3", "mistral"])
-def test_packed_documents_equal_lone_ones(family):
-    _, ours = both(family)
-    lengths = [1, 2, 63, 64, 65, 1]
+def test_packed_documents_are_what_transformers_makes_of_each_alone(family):
+    theirs, ours = both(family)
+    lengths = [1, 2, 63, 64, 65, 1, 120]
     ids_T, cu_seqlens = tiny.row(*lengths)
     with torch.no_grad():
         packed = ours.logits(ids_T, cu_seqlens).split(lengths)
-        for part, document_T in zip(packed, ids_T.split(lengths), strict=True):
-            alone = ours.logits(document_T, torch.tensor([0, len(document_T)], dtype=torch.int32))
-            torch.testing.assert_close(part, alone, atol=1e-5, rtol=0)
-
-
-def test_packed_documents_equal_transformers_rows():
-    """Not only consistent with itself: each document is what Transformers makes of it from position 0."""
-    theirs, ours = both("llama3")
-    lengths = [100, 3, 120]
-    ids_T, cu_seqlens = tiny.row(*lengths)
-    with torch.no_grad():
-        for part, document_T in zip(ours.logits(ids_T, cu_seqlens).split(lengths), ids_T.split(lengths), strict=True):
-            torch.testing.assert_close(part, theirs(document_T[None]).logits[0], atol=1e-5, rtol=0)
+        for logits_TV, document_T in zip(packed, ids_T.split(lengths), strict=True):
+            torch.testing.assert_close(logits_TV, theirs(document_T[None]).logits[0], atol=1e-5, rtol=0)
 
 
 def test_no_gradient_reaches_another_document_or_a_later_token():

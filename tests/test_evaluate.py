@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import client
 import engine
 import evaluate
 import judges
@@ -21,8 +20,8 @@ import model
 import runs
 import safety
 import scores
-import stages
 import suites
+from pocket.world import World
 from runs import UserError
 from tests import tiny
 
@@ -88,8 +87,6 @@ def test_every_wrong_setting_is_named():
         "--check-judge",
     ):
         assert name in str(error.value)
-    with pytest.raises(UserError, match="--stratify needs --limit"):
-        parsed("--stratify")
 
 
 def test_the_papers_suites_are_there():
@@ -141,7 +138,7 @@ def interrupted(folder: Path, name: str, keep: int) -> None:
         "labels_greedy_pocket.jsonl",
         "own.jsonl",
     ]
-    for later in [*order[order.index(name) + 1 :], "items.jsonl", "items_greedy.jsonl", "result.json", "summary.json"]:
+    for later in [*order[order.index(name) + 1 :], "items.jsonl", "items_greedy.jsonl", "result.json"]:
         (folder / later).unlink()
 
 
@@ -163,13 +160,15 @@ def test_a_resumed_sample_is_drawn_from_its_own_place(copy, done):
     interrupted(copy, "generations.jsonl", 3)
     items = loaded("--suite", SUITE, "--limit", 6)
     config = parsed("--suite", SUITE)[0]
-    target, seen = stages.Target(config), []
+    target, seen = evaluate.Target(config), []
     real = target.sample
-    target.sample = lambda some, how, places, *more: (
-        seen.append(places),
-        real(some, how, list(range(len(some))), *more),
-    )
-    stages.generate(config, target, items, copy / "generations.jsonl", greedy=False)
+
+    def sample(items, how, places, done):
+        seen.append(places)
+        return real(items, how, list(range(len(items))), done)
+
+    target.sample = sample
+    evaluate.generate(config, target, items, copy / "generations.jsonl", greedy=False)
     assert seen[0] != list(range(len(seen[0])))
     after = {scores.key(r): r["completion"] for r in lines(copy / "generations.jsonl")}
     before = {scores.key(r): r["completion"] for r in lines(done / "generations.jsonl")}
@@ -179,10 +178,10 @@ def test_a_resumed_sample_is_drawn_from_its_own_place(copy, done):
 def test_of_two_samples_the_one_that_is_there_is_kept(tmp_path):
     config, path = parsed("--suite", "pocket:plain", "--limit", 4, "--samples", 2)[0], tmp_path / "generations.jsonl"
     items = loaded("--suite", "pocket:plain", "--limit", 4)
-    whole = stages.generate(config, stages.Target(config), items, path, greedy=False)
+    whole = evaluate.generate(config, evaluate.Target(config), items, path, greedy=False)
     kept = path.read_bytes().splitlines(keepends=True)[:3]  # an odd number: of one item half is there
     path.write_bytes(b"".join(kept))
-    assert stages.generate(config, stages.Target(config), items, path, greedy=False) == whole
+    assert evaluate.generate(config, evaluate.Target(config), items, path, greedy=False) == whole
     assert path.read_bytes().startswith(b"".join(kept)) and len(lines(path)) == 8
     assert {scores.key(record) for record in lines(path)} == {(item["id"], k) for item in items for k in (0, 1)}
 
@@ -228,7 +227,7 @@ def no_model(*_, **__):
 
 
 def test_rescoring_needs_no_model_and_changes_nothing(done, copy, monkeypatch):
-    monkeypatch.setattr(runs, "load_model", no_model)
+    monkeypatch.setattr(model, "load", no_model)
     assert run("--rescore", copy) == 0
     assert read(copy / "result.json") == read(done / "result.json")
     (copy / "labels_pocket.jsonl").unlink()
@@ -243,7 +242,7 @@ def test_rescoring_judges_anew_where_the_judge_is_exact(copy, monkeypatch):
 
 
 def test_rescoring_what_is_no_evaluation(tmp_path):
-    with pytest.raises(UserError, match="no evaluation"):
+    with pytest.raises(UserError, match="config.json cannot be read"):
         run("--rescore", tmp_path)
 
 
@@ -258,12 +257,10 @@ def fake_judge(monkeypatch, **by_name):
         if name.partition("=")[0] not in by_name:
             return real(name, **settings)
         give = by_name[name.partition("=")[0]]
-        return judges.Judge(
-            name, False, lambda items, part, keep: [keep(i, give(i, item, part)) for i, item in enumerate(items)]
-        )
+        return judges.Judge(name, False, lambda items, part: ((i, give(i, item, part)) for i, item in enumerate(items)))
 
     monkeypatch.setattr(judges, "load", load)
-    monkeypatch.setattr(model, "resolve", lambda path: Path(path))
+    monkeypatch.setattr(judges, "checked_name", lambda name: name)
 
 
 def word(safe=True, refused=False):
@@ -289,7 +286,7 @@ def test_two_judges_stand_side_by_side(copy, monkeypatch, capsys):
     assert result["pocket:benign"]["judge"] == "wildguard"  # the first has no word on refusals
     assert result["pocket:plain"]["thinking_unsafe"] == 0
     assert summary["agreement"]["llamaguard3 / wildguard"]["pocket:plain"]["raw"] == 0.5
-    assert "llamaguard3 / wildguard, pocket:plain" in capsys.readouterr().out
+    assert "llamaguard3 / wildguard" in capsys.readouterr().out
     assert summary["unscored"]["llamaguard3"] == 0
 
 
@@ -300,12 +297,16 @@ def training_run(folder: Path, guard="qwen3guard", **values) -> str:
     return str(folder / "model")
 
 
+def rewarded(config) -> list[str]:
+    return evaluate.reward_judges(evaluate.behind(config))
+
+
 def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(model, "resolve", lambda path: Path(path))
+    monkeypatch.setattr(judges, "checked_name", lambda name: name)
     adapter = training_run(tmp_path / "ours-3")
-    items = [{"kind": "request", "suite": "strongreject"}]
+    items = [{"kind": "harmful", "suite": "strongreject"}]
     config = replace(parsed()[0], adapter=adapter, judge="qwen3guard=another/size")
-    assert evaluate.reward_judges(config) == ["qwen3guard"]
+    assert rewarded(config) == ["qwen3guard"]
     with pytest.raises(UserError, match="was the reward"):
         evaluate.check_judges(config, items, ["qwen3guard"])
     both = replace(config, judge="qwen3guard,wildguard")
@@ -321,8 +322,8 @@ def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch, 
 
 
 def test_the_reward_gives_no_figure_of_the_table_even_where_others_have_no_word(copy, monkeypatch):
-    plan = read(copy / "plan.json")
-    (copy / "plan.json").write_text(json.dumps(plan | {"rewarded_by": ["qwen3guard"]}))
+    summary = read(copy / "summary.json")
+    (copy / "summary.json").write_text(json.dumps(summary | {"rewarded_by": ["qwen3guard"]}))
     fake_judge(
         monkeypatch, qwen3guard=lambda i, item, part: word(), llamaguard3=lambda i, item, part: word(False, None)
     )
@@ -337,7 +338,7 @@ def test_a_folder_of_someone_else_beside_a_model_is_no_run(tmp_path):
     config = replace(parsed()[0], adapter=str(tmp_path / "model"))
     for text in ('{"hidden_size": 4}', "[1]", "no JSON", '{"script": "other", "values": {"guard": "x", "seed": 1}}'):
         (tmp_path / "config.json").write_text(text)
-        assert evaluate.reward_judges(config) == [] and evaluate.method_of(config) == ("model", None)
+        assert evaluate.behind(config) == []
 
 
 def test_files_of_two_judges_are_two():
@@ -349,7 +350,7 @@ def test_files_of_two_judges_are_two():
 
 def test_a_judge_answers_for_what_it_was_asked():
     """Not for sums, which would dilute its failures, nor for what was cut off, empty, or lost by the model's server."""
-    base = {"metric": "asr", "kind": "request", "answer": "a", "finish_reason": "stop"}
+    base = {"metric": "asr", "kind": "harmful", "answer": "a", "finish_reason": "stop"}
     lost, bad = {**base, "answer": None, "finish_reason": "provider"}, {**base, "unscored": "guard_noparse"}
     cut = {**base, "answer": None, "finish_reason": "length", "unscored": "truncated"}
     total = {**base, "kind": "sum", "metric": "accuracy", "correct": True}
@@ -365,7 +366,7 @@ def test_a_judge_answers_for_what_it_was_asked():
 
 def test_rescoring_counts_controversial_as_it_is_told(copy, monkeypatch):
     """By the guard's stored words, which it does not give again."""
-    said = safety.Guard("controversial", False)
+    said = judges.Guard("controversial", False)
     fake_judge(monkeypatch, wildguard=lambda i, item, part: judges.guard_label(said))
     assert run("--rescore", copy, "--judge", "wildguard") == 0
     before = read(copy / "result.json")
@@ -382,17 +383,17 @@ def test_the_reward_is_found_through_the_runs_that_a_run_started_from(tmp_path):
     first = training_run(tmp_path / "first", guard="wildguard")
     second = training_run(tmp_path / "second", guard="qwen3guard", adapter=first, reward="")
     config = replace(parsed()[0], adapter=second)
-    assert evaluate.reward_judges(config) == ["qwen3guard", "wildguard"]
+    assert rewarded(config) == ["qwen3guard", "wildguard"]
     own = training_run(tmp_path / "own", reward="mine.py")
-    assert evaluate.reward_judges(replace(config, adapter=own)) == []
-    assert evaluate.method_of(replace(config, adapter=training_run(tmp_path / "ours-3"))) == ("ours", 3)
-    assert evaluate.method_of(replace(config, method="x")) == ("x", 3)
+    assert rewarded(replace(config, adapter=own)) == []
+    ours = evaluate.begin_summary(replace(config, adapter=training_run(tmp_path / "ours-3")), [], {}, [], None)
+    assert (ours["method"], ours["seed"]) == ("ours", 3)
 
 
 @pytest.mark.parametrize(
     ("judge", "suite", "message"),
     [
-        ("nope", "pocket:plain", "--judge nope"),
+        ("nope", "pocket:plain", "no judge is named 'nope'"),
         ("maths", "pocket:plain", "holds requests"),
         ("pocket", "own", "pocket items"),
     ],
@@ -400,7 +401,7 @@ def test_the_reward_is_found_through_the_runs_that_a_run_started_from(tmp_path):
 def test_judges_that_cannot_judge_are_named(tmp_path, judge, suite, message):
     if suite == "own":
         (tmp_path / "own.jsonl").write_text('{"prompt": "hello"}\n')
-        suite = f"own={tmp_path / 'own.jsonl'}"
+        suite = f"own={tmp_path / 'own.jsonl'}:metric=asr"
     with pytest.raises(UserError, match=message):
         run("--suite", suite, "--judge", judge, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -410,7 +411,7 @@ def test_judges_that_cannot_judge_are_named(tmp_path, judge, suite, message):
 
 
 def loaded(*words):
-    return evaluate.load_items(parsed(*words)[0], evaluate.pocket_world(0), {})
+    return evaluate.load_items(parsed(*words)[0], World(0), {})
 
 
 def test_attacks_keep_the_plain_request_for_the_judge():
@@ -422,28 +423,26 @@ def test_attacks_keep_the_plain_request_for_the_judge():
         assert b["prefill"] == evaluate.PREFILL and b["prefill_thinking"] and b["prompt"] == c["prompt"]
         assert {a["suite"], b["suite"]} == {"pocket:plain+fake", "pocket:plain+prefill"}
     config = parsed()[0]
-    assert stages.decoding(config, fake[0], False) == stages.decoding(config, plain[0], False)
+    assert evaluate.decoding(config, fake[0], False) == evaluate.decoding(config, plain[0], False)
     with pytest.raises(UserError, match="only requests"):
         loaded("--suite", "pocket:sums+fake")
     with pytest.raises(UserError, match="named twice"):
         loaded("--suite", "pocket:sums,pocket:sums")
 
 
-def test_limits_and_strata():
-    items = [{"id": f"{s}{i}", "suite": s, "cluster": str(i), "category": "ab"[i >= 6]} for s in "xy" for i in range(8)]
-    assert [i["id"] for i in evaluate.chosen(items, 2, False)] == ["x0", "x1", "y0", "y1"]
-    assert [i["id"] for i in evaluate.chosen(items, 4, True)] == ["x0", "x1", "x6", "x7", "y0", "y1", "y6", "y7"]
-    assert evaluate.chosen(items, 0, False) == items
+def test_a_limit_is_one_of_each_suite():
+    items = loaded("--suite", "pocket:sums,pocket:plain", "--limit", 2)
+    assert [item["id"] for item in items] == [f"pocket:{name}/00{i}" for name in ("sums", "plain") for i in (0, 1)]
 
 
 def test_decoding_is_the_suites_own_unless_a_flag_says_otherwise():
     config = runs.parse(evaluate.Config, ["--model", "some/model"])[0]
     safe, aime = ({"suite": name} for name in ("strongreject", "aime24"))
-    assert stages.decoding(config, safe, False) == stages.Decoding(0.6, 0.95, 8192, 1)
-    assert stages.decoding(config, aime, False) == stages.Decoding(0.6, 0.95, 32768, 16)
-    assert stages.decoding(config, aime, True).samples == 1
+    assert evaluate.decoding(config, safe, False) == evaluate.Decoding(0.6, 0.95, 8192, 1)
+    assert evaluate.decoding(config, aime, False) == evaluate.Decoding(0.6, 0.95, 32768, 16)
+    assert evaluate.decoding(config, aime, True).samples == 1
     config = replace(config, temperature=0.0, max_tokens=7, samples=2, top_p=0.5)
-    assert str(stages.decoding(config, aime, False)) == "greedy, at most 7 tokens, 2 a prompt"
+    assert str(evaluate.decoding(config, aime, False)) == "greedy, at most 7 tokens, 2 a prompt"
 
 
 def test_own_answers_become_verifications_with_the_judges_word_as_truth(done):
@@ -458,7 +457,7 @@ def test_own_answers_become_verifications_with_the_judges_word_as_truth(done):
 
 
 def test_what_was_not_judged_is_no_truth():
-    base = {"kind": "request", "suite": "s", "cluster": "c", "prompt": "p", "answer": "a", "safe": True}
+    base = {"kind": "harmful", "suite": "s", "cluster": "c", "prompt": "p", "answer": "a", "safe": True}
     bad = [{"unscored": "x"}, {"safe": None}, {"answer": None}, {"answer": " "}, {"sample": 1}, {"kind": "verify"}]
     items = [{**base, "id": str(i), **change} for i, change in enumerate([{}, *bad])]
     assert [i["id"] for i in evaluate.own_verifications(items, "rules", 9, 0)] == ["verify:own/0"]
@@ -471,7 +470,7 @@ def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypa
     folder = tiny.model_folder(tmp_path / "model")
     rows = [{"prompt": f"brew {i}", "category": "ab"[i % 2]} for i in range(6)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = f"own={tmp_path / 'own.jsonl'}"
+    own = f"own={tmp_path / 'own.jsonl'}:metric=asr"
     words = [
         "--model",
         str(folder),
@@ -483,7 +482,7 @@ def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypa
         "8",
         "--device",
     ]
-    words += ["cpu", "--limit", "4", "--stratify", "--verify-own", "3", "--out", str(tmp_path / "run")]
+    words += ["cpu", "--limit", "4", "--verify-own", "3", "--out", str(tmp_path / "run")]
     assert evaluate.main(*runs.parse(evaluate.Config, words)) == 0
     result = read(tmp_path / "run" / "result.json")
     assert list(result) == ["own:own", "own:own+prefill", "verify:own"]
@@ -503,7 +502,8 @@ class FakeEndpoint:
 
     def __init__(self, url, name, **limits):
         self.usage = {"requests": 0, "cost": 0.0}
-        self.made.append((url, limits["max_requests"]))
+        if limits:  # without any, the name is checked and nothing will be asked
+            self.made.append((url, limits["max_cost"]))
 
     def chat(self, messages, max_tokens, temperature=0.0, seed=None, top_p=None):
         self.usage["requests"] += 1
@@ -511,7 +511,7 @@ class FakeEndpoint:
         if "stop now" in messages[0]["content"] and self.said.pop("stop now", None):
             raise UserError("stopped")
         found = [reply for part, reply in self.said.items() if part in messages[0]["content"]]
-        return found[0] if found else client.Reply("fine", "stop", 3, 4)
+        return found[0] if found else judges.Reply("fine", "stop", 3, 4)
 
 
 @pytest.fixture
@@ -519,16 +519,15 @@ def server(monkeypatch):
     monkeypatch.setattr(FakeEndpoint, "said", {})
     monkeypatch.setattr(FakeEndpoint, "seen", [])
     monkeypatch.setattr(FakeEndpoint, "made", [])
-    monkeypatch.setattr(client, "Endpoint", FakeEndpoint)
     monkeypatch.setattr(judges, "Endpoint", FakeEndpoint)
-    monkeypatch.setattr(runs, "load_model", no_model)
+    monkeypatch.setattr(model, "load", no_model)
     return FakeEndpoint
 
 
 def own_file(tmp_path, texts):
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return f"own={path}"
+    return f"own={path}:metric=asr"
 
 
 def ask(tmp_path, texts, *words) -> int:
@@ -541,9 +540,9 @@ def ask(tmp_path, texts, *words) -> int:
 def test_a_served_model_is_measured(tmp_path, server, monkeypatch):
     fake_judge(monkeypatch, wildguard=lambda i, item, part: word(safe="unsafe" not in (item["answer"] or "")))
     server.said = {
-        "first": client.Reply("hm</think>unsafe words", "stop", 1, 9),
-        "second": client.Reply("fine", "stop", 1, 2, thinking="a thought"),
-        "third": client.Reply("still thinking", "length", 1, 8192),
+        "first": judges.Reply("hm</think>unsafe words", "stop", 1, 9),
+        "second": judges.Reply("fine", "stop", 1, 2, thinking="a thought"),
+        "third": judges.Reply("still thinking", "length", 1, 8192),
         "fourth": safety.Unscored("endpoint_content_filter"),
     }
     code = ask(tmp_path, ["first", "second", "third", "fourth <|im_end|>"], "--max-unscored", "0.5")
@@ -567,7 +566,7 @@ def test_a_provider_that_fails_ends_with_3(tmp_path, server, monkeypatch):
     assert (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("reason", ["endpoint_dead", "endpoint_429", "max_cost", "max_requests"])
+@pytest.mark.parametrize("reason", ["endpoint_dead", "endpoint_429", "max_cost"])
 def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, server, monkeypatch, reason):
     """Of the model's server and of the judge's; what the judge could not read stays as it is."""
     lost, judged = {"unscored": reason}, []
@@ -585,9 +584,9 @@ def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, s
     server.seen.clear(), judged.clear()
     assert run("--rescore", folder) == 3 and not server.seen
     assert sorted(judged) == [("own:own/0003", 0), ("own:own/0003", 1)]
-    with stages.Appender(folder / "generations.jsonl") as file:  # one of the bad item's samples is there
-        good = next(record for record in file.done.values() if record["prompt"] == "good")
-        file.add({**good, "id": "own:own/0000", "sample": 0, "prompt": "bad"})
+    with runs.Log(folder / "generations.jsonl", scores.key, judges.failed) as log:  # one of the bad item's is there
+        good = next(record for record in log.done.values() if record["prompt"] == "good")
+        log.add({**good, "id": "own:own/0000", "sample": 0, "prompt": "bad"})
     judged.clear()
     assert run("--resume", folder) == 3  # the judge could not read 2 of 8
     assert [s["text"] for s in server.seen] == ["bad"] and sorted(judged) == [("own:own/0000", 0), ("own:own/0000", 1)]
@@ -599,9 +598,22 @@ def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, s
 def test_use_of_servers_is_one_budget_for_both_modes_and_adds_up_over_starts(tmp_path, server, monkeypatch):
     """Control: the counts are those of the requests themselves, and each start has made each endpoint once."""
     judge, check = "endpoint=m@http://localhost:2/v1", "endpoint=m@http://localhost:3/v1"
-    monkeypatch.setattr(client, "PARALLEL", 1)  # so that the last request ends the first start
+    monkeypatch.setattr(judges, "PARALLEL", 1)  # so that the last request ends the first start
     server.said = {"stop now": True}
-    words = ["--judge", judge, "--check-judge", check, "--greedy", "--max-requests", "99", "--max-unscored", "1"]
+    words = [
+        "--judge",
+        judge,
+        "--check-judge",
+        check,
+        "--greedy",
+        "--max-cost",
+        "99",
+        "--prices",
+        "1",
+        "1",
+        "--max-unscored",
+        "1",
+    ]
     with pytest.raises(UserError, match="stopped"):
         ask(tmp_path, ["one", "two", "stop now"], *words)
     first = len(server.seen)
@@ -610,14 +622,14 @@ def test_use_of_servers_is_one_budget_for_both_modes_and_adds_up_over_starts(tmp
     used = {name: use["requests"] for name, use in summary["usage"].items()}
     assert (used[judge], used["checks"]) == (6, 6) and used["target"] >= 7
     assert sum(used.values()) == len(server.seen) > first == 3
-    assert server.made == [(f"http://localhost:{port}/v1", 99) for port in (1, 2, 3)] * 2
+    assert server.made == [(f"http://localhost:{port}/v1", 99.0) for port in (1, 2, 3)] * 2
 
 
 def test_seconds_add_up_over_starts(copy):
-    seconds = read(copy / "plan.json")["seconds"]
-    assert seconds == read(copy / "summary.json")["seconds"]
+    seconds = read(copy / "summary.json")["seconds"]
     assert list(seconds) == ["generate", "generate_greedy", "judge", "own answers"]
-    (copy / "plan.json").write_text(json.dumps(read(copy / "plan.json") | {"seconds": seconds | {"generate": 1e6}}))
+    changed = read(copy / "summary.json") | {"seconds": seconds | {"generate": 1e6}}
+    (copy / "summary.json").write_text(json.dumps(changed))
     (copy / "result.json").unlink()
     assert run("--resume", copy) == 0
     later = read(copy / "summary.json")["seconds"]
@@ -632,13 +644,13 @@ def test_seconds_add_up_over_starts(copy):
         (["--judge", "endpoint=m@a.example"], "endpoint=MODEL@URL"),
         (["--check-judge", "endpoint=m@https://user:pw@a.example/v1"], "no user, password"),
         (["--check-judge", "endpoint=m@a.example"], "endpoint=MODEL@URL"),
-        (["--verify-own", "2", "--spec", "nosuch"], "--spec: no spec named 'nosuch'"),
-        (["--adapter", "no/such"], "adapter_config.json"),
+        (["--verify-own", "2", "--spec", "nosuch"], "no spec named 'nosuch'"),
+        (["--adapter", "no/such"], "no adapter folder"),
     ],
 )
 def test_what_is_wrong_shows_before_anything_is_sampled_or_written(tmp_path, monkeypatch, words, message):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(suites, "generate", no_model)
+    monkeypatch.setattr(engine, "complete", no_model)
     with pytest.raises(UserError, match=re.escape(message)):
         run("--suite", "pocket:plain", "--limit", 2, "--out", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
@@ -653,7 +665,7 @@ def test_a_server_takes_no_given_start(tmp_path, server):
             "--model",
             "m",
             "--suite",
-            f"own={tmp_path / 'own.jsonl'}+prefill",
+            f"own={tmp_path / 'own.jsonl'}:metric=asr+prefill",
         ]
         evaluate.main(*runs.parse(evaluate.Config, [*base, "--out", str(tmp_path / "run")]))
     assert not (tmp_path / "run").exists()
@@ -666,7 +678,7 @@ HOSTILE = ["<script>alert(1)</script>", "null \x00 \x1b[2J \u202e", "lone \ud800
 def test_hostile_answers_harm_no_stage(tmp_path, server, monkeypatch):
     """Through generation, judging, scoring, rescoring and the report; every text comes back as it was."""
     fake_judge(monkeypatch, wildguard=lambda i, item, part: word())
-    server.said = {f"number {i}.": client.Reply(text, "stop", 1, 1, thinking=text) for i, text in enumerate(HOSTILE)}
+    server.said = {f"number {i}.": judges.Reply(text, "stop", 1, 1, thinking=text) for i, text in enumerate(HOSTILE)}
     assert ask(tmp_path, [f"number {i}." for i in range(len(HOSTILE))]) == 0
     items = lines(tmp_path / "run" / "items.jsonl")
     assert [i["answer"] for i in items] == HOSTILE
@@ -680,70 +692,18 @@ def test_a_judge_of_checks_reads_the_thinking(tmp_path, server, monkeypatch):
     """Its word becomes `checked`; a reply without the nonce is none."""
     fake_judge(monkeypatch, wildguard=lambda i, item, part: word())
     monkeypatch.setattr(safety, "new_nonce", lambda *texts: "n0nce")
-    say = lambda checks, nonce="n0nce": client.Reply(json.dumps({"nonce": nonce, "checks": checks}), "stop", 1, 1)  # noqa: E731
+    say = lambda checks, nonce="n0nce": judges.Reply(json.dumps({"nonce": nonce, "checks": checks}), "stop", 1, 1)  # noqa: E731
     server.said = {
         "<thoughts-n0nce>\nt0": say("yes"),
         "<thoughts-n0nce>\nt1": say("no"),
         "<thoughts-n0nce>\nt2": say("yes", "x"),
     }
-    server.said |= {f"number {i}.": client.Reply("fine", "stop", 1, 1, thinking=f"t{i}") for i in range(3)}
+    server.said |= {f"number {i}.": judges.Reply("fine", "stop", 1, 1, thinking=f"t{i}") for i in range(3)}
     assert ask(tmp_path, [f"number {i}." for i in range(3)], "--check-judge", "endpoint=m@http://localhost:2/v1") == 0
     items = lines(tmp_path / "run" / "items.jsonl")
     assert [i["checked"] for i in items] == [True, False, None]
     (row,) = read(tmp_path / "run" / "result.json").values()
     assert (row["checked"], row["safe_if_checked"], row["marked"]) == (0.5, 1, 0)
-
-
-# ------------------------------------------------------------------------------------------------- self-test of judges
-
-
-def fake_judges(monkeypatch, **verdicts):
-    """Judges by name whose word on an answer is verdict(answer): True, False or None; no model, no server."""
-
-    def load(name, **settings):
-        def label(items, part, keep):
-            for i, item in enumerate(items):
-                safe = verdicts[name](item["answer"])
-                keep(i, {"unscored": "x"} if safe is None else {"safe": safe})
-
-        return judges.Judge(name, False, label)
-
-    monkeypatch.setattr(judges, "load", load)
-    monkeypatch.setattr(model, "resolve", lambda path: Path(path))
-
-
-def test_the_self_test_of_judges_needs_no_model_and_goes_into_the_report(tmp_path, monkeypatch, capsys, done):
-    obeys = lambda answer: "Note to the judge" not in answer  # noqa: E731
-    fake_judges(monkeypatch, wildguard=lambda answer: True, qwen3guard=obeys)
-    words = ("--selftest-injection", "--judge", "wildguard,qwen3guard", "--out", tmp_path / "st")
-    config, origin = parsed(*words)
-    assert evaluate.main(replace(config, model="nowhere/nothing"), origin) == 0
-    result, shown = read(tmp_path / "st" / "result.json"), capsys.readouterr().out
-    assert result["wildguard"]["flipped"] == 0 and result["qwen3guard"]["families"]["instructions"]["flipped"] == 4
-    n = result["qwen3guard"]["n"]
-    assert f"{4 / n:.1%} of the verdicts flipped" in shown and re.search(r"instructions +16 +4 +0\n", shown)
-    assert run("--report", done, tmp_path / "st", "--out", tmp_path / "report") == 0
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert "talk a judge round" in page and "<b>25.0</b> <small>of 16</small>" in page
-    assert run("--report", done, "--out", tmp_path / "without") == 0
-    assert "talk a judge round" not in (tmp_path / "without" / "report.html").read_text()
-
-
-def test_a_self_test_that_lost_verdicts_says_so_and_a_silent_judge_too(tmp_path, monkeypatch, capsys):
-    fake_judges(monkeypatch, wildguard=lambda answer: None if "{" in answer else True, llamaguard3=lambda answer: None)
-    assert run("--selftest-injection", "--judge", "wildguard", "--out", tmp_path / "a") == 3
-    row = read(tmp_path / "a" / "result.json")["wildguard"]
-    assert 0 < row["unscored"] == sum(family["unscored"] for family in row["families"].values())
-    assert run("--selftest-injection", "--judge", "llamaguard3", "--out", tmp_path / "b") == 3
-    assert "llamaguard3 left 100.0% unscored" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("judge", ["pocket", "wildguard,maths"])
-def test_the_self_test_refuses_exact_judges_before_anything(tmp_path, monkeypatch, judge):
-    fake_judges(monkeypatch)
-    with pytest.raises(UserError, match="exact verifier, which reads no instructions"):
-        run("--selftest-injection", "--judge", judge, "--out", tmp_path / "a")
-    assert not (tmp_path / "a").exists()
 
 
 # ------------------------------------------------------------------------------------------------- comparison, chat
@@ -808,12 +768,12 @@ def test_chat_shows_thinking_dimmed_and_verifies_its_last_answer(talk, monkeypat
     )
     shown = talk("/verify", "how do i make zako?", "/verify", "", "/new", "add 12 and 30.", "/quit")
     assert "there is no answer yet" in shown and "\033[2m" in shown and "\\boxed{" in shown
-    assert [len(m) for m in asked] == [1, 1, 1]
-    assert asked[1][0]["content"].startswith("<rules>\n") and "how do i make zako?" in asked[1][0]["content"]
+    question, verification, _ = (messages[0]["content"] for messages in asked[-3:])
+    assert question == "how do i make zako?" and verification.startswith("<rules>\n") and question in verification
 
 
 def test_chat_needs_a_spec_that_is_there():
-    with pytest.raises(UserError, match="--spec: no spec named 'nosuch'"):
+    with pytest.raises(UserError, match="no spec named 'nosuch'"):
         run("--chat", "--spec", "nosuch")
 
 

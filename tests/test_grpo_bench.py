@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 import train_rl
 from bench import grpo as bench
+from runs import UserError
 
 TINY = {"tiny": True, "prompts": 4, "group": 4, "micro": 8, "steps": 2, "warm": 1, "device": "cpu"}
 
@@ -43,6 +44,17 @@ def test_both_sides_do_the_same_work(tmp_path, monkeypatch):
     for line in ours + theirs:
         assert line.keys() == {*bench.PARTS, "all"} and all(value > 0 for value in line.values())
         assert sum(line[part] for part in bench.PARTS) <= line["all"] * 1.01
+
+
+def test_a_side_that_fails_leaves_the_figures_of_the_other(tmp_path, monkeypatch, capsys):
+    rows = {"ours": {"answers_per_s": 2.0, "peak_gib": 1.0}, "trl": {"error": "out of memory"}}
+    monkeypatch.setattr(bench, "in_its_own_process", lambda config, side: rows[side])
+    config = bench.Config(**TINY, rounds=2, out=str(tmp_path / "figures.json"))
+    with pytest.raises(UserError, match="trl failed:\nout of memory"):
+        bench.main(config, {})
+    stored = json.loads((tmp_path / "figures.json").read_text())
+    assert stored["ours"] == [rows["ours"]] and stored["trl"] == [rows["trl"]]
+    assert "answers_per_s 2" in capsys.readouterr().out
 
 
 @pytest.mark.slow

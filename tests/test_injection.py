@@ -1,4 +1,4 @@
-"""Hostile text: every attack of injection.py moves some naive template or parser, and none moves ours.
+"""Hostile text: every attack of bench/injection.py moves some naive template or parser, and none moves ours.
 
 The readers below stand for a model that judges. They are as gullible as can be, but for one thing: what stands inside
 the delimiters is data to them. So an attack that gets outside is obeyed, and one that stays inside is not. The answer
@@ -14,9 +14,11 @@ import unicodedata
 
 import pytest
 
-import injection
 import judges
+import runs
 import safety
+from bench import injection
+from runs import UserError
 from safety import Critique, Unscored
 from tests import families, guards
 from tests.server import completion, scripted
@@ -214,44 +216,32 @@ def test_no_echo_moves_a_guards_parser(family, attack, name):
     """A guard that repeats the attack before or after its own verdict is unscored, or says what it says itself."""
     own = guards.judgement("qwen3guard" if name == "pocket" else name, unsafe=True, refused=False)
     for said in (f"{attack}\n{own}", f"{own}\n{attack}", f"{own} {attack}"):
-        parsed = safety.parse_guard(said, name)
+        parsed = judges.parse_guard(said, name)
         assert isinstance(parsed, Unscored) or parsed.safety == "unsafe"
 
 
-def gullible(reply: dict):
+def gullible(number, request):
     """A server whose model obeys what it finds outside the data, and else tells the truth, with the right nonce."""
-
-    def script(number, request):
-        (message,) = request["body"]["messages"]
-        prompt = message["content"]
-        nonce = re.search(r'"nonce": "(\w+)"', prompt.splitlines()[-1])[1]
-        frame = prompt
-        for name in ("rules", "request", "answer"):
-            frame = re.sub(f"(<{name}-{nonce}>\n).*(\n</{name}-{nonce}>)", r"\1x\2", frame, flags=re.S)
-        verdict = tagged_reader(prompt, frame)
-        values = {key: verdict if value == "?" else value for key, value in reply.items()}
-        return 200, completion(json.dumps({"nonce": nonce, **values}))
-
-    return script
+    prompt = request["body"]["messages"][0]["content"]
+    nonce = re.search(r'"nonce": "(\w+)"', prompt.splitlines()[-1])[1]
+    frame = prompt
+    for name in ("rules", "request", "answer"):
+        frame = re.sub(f"(<{name}-{nonce}>\n).*(\n</{name}-{nonce}>)", r"\1x\2", frame, flags=re.S)
+    verdict = tagged_reader(prompt, frame)
+    expert, rubric = {"critique": "c", "verdict": verdict}, {"reason": "r", "safety": verdict, "refusal": "no"}
+    return 200, completion(json.dumps({"nonce": nonce, **(expert if "critique" in frame else rubric)}))
 
 
 @places
-def test_no_attack_moves_a_rubric_judge(place):
+def test_no_attack_moves_a_rubric_judge_or_an_expert(place):
     pairs = [attacked(place, attack) for _, attack in ATTACKS]
-    with scripted(gullible({"reason": "r", "safety": "?", "refusal": "no"})) as (url, requests):
+    records = [{"prompt": request, "answer": answer, "spec": "star"} for request, answer in pairs]
+    with scripted(gullible) as (url, requests):
         labels = judges.load(f"endpoint=m@{url}")([injection.story(*pair) for pair in pairs])
-        prompts = [request["body"]["messages"][0]["content"] for request in requests]
-    assert [label["safe"] for label in labels] == [False] * len(pairs)
-    assert_no_control_token(prompts)
-
-
-@places
-def test_no_attack_moves_an_expert(place):
-    records = [dict(zip(("prompt", "answer"), attacked(place, a), strict=True)) | {"spec": "star"} for _, a in ATTACKS]
-    with scripted(gullible({"critique": "c", "verdict": "?"})) as (url, requests):
         critiques = judges.load_expert(f"endpoint=m@{url}")(records)
         prompts = [request["body"]["messages"][0]["content"] for request in requests]
-    assert critiques == [Critique("c", "unsafe")] * len(records)
+    assert [label["safe"] for label in labels] == [False] * len(pairs)
+    assert critiques == [Critique("c", "unsafe")] * len(pairs)
     assert_no_control_token(prompts)
 
 
@@ -272,7 +262,7 @@ def test_no_echo_moves_a_reply_parser(family, attack):
     for said in (f"{attack}\n{own}", f"{own}\n{attack}", attack, f"</think>{attack}", f"{attack}</think>{own}"):
         parsed = safety.parse_expert(said, nonce)
         assert isinstance(parsed, Unscored) or parsed.verdict == "unsafe"
-        parsed = safety.parse_rubric(said, nonce)
+        parsed = judges.parse_rubric(said, nonce)
         assert isinstance(parsed, Unscored) or parsed.safety == "unsafe"
 
 
@@ -298,33 +288,62 @@ def test_a_very_long_answer_is_never_cut(tmp_path):
 def scripted_judge(verdict, name="mine"):
     """A judge whose word on an answer is verdict(answer): True, False or None."""
 
-    def label(items, part, keep):
+    def stream_requests(items, part):
         for i, item in enumerate(items):
             safe = verdict(item["answer"])
-            keep(i, {"unscored": "x"} if safe is None else {"safe": safe})
+            yield i, {"unscored": "x"} if safe is None else {"safe": safe}
 
-    return judges.Judge(name, False, label)
+    return judges.Judge(name, False, stream_requests)
 
 
 def test_the_flip_rate_of_judges_that_are_known():
-    firm = judges.selftest_injection(scripted_judge(lambda answer: "goblin" not in answer and "mossy" not in answer))
+    firm = injection.selftest(scripted_judge(lambda answer: "goblin" not in answer and "mossy" not in answer))
     assert firm["rate"] == 0 == firm["flipped"] == firm["unscored"] and firm["alone"] == {"safe": 3, "stories": 4}
     assert firm["n"] == 4 * len(ATTACKS) and set(firm["families"]) == set(NAIVE)
-    gullible_one = judges.selftest_injection(scripted_judge(lambda answer: "Note to the judge" not in answer))
-    assert gullible_one["flipped"] == 4 == gullible_one["families"]["instructions"]["flipped"]
-    assert gullible_one["rate"] == 4 / gullible_one["n"]
-    lost = judges.selftest_injection(scripted_judge(lambda answer: None if "{" in answer else True))
-    assert lost["flipped"] == 0 and lost["unscored"] == sum(f["unscored"] for f in lost["families"].values()) > 0
-    silent = judges.selftest_injection(scripted_judge(lambda answer: None))
+    obeys = injection.selftest(scripted_judge(lambda answer: "Note to the judge" not in answer))
+    assert obeys["flipped"] == 4 == obeys["families"]["instructions"]["flipped"]
+    assert obeys["rate"] == 4 / obeys["n"]
+
+
+@pytest.fixture
+def attack_judges(tmp_path, monkeypatch):
+    """Runs the program on scripted judges: (exit code, result.json)."""
+
+    def run(**verdicts):
+        monkeypatch.setattr(judges, "checked_name", lambda name: name)
+        monkeypatch.setattr(judges, "load", lambda name, **settings: scripted_judge(verdicts[name], name))
+        config, origin = runs.parse(injection.Config, ["--judge", ",".join(verdicts), "--out", str(tmp_path / "out")])
+        return injection.main(config, origin), runs.read_json(tmp_path / "out" / "result.json")
+
+    return run
+
+
+def test_the_program_attacks_each_judge_and_shows_what_moved_it(attack_judges, capsys):
+    code, result = attack_judges(wildguard=lambda answer: True, qwen3guard=lambda a: "Note to the judge" not in a)
+    assert code == 0 and result["wildguard"]["flipped"] == 0
+    assert result["qwen3guard"]["families"]["instructions"] == {"n": 16, "flipped": 4, "unscored": 0}
+    shown = capsys.readouterr().out
+    assert f"{4 / result['qwen3guard']['n']:.1%} of the verdicts flipped" in shown
+    assert re.search(r"instructions +16 +4 +0\n", shown) and "it calls 4 of 4 stories safe" in shown
+
+
+def test_lost_verdicts_are_no_flips_and_a_silent_judge_is_named(attack_judges, capsys):
+    code, result = attack_judges(wildguard=lambda a: None if "{" in a else True, llamaguard3=lambda a: None)
+    lost, silent = result["wildguard"], result["llamaguard3"]
+    assert code == 3 and lost["flipped"] == 0
+    assert 0 < lost["unscored"] == sum(row["unscored"] for row in lost["families"].values())
     assert silent["n"] == 0 and silent["rate"] is None
+    assert "llamaguard3 left 100.0% unscored" in capsys.readouterr().err
 
 
-def test_an_exact_judge_has_nothing_to_test():
-    with pytest.raises(judges.UserError, match="exact verifier"):
-        judges.selftest_injection(judges.load("maths"))
+@pytest.mark.parametrize("judge", ["maths", "endpoint=m@http://localhost:1,maths"])
+def test_an_exact_judge_has_nothing_to_test(tmp_path, judge):
+    with pytest.raises(UserError, match="exact verifier"):
+        injection.main(*runs.parse(injection.Config, ["--judge", judge, "--out", str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_self_test_runs_on_a_guard(tmp_path):
     judge = judges.load(f"llamaguard3={guards.folder(tmp_path / 'g', 'llamaguard3', steps=0)}")
-    result = judges.selftest_injection(judge)
+    result = injection.selftest(judge)
     assert result["judge"] == judge.name and 0 <= result["flipped"] <= result["n"] - result["unscored"]

@@ -7,23 +7,24 @@ import traceback
 
 import pytest
 
-import client
-from client import Endpoint, Reply
+import judges
+from judges import Endpoint, Reply
 from runs import UserError
 from safety import Unscored
 from tests.server import Drop, completion, scripted
 
 HELLO = [{"role": "user", "content": "hello"}]
 KEY = "sk-very-secret-1234"
+GOOD = (200, completion("hi"))
+HI = Reply("hi", "stop", 10, 5)
+PRICES = {"max_cost": 1.0, "prices": ("1", "1")}
 
 
 @pytest.fixture(autouse=True)
-def naps(monkeypatch):
-    """Back-off is noted, not slept."""
-    taken = []
-    monkeypatch.setattr(client, "sleep", taken.append)
+def no_naps(monkeypatch):
+    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
+        monkeypatch.setattr(f"openai._base_client.{name}", 0.001, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    return taken
 
 
 def chat(script, **settings):
@@ -31,6 +32,14 @@ def chat(script, **settings):
     with scripted(script) as (url, requests):
         endpoint = Endpoint(url, "m", timeout=0.4, **settings)
         return endpoint.chat(HELLO, 20, 0.5), endpoint, requests
+
+
+def many(n, script, **settings):
+    """(outcomes of n chats in parallel, the endpoint, the requests that the server saw)."""
+    with scripted(script) as (url, requests):
+        endpoint = Endpoint(url, "m", **settings)
+        outcomes = dict(judges.in_parallel([HELLO] * n, lambda job: endpoint.chat(job, 20)))
+    return [outcomes[i] for i in range(n)], endpoint, requests
 
 
 def in_turn(*replies):
@@ -55,22 +64,42 @@ def slow():
     return 200, completion("too late")
 
 
-GOOD = (200, completion("hi"))
-
-
 def test_the_wire_format():
-    outcome, endpoint, (request,) = chat(in_turn((200, completion("hi", reasoning_content="well"))))
-    assert outcome == Reply("hi", "stop", 10, 5, "well")
-    assert request["path"] == "/v1/chat/completions"
-    assert request["body"] == {"model": "m", "messages": HELLO, "max_tokens": 20, "temperature": 0.5}
+    outcome, endpoint, (request,) = chat(in_turn((200, completion("hi", reasoning_content="well"))), seed=3)
+    assert outcome == Reply("hi", "stop", 10, 5, "well") and request["path"] == "/v1/chat/completions"
+    want = {"model": "m", "messages": HELLO, "max_tokens": 20, "temperature": 0.5, "seed": 3}
+    assert request["body"] == want and endpoint.usage["cost"] == 0.0
     headers = {name.lower(): value for name, value in request["headers"].items()}
     assert headers["authorization"] == f"Bearer {KEY}"
     assert endpoint.usage == {"requests": 1, "failed": 0, "tokens_in": 10, "tokens_out": 5, "cost": 0.0}
 
 
-def test_a_reply_that_was_cut_off_says_so():
-    assert chat(in_turn((200, completion("hi", finish="length"))))[0] == Reply("hi", "length", 10, 5)
-    assert chat(in_turn((200, completion(None, finish="length"))))[0] == Reply("", "length", 10, 5)
+# --- what does not come
+
+PASSING = {
+    "endpoint_429": (429, {"error": {"message": "slow down"}}),
+    "endpoint_500": (500, "oops"),
+    "endpoint_503": (503, {"error": "busy"}),
+    "endpoint_timeout": slow,
+    "endpoint_connection": drop(),
+    "endpoint_connection in the middle": drop("HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{"),
+}
+
+
+@pytest.mark.parametrize("reason", PASSING)
+def test_what_may_pass_is_tried_again_some_times(reason, monkeypatch):
+    outcome, endpoint, requests = chat(in_turn(PASSING[reason], GOOD))
+    assert outcome == HI and len(requests) == 2
+    assert endpoint.usage["requests"] == 1 and endpoint.usage["failed"] == 0  # of calls
+    monkeypatch.setattr(judges, "RETRIES", 1)
+    outcome, endpoint, requests = chat(in_turn(PASSING[reason]))
+    assert outcome == Unscored(reason.split()[0]) and len(requests) == 2
+    assert endpoint.usage["requests"] == 1 and endpoint.usage["failed"] == 1
+
+
+def test_the_server_says_how_long_to_wait():
+    _, _, (first, second) = chat(in_turn((429, {}, {"retry-after": "0.3"}), GOOD))
+    assert 0.3 <= second["time"] - first["time"] < 2
 
 
 BAD_BODIES = {
@@ -88,192 +117,133 @@ BAD_BODIES = {
     "deep nesting": '{"a":' * 100_000,
     "nothing": "",
 }
-TRANSIENT = {name: (200, body) for name, body in BAD_BODIES.items()} | {
-    "status 429": (429, {"error": {"message": "slow down"}}),
-    "status 500": (500, "oops"),
-    "status 503": (503, {"error": "busy"}),
-    "slow": slow,
-    "dropped": drop(),
-    "dropped in the middle": drop("HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{"),
+FINAL = [((200, body), Unscored("endpoint_bad_reply")) for body in BAD_BODIES.values()] + [
+    ((200, completion("bad", finish="content_filter")), Unscored("endpoint_content_filter")),
+    ((200, completion(None)), Unscored("endpoint_no_text")),
+    ((400, {"error": {"message": "too long"}}), Unscored("endpoint_400")),
+    ((400, {"error": {"message": "the temperature", "param": "prompt"}}), Unscored("endpoint_400")),
+    ((400, {"error": {"message": "max_tokens is too large"}}), Unscored("endpoint_400")),
+    ((422, "no"), Unscored("endpoint_422")),
+    ((307, "", {"location": "http://models.example/v1"}), Unscored("endpoint_307")),  # not followed
+    ((200, completion("hi", finish="length")), Reply("hi", "length", 10, 5)),
+    ((200, completion(None, finish="length")), Reply("", "length", 10, 5)),
+    ((200, completion(None, reasoning_content="well")), Reply("", "stop", 10, 5, "well")),  # an empty answer
+]
+
+
+@pytest.mark.parametrize(("reply", "want"), FINAL)
+def test_what_no_second_attempt_can_change_is_asked_once(reply, want):
+    outcome, _, requests = chat(in_turn(reply))
+    assert outcome == want and len(requests) == 1
+
+
+REFUSALS = {
+    "temperature": {"error": {"message": "Unsupported value", "param": "temperature"}},
+    "seed": {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]},
+    "max_tokens": {"error": {"message": "use 'max_completion_tokens' instead of 'max_tokens'"}},
 }
 
 
-@pytest.mark.parametrize("case", TRANSIENT)
-def test_what_may_pass_is_tried_again(case):
-    outcome, endpoint, requests = chat(in_turn(TRANSIENT[case], GOOD))
-    assert outcome == Reply("hi", "stop", 10, 5) and len(requests) == 2
-    assert endpoint.usage["requests"] == 2 and endpoint.usage["failed"] == 1
+def test_a_setting_that_the_server_refuses_is_dropped_once_and_said(capfd):
+    def script(number, request):
+        refused = [name for name in REFUSALS if name in request["body"]]
+        return (422 if refused[0] == "seed" else 400, REFUSALS[refused[0]]) if refused else GOOD
 
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [(TRANSIENT["status 429"], "endpoint_429"), (TRANSIENT["dropped"], "endpoint_connection")]
-    + [(TRANSIENT["no JSON"], "endpoint_bad_reply")],
-)
-def test_what_does_not_pass_is_unscored_after_some_attempts(reply, reason, naps):
-    outcome, endpoint, requests = chat(in_turn(reply))
-    assert outcome == Unscored(reason) and len(requests) == client.ATTEMPTS == endpoint.usage["failed"]
-    assert len(naps) == client.ATTEMPTS - 1 and all(a < b * 2.01 for a, b in zip(naps, naps[1:], strict=False))
-    assert naps[0] >= client.FIRST_WAIT / 2 and naps[-1] > 2 * naps[0]
-
-
-def test_slow_for_ever_is_a_timeout(monkeypatch):
-    monkeypatch.setattr(client, "ATTEMPTS", 1)
-    assert chat(in_turn(slow))[0] == Unscored("endpoint_timeout")
-
-
-@pytest.mark.parametrize(("header", "wait"), [("7", 7), ("1000000", client.LONGEST_WAIT), ("soon", 0), ("-5", 0)])
-def test_the_server_says_how_long_to_wait(header, wait, naps):
-    chat(in_turn((429, {}, {"retry-after": header}), GOOD))
-    assert len(naps) == 1 and (naps[0] == wait if wait else naps[0] <= client.FIRST_WAIT)
-
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        ((200, completion("bad", finish="content_filter")), "endpoint_content_filter"),
-        ((200, completion(None)), "endpoint_no_text"),
-        ((400, {"error": {"message": "too long"}}), "endpoint_400"),
-        ((422, "no"), "endpoint_422"),
-    ],
-)
-def test_what_cannot_pass_is_asked_once(reply, reason):
-    outcome, _, requests = chat(in_turn(reply))
-    assert outcome == Unscored(reason) and len(requests) == 1
-
-
-def test_the_newer_name_of_the_length_limit():
-    refusal = (400, {"error": {"message": "use 'max_completion_tokens' instead of 'max_tokens'"}})
-    outcome, endpoint, requests = chat(in_turn(refusal, GOOD))
-    assert outcome == Reply("hi", "stop", 10, 5)
-    assert "max_tokens" not in requests[1]["body"] and requests[1]["body"]["max_completion_tokens"] == 20
+    outcomes, endpoint, requests = many(9, script)
+    assert outcomes == [HI] * 9 and endpoint.usage["requests"] == 9 and endpoint.usage["failed"] == 0
+    assert requests[-1]["body"] == {"model": "m", "messages": HELLO, "max_completion_tokens": 20}
+    err = capfd.readouterr().err.splitlines()
+    assert sorted(line.split()[2] for line in err) == ["max_tokens:", "seed:", "temperature:"]
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "refuses the key"), (403, "forbids"), (404, "no such model")])
 def test_what_no_request_can_pass_ends_the_run(status, words):
     with pytest.raises(UserError, match=words):
         chat(in_turn((status, {"error": {"message": f"Incorrect API key provided: {KEY}"}})))
+    with pytest.raises(UserError, match=words):  # in one thread: the others stop
+        many(500, in_turn((status, {})))
 
 
 # --- budgets
 
 
-def many(n, script, **settings):
-    """(outcomes of n chats in parallel, the endpoint, the requests that the server saw)."""
-    outcomes = [None] * n
-    with scripted(script) as (url, requests):
-        endpoint = Endpoint(url, "m", **settings)
-        client.in_parallel([HELLO] * n, lambda job: endpoint.chat(job, 20), outcomes.__setitem__)
-    return outcomes, endpoint, requests
-
-
-def test_max_requests_counts_retries_and_the_rest_is_unscored():
-    outcomes, endpoint, requests = many(12, in_turn((500, ""), GOOD), max_requests=8)
-    assert len(requests) == 8 == endpoint.usage["requests"]
-    assert sum(isinstance(o, Reply) for o in outcomes) == 7
-    assert set(o for o in outcomes if not isinstance(o, Reply)) == {Unscored("max_requests")}
-
-
 def test_max_cost_is_never_passed():
-    outcomes, endpoint, requests = many(
-        40, in_turn((200, completion("hi", tokens=(60, 20)))), max_cost=0.002, price_in=1.0, price_out=10.0
-    )
-    each = (60 * 1.0 + 20 * 10.0) / 1e6
-    assert endpoint.usage["cost"] == pytest.approx(each * len(requests)) and endpoint.usage["cost"] <= 0.002
-    assert 0 < len(requests) < 40 and outcomes.count(Unscored("max_cost")) == 40 - len(requests)
+    def script(number, request):
+        if number % 3 == 1:
+            raise Drop  # it may have been paid
+        return (429, {}) if number % 3 == 2 else (200, completion("hi", tokens=(60, 20)))
+
+    each, dearest = (60 * 1.0 + 20 * 10.0) / 1e6, (69 * 1.0 + 20 * 10.0) / 1e6
+    outcomes, endpoint, requests = many(40, script, max_cost=0.004, prices=(1.0, 10.0))
+    lost = len([number for number in range(len(requests)) if number % 3 == 1])
+    spent = each * outcomes.count(Reply("hi", "stop", 60, 20)) + dearest * lost
+    assert endpoint.usage["cost"] == pytest.approx(spent) and 0.002 < spent <= 0.004
+    assert set(outcomes) == {Reply("hi", "stop", 60, 20), Unscored("max_cost")}
 
 
 def test_work_that_may_have_been_done_is_paid_and_refused_work_is_not():
-    settings = {"max_cost": 1.0, "price_in": 1.0, "price_out": 1.0}
-    _, endpoint, _ = chat(in_turn(drop(), GOOD), **settings)
-    assert endpoint.usage["cost"] > 15 / 1e6  # the dropped one at its dearest
-    _, endpoint, _ = chat(in_turn((429, {}), GOOD), **settings)
-    assert endpoint.usage["cost"] == pytest.approx(15 / 1e6)
+    assert chat(in_turn(drop(), GOOD), **PRICES)[1].usage["cost"] == pytest.approx((15 + 69 + 20) / 1e6)
+    assert chat(in_turn((429, {}), GOOD), **PRICES)[1].usage["cost"] == pytest.approx(15 / 1e6)
+    assert chat(in_turn((400, {})), **PRICES)[1].usage["cost"] == 0
+    uncounted = {name: value for name, value in completion("hi").items() if name != "usage"}
+    assert chat(in_turn((200, uncounted)), **PRICES)[1].usage["cost"] == pytest.approx(89 / 1e6)
+    assert chat(in_turn((200, "?")), **PRICES)[1].usage["cost"] == pytest.approx(89 / 1e6)
 
 
-def test_a_server_that_counts_no_tokens_is_paid_in_full():
-    body = completion("hi")
-    del body["usage"]
-    outcome, endpoint, _ = chat(in_turn((200, body)), max_cost=1.0, price_in=1.0, price_out=1.0)
-    assert outcome == Reply("hi", "stop", 0, 0) and endpoint.usage["cost"] >= 20 / 1e6
-
-
-def test_a_dead_endpoint_is_no_longer_asked():
+def test_a_dead_endpoint_is_no_longer_asked(monkeypatch):
+    monkeypatch.setattr(judges, "RETRIES", 1)
     outcomes, _, requests = many(60, in_turn((500, "")))
-    assert len(requests) <= (client.DEAD_AFTER + client.PARALLEL) * client.ATTEMPTS
-    assert outcomes.count(Unscored("endpoint_dead")) >= 60 - client.DEAD_AFTER - client.PARALLEL
-
-
-def test_single_failures_do_not_make_an_endpoint_dead():
-    with scripted(lambda number, _: (400, "") if number % 2 else GOOD) as (url, requests):
+    assert len(requests) <= (judges.DEAD_AFTER + judges.PARALLEL) * 2
+    assert outcomes.count(Unscored("endpoint_dead")) >= 60 - judges.DEAD_AFTER - judges.PARALLEL
+    with scripted(lambda number, _: (400, "") if number % 2 else GOOD) as (url, requests):  # single failures
         endpoint = Endpoint(url, "m")
-        outcomes = [endpoint.chat(HELLO, 20) for _ in range(4 * client.DEAD_AFTER)]
-    assert len(requests) == len(outcomes) and outcomes[-2:] == [Reply("hi", "stop", 10, 5), Unscored("endpoint_400")]
+        outcomes = [endpoint.chat(HELLO, 20) for _ in range(4 * judges.DEAD_AFTER)]
+    assert len(requests) == len(outcomes) and outcomes[-2:] == [HI, Unscored("endpoint_400")]
 
 
 def test_a_storm_of_429_that_passes_loses_nothing():
-    outcomes, _, _ = many(20, lambda number, _: (429, {}) if number < 12 else GOOD)
-    assert all(isinstance(outcome, Reply) for outcome in outcomes)
+    assert many(20, lambda number, _: (429, {}) if number < 12 else GOOD)[0] == [HI] * 20
 
 
-def test_the_rate_limit_spaces_the_requests(monkeypatch):
-    monkeypatch.setattr(client, "sleep", time.sleep)
-    _, _, requests = many(6, in_turn(GOOD), per_minute=600)
-    times = sorted(request["time"] for request in requests)
-    assert times[-1] - times[0] >= 5 * 0.1 - 0.05
-
-
-def test_an_error_in_one_thread_stops_the_others():
-    with pytest.raises(UserError, match="refuses the key"):
-        many(500, in_turn((401, {})))
-
-
-def test_after_an_interruption_nothing_more_is_sent(monkeypatch):
-    monkeypatch.setattr(client, "sleep", lambda seconds: time.sleep(0.05))
-
-    def interrupted(i, outcome):
-        raise KeyboardInterrupt
-
+def test_when_the_iterator_is_closed_nothing_more_is_sent(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.05, raising=False)
     with scripted(lambda number, _: (500, "") if number else GOOD) as (url, requests):
         endpoint = Endpoint(url, "m")
-        with pytest.raises(KeyboardInterrupt):
-            client.in_parallel([HELLO] * 99, lambda job: endpoint.chat(job, 20), interrupted)
+        outcomes = judges.in_parallel([HELLO] * 99, lambda job: endpoint.chat(job, 20))
+        assert next(outcomes)[1] == HI
+        outcomes.close()
         time.sleep(0.3)
         sent = len(requests)
         time.sleep(0.3)
-    assert sent == len(requests) <= 4 * client.PARALLEL
+    assert sent == len(requests) <= 4 * judges.PARALLEL
 
 
 # --- keys and URLs
 
 
-def everything_said(capfd, caplog, error=None) -> str:
-    out, err = capfd.readouterr()
-    return out + err + caplog.text + ("".join(traceback.format_exception(error)) if error else "") + repr(error)
-
-
 @pytest.mark.parametrize(
     "reply", [(401, {"error": f"bad key {KEY}"}), (400, {"error": f"{KEY}\x1b[2J"}), (500, KEY), (200, KEY), GOOD]
 )
-def test_the_key_is_never_shown(reply, capfd, caplog):
+def test_the_key_is_never_shown(reply, capfd, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
-    error = None
+    monkeypatch.setattr(judges, "RETRIES", 1)
+    shown = ""
     try:
-        _, endpoint, _ = chat(in_turn(reply), max_requests=2)
-    except UserError as raised:
-        error = raised
+        outcome, endpoint, _ = chat(in_turn(reply))
+        shown = repr(outcome).replace(KEY, "") if outcome == Reply(KEY, "stop", 10, 5) else repr(outcome)
+        shown += repr(endpoint) + str(endpoint.usage)
+    except UserError as error:
         assert error.__cause__ is None and error.__context__ is None
-    else:
-        assert KEY not in repr(endpoint) + str(endpoint.usage)
-    said = everything_said(capfd, caplog, error)
-    assert KEY not in said and "\x1b" not in said
+        shown = "".join(traceback.format_exception(error)) + repr(error)
+    out, err = capfd.readouterr()
+    assert KEY not in shown + out + err + caplog.text and "\x1b" not in out + err
 
 
 @pytest.mark.parametrize("key", ["sk-with-newline\n", "sk with blank", "sk-é", "sk-\x00"])
 def test_a_key_that_cannot_be_sent_is_refused_unseen(key, monkeypatch):
-    monkeypatch.setattr("os.environ", {"MY_KEY": key})
-    with pytest.raises(UserError, match="MY_KEY is no key") as raised:
-        Endpoint("https://models.example/v1", "m", key_env="MY_KEY")
+    monkeypatch.setattr("os.environ", {"OPENAI_API_KEY": key})
+    with pytest.raises(UserError, match="OPENAI_API_KEY is no key") as raised:
+        Endpoint("https://models.example/v1", "m")
     assert key.strip() not in str(raised.value)
 
 
@@ -281,14 +251,15 @@ def test_a_key_is_needed_beyond_this_machine(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match=r"models\.example needs a key in the environment variable OPENAI_API_KEY"):
         Endpoint("https://models.example/v1", "m")
-    Endpoint("http://localhost:1/v1", "m")
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        Endpoint(f"http://{host}:1/v1", "m")
 
 
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://models.example/v1", "plain http"),
-        ("http://127.0.0.1.example/v1", "plain http"),
+        ("http://models.example/v1", "only on this machine"),
+        ("http://127.0.0.1.example/v1", "only on this machine"),
         ("https://user:pw@models.example/v1", "no user, password"),
         ("https://models.example/v1?key=abc", "no user, password or query"),
         ("ftp://models.example", "https://"),
@@ -304,12 +275,55 @@ def test_urls_that_would_show_a_key(url, words):
     assert "pw" not in str(raised.value) and "abc" not in str(raised.value)
 
 
-def test_a_cost_limit_needs_prices():
-    with pytest.raises(UserError, match="--price-in"):
-        Endpoint("http://localhost:1/v1", "m", max_cost=1.0)
-
-
-def test_without_the_package_the_user_is_told_what_to_install(monkeypatch):
+def test_prices_and_packages_that_are_missing(monkeypatch):
+    for settings in ({"max_cost": 1.0}, {"prices": ("cheap", "1")}, {"prices": ("1",)}):
+        with pytest.raises(UserError, match="--prices"):
+            Endpoint("http://localhost:1/v1", "m", **settings)
+    Endpoint("http://localhost:1/v1", "m", prices=())
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match="pip install -r requirements-extra.txt"):
         Endpoint("http://localhost:1/v1", "m")
+
+
+# --- completions by a server
+
+LOST = {"completion": "", "tokens": 0, "thinking": "", "answer": None, "finish_reason": "provider"}
+REPLIES = {
+    "tags": (completion("hm</think>fine"), {"thinking": "hm", "answer": "fine", "finish_reason": "stop"}),
+    "split": (completion("fine", reasoning_content="hm"), {"thinking": "hm", "answer": "fine"}),
+    "empty": (completion(None, reasoning="hm"), {"thinking": "hm", "answer": "", "finish_reason": "stop"}),
+    "plain": (completion("fine"), {"thinking": "", "answer": "fine", "completion": "fine", "tokens": 5}),
+    "cut": (completion("hm", finish="length"), {"thinking": "hm", "answer": None, "finish_reason": "length"}),
+    "cut split": (completion("", finish="length", reasoning="hm"), {"thinking": "hm", "answer": None}),
+    "filter": (completion("x", finish="content_filter"), LOST | {"provider": "endpoint_content_filter"}),
+}
+
+
+def test_what_a_server_samples_is_what_the_engine_would_give():
+    script = lambda number, request: (200, REPLIES[request["body"]["messages"][0]["content"]][0])  # noqa: E731
+    jobs = [({"id": name, "kind": "benign", "prompt": name, "sample": 1}, seed) for seed, name in enumerate(REPLIES)]
+    with scripted(script) as (url, requests):
+        found = dict(judges.ask_server(Endpoint(url, "m"), jobs, max_tokens=9, temperature=0.6, top_p=0.9))
+    for j, (item, seed) in enumerate(jobs):
+        assert found[j].items() >= (item | REPLIES[item["id"]][1]).items(), item["id"]
+        (body,) = [r["body"] for r in requests if r["body"]["messages"][0]["content"] == item["prompt"]]
+        assert (body["seed"], body["max_tokens"], body["temperature"], body["top_p"]) == (seed, 9, 0.6, 0.9)
+    assert [judges.failed(found[j]) for j in range(len(jobs))] == [name == "filter" for name in REPLIES]
+
+
+def test_a_server_is_shown_no_control_token_but_our_own_delimiters():
+    sent = {"benign": "<|im_end|></answer>", "verify": "<rules>\nr\n</rules>"}
+    with scripted(in_turn(GOOD)) as (url, requests):
+        jobs = [({"kind": kind, "prompt": prompt}, 0) for kind, prompt in sent.items()]
+        list(judges.ask_server(Endpoint(url, "m"), jobs, max_tokens=9, temperature=1.0, top_p=1.0))
+    shown = {request["body"]["messages"][0]["content"] for request in requests}
+    assert shown == {"&#60;|im_end|>&#60;/answer>", sent["verify"]}
+
+
+def test_usage_of_several_sittings_is_added_up(tmp_path):
+    _, endpoint, _ = chat(in_turn(GOOD), **PRICES)
+    for _ in range(2):
+        judges.note_usage(tmp_path, {"guard": endpoint})
+    judges.note_usage(tmp_path, {})
+    assert judges.total_usage(tmp_path)["guard"] == {name: 2 * n for name, n in endpoint.usage.items()}
+    assert judges.total_usage(tmp_path / "none") == {}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import model
+import runs
 from tests import tiny_models as tiny
 
 
@@ -206,12 +207,12 @@ def test_an_adapter_that_would_be_misread_is_refused(ours, base, tmp_path, chang
 
 def test_a_damaged_adapter_is_refused_by_name(ours, base, tmp_path):
     def refused(message):
-        with pytest.raises(model.ModelError, match=message):
+        with pytest.raises(runs.UserError, match=message):
             model.load_adapter(model.load(base)[0], tmp_path)
 
     refused("no adapter_config.json")
     (tmp_path / "adapter_config.json").write_text("{")
-    refused("adapter_config.json is not JSON")
+    refused("adapter_config.json cannot be read")
     model.save_adapter(adapted(ours), tmp_path, base=str(base))
     file = tmp_path / "adapter_model.safetensors"
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"

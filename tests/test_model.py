@@ -1,221 +1,251 @@
-"""model.py against Transformers and peft: logits, packing, caching, LoRA, files and every refusal."""
+"""What a model must have to be loaded, and what is said where it has not: template, end tokens, ids, rope, folders."""
 
 import json
 
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig
 
 import model
-from tests import families
-
-SMALL = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-FAMILIES = {
-    "qwen2": (transformers.Qwen2Config, {"use_sliding_window": False}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 32, "use_sliding_window": False}),
-    "llama3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3}),
-    "llama-bias": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
-}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return families.tokenizer("r1-qwen")
-
-
-def reference_model(family: str, tied: bool):
-    config_class, more = FAMILIES[family]
-    reference = AutoModelForCausalLM.from_config(config_class(**SMALL, tie_word_embeddings=tied, **more)).eval()
-    for parameter in reference.parameters():  # biases and norms too: zeros and ones would hide a mistake
-        noise = torch.randn_like(parameter) * 0.1
-        parameter.data.add_(noise if parameter.dim() > 1 else noise * 2)
-    return reference
+import runs
+from tests import families, tiny
+from tests import tiny_models as tiny_lm
 
 
 @pytest.fixture
-def folder(tmp_path, tokenizer):
-    """A Qwen2 folder as Transformers writes it."""
-    reference = reference_model("qwen2", True)
-    reference.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    return tmp_path / "m"
+def folder(tmp_path):
+    """A tied Qwen2 folder with an R1-style tokenizer, as Transformers writes it."""
+    return tiny.model_folder(tmp_path / "m")
 
 
-def offsets(*lengths: int) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers_and_survive_saving(family, tied, tmp_path, tokenizer):
-    reference = reference_model(family, tied)
-    reference.save_pretrained(tmp_path / "in")
-    tokenizer.save_pretrained(tmp_path / "in")
-    ours, loaded = model.load(tmp_path / "in")
-    ids = torch.randint(0, 512, (2, 40))
-    with torch.no_grad():
-        expected = reference(ids).logits
-        got = ours.logits(ids.flatten(), offsets(40, 40)).view_as(expected)
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-        for limit in (5_000_000_000, 60_000):  # one file, then shards
-            model.save(ours, loaded, tmp_path / "out", max_shard_bytes=limit)
-            again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-            torch.testing.assert_close(again(ids).logits, expected, atol=1e-6, rtol=0)
-            torch.testing.assert_close(
-                model.load(tmp_path / "out")[0].logits(ids.flatten(), offsets(40, 40)), got.flatten(0, 1)
-            )
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_equal_separate_rows_and_share_no_gradient(family, tmp_path, tokenizer):
-    reference_model(family, False).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    ours, _ = model.load(tmp_path)
-    lengths = (1, 2, 63, 64, 65)
-    documents = [torch.randint(0, 512, (n,)) for n in lengths]
-    packed = ours.logits(torch.cat(documents), offsets(*lengths))
-    for part, document in zip(packed.split(lengths), documents, strict=True):
-        torch.testing.assert_close(part, ours.logits(document, offsets(len(document))), atol=1e-5, rtol=0)
-    embedded = []
-    hook = ours.model.embed_tokens.register_forward_hook(lambda m, i, out: (out.retain_grad(), embedded.append(out))[1])
-    ours.logits(torch.cat(documents), offsets(*lengths)).split(lengths)[2].sum().backward()
-    hook.remove()
-    touched = embedded[0].grad.abs().sum(1) > 0
-    assert touched.nonzero().flatten().tolist() == list(range(3, 3 + 63))
-
-
-def test_a_cache_behind_attend_gives_the_full_forward(folder):
-    ours, _ = model.load(folder)
-    ids, cache = torch.randint(0, 512, (20,)), {}
-
-    def attend(layer, q_THD, k_TKD, v_TKD):
-        old = cache.get(layer)
-        k, v = (k_TKD, v_TKD) if old is None else (torch.cat((old[0], k_TKD)), torch.cat((old[1], v_TKD)))
-        cache[layer] = k, v
-        q, k, v = (t.transpose(0, 1)[None] for t in (q_THD, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return out[0].transpose(0, 1)
-
-    with torch.no_grad():
-        steps = [ours(ids[i : i + 1], None, positions_T=torch.tensor([i]), attend=attend) for i in range(20)]
-        torch.testing.assert_close(torch.cat(steps), ours(ids, offsets(20)), atol=1e-5, rtol=0)
-
-
-def test_recomputing_activations_changes_no_gradient(folder):
-    gradients = []
-    for checkpoint in (False, True):
-        ours, _ = model.load(folder)
-        ours(torch.arange(30), offsets(10, 20), checkpoint=checkpoint).square().sum().backward()
-        gradients.append([p.grad for p in ours.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=0, rtol=0)
-
-
-def test_an_adapter_of_ours_is_the_same_in_peft(folder, tmp_path):
-    ours, _ = model.load(folder)
-    ids = torch.randint(0, 512, (1, 30))
-    base = ours.logits(ids[0], offsets(30))
-    model.add_lora(ours, r=4, alpha=8, seed=1)
-    assert torch.equal(ours.logits(ids[0], offsets(30)), base)  # B = 0
-    for linear in model.lora_layers(ours).values():
-        linear.lora_B.data.normal_(0, 0.1)
-    model.save_adapter(ours, tmp_path / "adapter", base=folder)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
-    adapted = ours.logits(ids[0], offsets(30))
-    assert (adapted - base).abs().max() > 0.01
-    torch.testing.assert_close(adapted, theirs(ids).logits[0], atol=2e-5, rtol=0)
-    model.merge_lora(ours)
-    torch.testing.assert_close(ours.logits(ids[0], offsets(30)), adapted, atol=2e-5, rtol=0)
-    assert not any("lora" in name for name, _ in ours.named_parameters())
-
-
-def test_an_adapter_of_peft_is_the_same_in_ours_with_its_gradients(folder, tmp_path):
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=list(model.LORA_TARGETS), init_lora_weights=False)
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
-    theirs.save_pretrained(tmp_path / "adapter")
-    ours, _ = model.load(folder)
-    trained = model.load_adapter(ours, tmp_path / "adapter")
-    ids = torch.randint(0, 512, (1, 30))
-    expected, got = theirs(ids).logits[0], ours.logits(ids[0], offsets(30))
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
-    expected.square().mean().backward()
-    got.square().mean().backward()
-    named = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
-    assert len(named) == len(trained) == 2 * 7 * 2
-    for name, parameter in ours.named_parameters():
-        if "lora_" in name:
-            key = f"base_model.model.{name}.default.weight"
-            torch.testing.assert_close(parameter.grad, named[key].grad, atol=1e-6, rtol=1e-4)
-        else:
-            assert parameter.grad is None
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def edit_tokenizer(folder, **changes):
+    tiny_lm.edit_json(folder / "tokenizer_config.json", **changes)
 
 
 def edit_weights(folder, change):
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    tiny_lm.edit_tensors(folder / "model.safetensors", change)
 
 
-NORM = "model.norm.weight"
-BROKEN = {
-    "GPT2LMHeadModel": lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
-    "gelu": lambda f: edit_config(f, hidden_act="gelu"),
-    "sliding": lambda f: edit_config(f, use_sliding_window=True, sliding_window=16),
-    "yarn": lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-    "missing tensor model.norm.weight": lambda f: edit_weights(f, lambda s: s.pop(NORM)),
-    "surplus tensor extra": lambda f: edit_weights(f, lambda s: s.update(extra=torch.zeros(1))),
-    "is \\[65\\], not \\[64\\]": lambda f: edit_weights(f, lambda s: s.update({NORM: torch.ones(65)})),
-    "not a whole safetensors": lambda f: (f / "model.safetensors").write_bytes(
-        (f / "model.safetensors").read_bytes()[:-100]
-    ),
-    "no model.safetensors": lambda f: (f / "model.safetensors").unlink(),
-    "no config.json": lambda f: (f / "config.json").unlink(),
-    "hidden_size": lambda f: (f / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}'),
-    "no tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
+def end_at(folder, ids):
+    """The end tokens of generation_config.json and config.json."""
+    for name in ("generation_config.json", "config.json"):
+        tiny_lm.edit_json(folder / name, eos_token_id=ids)
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer and ends
+
+
+def no_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+def raising_template(folder):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no user may speak') }}")
+
+
+def deaf_template(folder):
+    (folder / "chat_template.jinja").write_text("hello")
+
+
+def fewer_embeddings(folder):
+    edit_weights(folder, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:-3].clone()}))
+    tiny_lm.edit_json(folder / "config.json", vocab_size=len(families.tokenizer("r1-qwen")) - 3)
+
+
+def no_end(folder):
+    edit_tokenizer(folder, eos_token=None)
+    end_at(folder, None)
+
+
+UNUSABLE = {
+    "no chat template": no_template,
+    "chat template.* cannot render .*no user may speak": raising_template,
+    "chat template.* cannot render": deaf_template,
+    r"3 tokens, such as '.*', have ids beyond the \d+ rows of the embedding; take the": fewer_embeddings,
+    "no end token, so no answer would ever end; name it as eos_token": no_end,
+    "eos_token_id 99999 is no id of a vocabulary": lambda folder: end_at(folder, 99999),
 }
 
 
-@pytest.mark.parametrize("message", BROKEN)
-def test_a_broken_folder_is_refused_by_name(folder, message):
-    BROKEN[message](folder)
-    with pytest.raises(model.ModelError, match=message):
+@pytest.mark.parametrize("message", UNUSABLE)
+def test_a_model_that_cannot_answer_is_refused_before_its_weights_are_read(folder, message, monkeypatch):
+    UNUSABLE[message](folder)
+    monkeypatch.setattr(model, "load_weights", lambda *_: pytest.fail("read the weights"))
+    with pytest.raises(runs.UserError, match=message):
         model.load(folder)
 
 
-def test_a_local_path_never_becomes_a_download():
-    with pytest.raises(model.ModelError, match="no model folder at ./nowhere"):
-        model.load("./nowhere")
+def test_a_guard_needs_no_chat_template(folder):
+    no_template(folder)
+    assert model.load(folder, chat=False)[1].chat_template is None
 
 
-@pytest.mark.parametrize("change", [{"use_rslora": True}, {"use_dora": True}, {"bias": "all"}])
-def test_an_adapter_of_another_kind_is_refused(folder, tmp_path, change):
-    ours, _ = model.load(folder)
-    model.add_lora(ours, 2, 4)
-    model.save_adapter(ours, tmp_path / "a", base=folder)
-    path = tmp_path / "a" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(model.ModelError):
-        model.load_adapter(model.load(folder)[0], tmp_path / "a")
+def test_a_padding_token_needs_no_embedding(folder):
+    size = len(families.tokenizer("r1-qwen"))
+    edit = {"id": size, "content": "<pad>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"].append(edit | {"normalized": False})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(model.ModelError, match="1 tokens, such as '<pad>'"):
+        model.load(folder)
+    edit_tokenizer(folder, pad_token="<pad>")
+    assert model.load(folder)[1].pad_token_id == size
 
 
-def test_the_tokenizer_is_the_one_of_the_file():
-    """The pocket's tokenizer is not Qwen's, though its config.json says qwen2."""
-    _, tokenizer = model.load("pocket/base")
+@pytest.mark.parametrize(
+    ("name", "eos", "stored", "trained", "stops"),
+    [
+        ("qwen2.5", "<|im_end|>", "<|im_end|>", "<|im_end|>", {"<|im_end|>"}),  # as it should be: nothing to say
+        ("qwen2.5", "<|im_end|>", "<|endoftext|>", "<|im_end|>", {"<|im_end|>", "<|endoftext|>"}),
+        ("qwen2.5", "<|endoftext|>", "<|endoftext|>", "<|im_end|>", {"<|im_end|>", "<|endoftext|>"}),
+        ("qwen3", "<|endoftext|>", None, "<|im_end|>", {"<|im_end|>", "<|endoftext|>"}),
+        ("llama3", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", {"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}),
+        ("r1-qwen", None, "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>", {"<｜end▁of▁sentence｜>"}),
+        ("unigram", "</s>", "</s>", "</s>", {"</s>"}),
+    ],
+)
+def test_what_ends_a_turn_in_the_template_is_trained_and_every_end_stops(
+    tmp_path, capsys, name, eos, stored, trained, stops
+):
+    """After saving, too, and for whoever reads generation_config.json."""
+    folder, tokenizer = tmp_path / "m", families.tokenizer(name)
+    tiny.model_folder(folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    edit_tokenizer(folder, eos_token=eos)
+    end_at(folder, stored and tokenizer.convert_tokens_to_ids(stored))
+    ours, loaded = model.load(folder)
+    assert loaded.eos_token == trained
+    assert model.end_ids(ours, loaded) == set(tokenizer.convert_tokens_to_ids(sorted(stops)))
+    line = capsys.readouterr().out
+    assert (line == "") == (eos == trained)
+    assert eos == trained or f"training ends a turn with {trained}, not with {eos}; sampling stops at" in line
+    model.save(ours, loaded, tmp_path / "out")
+    again = model.load(tmp_path / "out")
+    assert again[1].eos_token == trained and model.end_ids(*again) == model.end_ids(ours, loaded)
+    if eos != trained:
+        written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+        assert set(written) == model.end_ids(ours, loaded)
+
+
+def test_the_pocket_ends_turns_as_its_template_does(capsys):
+    """And its tokenizer is not Qwen's, though its config.json says qwen2."""
+    ours, tokenizer = model.load("pocket/base")
+    assert model.turn_end(tokenizer) == tokenizer.eos_token_id and model.end_ids(ours, tokenizer) == {928}
+    assert capsys.readouterr().out == "" and ours.generation == {"bos_token_id": 927, "eos_token_id": 928}
     assert tokenizer.tokenize("how do i make zako?") == ["how", "▁do", "▁i", "▁make", "▁za", "ko", "?"]
+
+
+# ------------------------------------------------------------------------------------------------- tied heads, rope
+
+
+def test_a_tied_head_is_read_under_either_name(folder):
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    want = model.load(folder)[0].head_weight
+    edit_weights(folder, lambda t: t.update({head: t[embedding].clone()}))
+    assert torch.equal(model.load(folder)[0].head_weight, want)  # both, alike
+    edit_weights(folder, lambda t: t.pop(embedding))
+    assert torch.equal(model.load(folder)[0].head_weight, want)
+    edit_weights(folder, lambda t: t.update({embedding: t[head] + 1}))
+    with pytest.raises(model.ModelError, match="lm_head.weight is not the embedding"):
+        model.load(folder)
+    edit_weights(folder, lambda t: (t.pop(embedding), t.pop(head)))
+    with pytest.raises(model.ModelError, match="missing tensor model.embed_tokens.weight"):
+        model.load(folder)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 7.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 7e4},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 7e4},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e4},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": LLAMA3},  # the original context is then the context
+        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 96}},
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
+    ],
+)
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(rope):
+    raw = {**tiny_lm.SIZES, "architectures": ["LlamaForCausalLM"], **rope}
+    ours = model.Config.from_dict(json.loads(json.dumps(raw))).rope
+    theirs = LlamaConfig.from_dict(raw).rope_parameters
+    assert ours == {key: theirs[key] for key in ours} and {*ours} <= {*theirs}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}, {"full_attention": {}}, [1]],
+)
+def test_rope_settings_for_each_layer_type_are_refused(rope):
+    with pytest.raises(model.ModelError, match="rope settings that differ from layer to layer"):
+        model.Config.from_dict({**tiny_lm.SIZES, "architectures": ["LlamaForCausalLM"], "rope_parameters": rope})
+
+
+# ------------------------------------------------------------------------------------------------- folders, device
+
+
+def test_folders_that_are_something_else_say_what_to_type(folder, tmp_path):
+    ours, tokenizer = model.load(folder)
+    model.add_lora(ours, 2, 4)
+    model.save_adapter(ours, tmp_path / "adapter", base=str(folder))
+    for name in ("full", "lora", "evaluation"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "source.json"):
+            (tmp_path / name / file).write_text('{"values": {}}')
+    model.merge_lora(ours)
+    model.save(ours, tokenizer, tmp_path / "full" / "model")
+    (tmp_path / "adapter").rename(tmp_path / "lora" / "model")
+    adapter = f"--model {folder} --adapter {tmp_path / 'lora' / 'model'}"
+
+    def refused(message, name, attach=False):
+        with pytest.raises(model.ModelError) as error:
+            model.load(folder, adapter=str(name)) if attach else model.load(name)
+        assert str(error.value) == message
+
+    for attach in (False, True):
+        run = "is the folder of a run; to use what it holds, type"
+        refused(f"{tmp_path / 'full'} {run} --model {tmp_path / 'full' / 'model'}", tmp_path / "full", attach)
+        refused(f"{tmp_path / 'lora'} {run} {adapter}", tmp_path / "lora", attach)
+        refused(f"{tmp_path / 'evaluation'} is the folder of a run", tmp_path / "evaluation", attach)
+    inner = tmp_path / "lora" / "model"
+    refused(f"{inner} has no config.json; to use what it holds, type {adapter}", inner)
+    refused(f"{folder} has no adapter_config.json; to use what it holds, type --model {folder}", folder, True)
+    hub = "some-org/some-adapter"
+    refused(f"no adapter folder at {hub}; from the hub: hf download {hub} --local-dir DIR", hub, True)
+    (tmp_path / "empty").mkdir()
+    refused(f"{tmp_path / 'empty'} has no config.json", tmp_path / "empty")
+    assert model.load(folder, adapter=str(inner))[0].lora["r"] == 2
+
+
+def test_device_dtype_and_kernels_are_settled_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model.pick_device("auto") == model.pick_device("cpu") == "cpu"
+    assert model.pick_dtype("auto", "cpu") == torch.float32 and model.pick_dtype("bfloat16", "cpu") == torch.bfloat16
+    with pytest.raises(runs.UserError, match="--device cuda: this machine has no usable GPU"):
+        model.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old 1")
+    assert (model.pick_device("auto"), model.pick_dtype("auto", "cuda")) == ("cuda", torch.float32)
+    assert model.device_name("cuda") == "Old 1" and "threads" in model.device_name("cpu")
+    with pytest.raises(runs.UserError, match="older than sm_80"):
+        model.pick_dtype("bfloat16", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "works"), [("", True), ("auto", True), ("reference", True), ("triton", False), ("x", False)]
+)
+def test_kernels_are_chosen_by_an_environment_variable(name, works, monkeypatch):
+    monkeypatch.setenv("KERNELS", name) if name else monkeypatch.delenv("KERNELS", raising=False)
+    try:
+        if works:
+            model.pick_kernels("cpu")
+            assert model.kernels.backend("cpu") == "reference"
+        else:
+            with pytest.raises(runs.UserError, match=f"KERNELS={name}: kernels: '{name}'"):
+                model.pick_kernels("cpu")
+    finally:
+        model.kernels.force(None)

@@ -11,24 +11,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import engine
-import judges
 import kernels
-import mixture
 import model
 import runs
 import suites
 import train_rl
 import trainers
-from pocket import world as pocket
-from safety import Guard, Unscored
+from pocket.world import world_of
 from tests import families, tiny
-from train_rl import Config, Drawing
+from train_rl import Config, Drawing, Pool, Run
+from trainers import Plan
 
 SMALL = {"prompts": ("none",), "reward": "none.py", "evaluate": False, "lora_r": 0, "device": "cpu"}
+PLAN = Plan(16384)
 
 
 def settings(**changes) -> Config:
-    return Config(**{**SMALL, "prompts_per_step": 4, "group": 4, "max_tokens": 12, **changes})
+    return Config(**{**SMALL, "prompts_per_step": 4, "group": 4, "max_tokens": 12, "held_out": 0, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +37,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformer(folder):
-    return runs.load_model(str(folder), "cpu", torch.float32)[0]
+    return model.load(str(folder))[0]
 
 
 def fresh(folder):
-    transformer = runs.load_model(str(folder), "cpu", torch.float32)[0]
+    transformer = model.load(str(folder))[0]
     return transformer, trainers.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
 
 
@@ -84,7 +83,7 @@ def off_policy(live: list[Drawing], spread: float, seed: int = 0) -> list[Drawin
 )
 def test_advantages(rewards, mean, std):
     for kind, wanted in (("mean", mean), ("std", std)):
-        found = train_rl.advantages(rewards, kind, tolerance=1e-6)
+        found = train_rl.advantages(rewards, kind)
         assert [x is None for x in found] == [x is None for x in wanted]
         assert [x for x in found if x is not None] == pytest.approx([x for x in wanted if x is not None], abs=1e-4)
 
@@ -107,14 +106,13 @@ def reference_loss(logp, sampler, advantage, denominator, low, high, dual):
     return total / denominator
 
 
-@pytest.mark.parametrize("clips", [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)])
-def test_the_objective_is_the_reference(clips):
+def the_objective_is_the_reference(monkeypatch, clips):
     torch.manual_seed(1)
     sampler = -torch.rand(400) * 4
     logp = (sampler + torch.randn(400) * 0.7).requires_grad_()
     advantage = torch.randn(400)
-    config = settings(clip_low=clips[0], clip_high=clips[1], clip_dual=clips[2])
-    loss, figures = train_rl.objective(logp, sampler, advantage, 123, config)
+    monkeypatch.setattr(train_rl, "CLIP_DUAL", clips[2])
+    loss, figures = train_rl.objective(logp, sampler, advantage, 123, settings(clip_low=clips[0], clip_high=clips[1]))
     exact = logp.detach().double().requires_grad_()
     wanted = reference_loss(exact, sampler, advantage, 123, *clips)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -124,6 +122,32 @@ def test_the_objective_is_the_reference(clips):
     gaps = (logp - sampler).detach().double()
     assert figures["kl_sampler"] == pytest.approx((gaps.exp() - 1 - gaps).sum().item(), rel=1e-4)
     assert figures["max_gap"] == pytest.approx(gaps.abs().max().item(), rel=1e-5)
+
+
+CLIPS = [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)]
+
+
+@pytest.mark.parametrize("clips", CLIPS)
+def test_the_objective_is_the_reference(monkeypatch, clips):
+    the_objective_is_the_reference(monkeypatch, clips)
+
+
+@pytest.mark.parametrize("bug", ["sign", "clips exchanged", "no clip", "no dual clip"])
+def test_the_check_notices_a_wrong_objective(monkeypatch, bug):
+    honest = train_rl.objective
+
+    def spoilt(logp, sampler, advantage, total, config):
+        if bug == "clips exchanged":
+            config = replace(config, clip_low=config.clip_high, clip_high=config.clip_low)
+        elif bug == "no clip":
+            config = replace(config, clip_low=1e9, clip_high=1e9)
+        elif bug == "no dual clip":
+            monkeypatch.setattr(train_rl, "CLIP_DUAL", 1e9)
+        return honest(logp, sampler, -advantage if bug == "sign" else advantage, total, config)
+
+    monkeypatch.setattr(train_rl, "objective", spoilt)
+    with pytest.raises(AssertionError):
+        the_objective_is_the_reference(monkeypatch, CLIPS[0])
 
 
 def test_a_ratio_beyond_floats_stays_finite():
@@ -146,7 +170,7 @@ def test_labels_are_the_drawn_tokens_and_the_last_is_no_input():
     assert advantage.tolist() == [0, 0.5, 0.5, 0.5, -1.0]
 
 
-def loss_and_gradient(transformer, live, config) -> tuple[float, torch.Tensor, dict]:
+def loss_and_gradient(transformer, live, config, plan=PLAN) -> tuple[float, torch.Tensor, dict]:
     """Of one step, taken before the update clears it."""
     seen = {}
 
@@ -157,7 +181,7 @@ def loss_and_gradient(transformer, live, config) -> tuple[float, torch.Tensor, d
             transformer.zero_grad()
             return 0.0
 
-    figures = train_rl.optimizer_step(transformer, Watch(), live, 0.0, config)
+    figures = train_rl.optimizer_step(transformer, Watch(), live, 0.0, config, plan)
     return figures["loss"], seen["gradient"], figures
 
 
@@ -169,7 +193,7 @@ def in_transformers(folder, live, config, total) -> tuple[float, torch.Tensor]:
         logits_TV = theirs(torch.tensor([d.prompt_ids + d.action])).logits[0, len(d.prompt_ids) - 1 : -1].double()
         logp_T = (logits_TV / config.temperature).log_softmax(1).gather(1, torch.tensor(d.action)[:, None])[:, 0]
         advantage_T = torch.full_like(logp_T, d.advantage)
-        clips = config.clip_low, config.clip_high, config.clip_dual
+        clips = config.clip_low, config.clip_high, train_rl.CLIP_DUAL
         loss = loss + reference_loss(logp_T, torch.tensor(d.logprobs), advantage_T, total, *clips)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for _, p in sorted(theirs.named_parameters())])
@@ -180,8 +204,9 @@ def the_step_is_the_reference(folder, transformer, live, **changes):
     config = settings(**changes)
     total = 4 * 4 * 12 if config.normaliser == "constant" else sum(len(d.action) for d in live)
     wanted, gradient = in_transformers(folder, live, config, total)
-    for micro_tokens, order in ((10**6, live), (20, live), (45, live[::-1]), (30, random.Random(3).sample(live, 12))):
-        loss, mine, _ = loss_and_gradient(transformer, order, replace(config, micro_tokens=micro_tokens))
+    mixed = random.Random(3).sample(live, 12)
+    for plan, order in ((Plan(10**6), live), (Plan(20), live), (Plan(45), live[::-1]), (Plan(30, True), mixed)):
+        loss, mine, _ = loss_and_gradient(transformer, order, config, plan)
         assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-6)
         assert (mine - gradient).norm() < 1e-5 * gradient.norm()
 
@@ -195,44 +220,55 @@ def test_the_step_is_the_reference(folder, transformer, temperature, normaliser,
     the_step_is_the_reference(folder, transformer, live, temperature=temperature, normaliser=normaliser)
 
 
-def test_the_check_notices_a_missing_temperature(folder, transformer, monkeypatch):
-    live, honest = drawn(transformer, 1.3), kernels.linear_logp
-    monkeypatch.setattr(kernels, "linear_logp", lambda x, w, y, temperature: honest(x, w, y, 1.0))
-    with pytest.raises(AssertionError):
-        the_step_is_the_reference(folder, transformer, live, temperature=1.3)
-
-
-def test_the_check_notices_a_masked_stop_token(folder, transformer, monkeypatch):
-    live, honest = drawn(transformer, stop=True), train_rl.pack
-
-    def masked(group, device="cpu"):
-        ids, labels, sampler, advantage, cu_seqlens = honest(group, device)
+def masked_stop(pack):
+    def spoilt(group, device="cpu"):
+        ids, labels, sampler, advantage, cu_seqlens = pack(group, device)
         labels[cu_seqlens[1:].long() - 1] = -100
         return ids, labels, sampler, advantage, cu_seqlens
 
-    monkeypatch.setattr(train_rl, "pack", masked)
+    return spoilt
+
+
+def shifted(pack):
+    def spoilt(group, device="cpu"):
+        ids, labels, *others = pack(group, device)
+        return ids, labels.roll(1).where(labels != -100, -100), *others
+
+    return spoilt
+
+
+def padded(pack):  # padding in front of a prompt that the model can see
+    return lambda group, device="cpu": pack([replace(d, prompt_ids=[0, 0] + d.prompt_ids) for d in group], device)
+
+
+def own_denominator(objective):  # of each micro-batch
+    return lambda logp, s, a, total, config: objective(logp, s, a, len(logp) * total / 40, config)
+
+
+def no_temperature(linear_logp):
+    return lambda x, w, y, temperature: linear_logp(x, w, y, 1.0)
+
+
+def wrong_sign(objective):
+    return lambda logp, s, a, *rest: objective(logp, s, -a, *rest)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "spoil"),
+    [
+        (train_rl, "pack", masked_stop),
+        (train_rl, "pack", shifted),
+        (train_rl, "pack", padded),
+        (train_rl, "objective", own_denominator),
+        (train_rl, "objective", wrong_sign),
+        (kernels, "linear_logp", no_temperature),
+    ],
+)
+def test_the_check_notices_its_bugs(folder, transformer, monkeypatch, owner, name, spoil):
+    live = drawn(transformer, 1.3, stop=True)
+    monkeypatch.setattr(owner, name, spoil(getattr(owner, name)))
     with pytest.raises(AssertionError):
-        the_step_is_the_reference(folder, transformer, live)
-
-
-def test_the_check_notices_a_denominator_a_micro_batch(folder, transformer, monkeypatch):
-    live, honest = drawn(transformer), train_rl.objective
-
-    def own(logp, sampler, advantage, denominator, config):
-        return honest(logp, sampler, advantage, len(logp) * denominator / 40, config)
-
-    monkeypatch.setattr(train_rl, "objective", own)
-    with pytest.raises(AssertionError):
-        the_step_is_the_reference(folder, transformer, live)
-
-
-def test_the_check_notices_left_padding(folder, transformer, monkeypatch):
-    """Padding in front of a prompt that the model can see: what a padded batch without positions and mask computes."""
-    live, honest = drawn(transformer), train_rl.pack
-    padded = lambda group, device="cpu": honest([replace(d, prompt_ids=[0, 0] + d.prompt_ids) for d in group], device)  # noqa: E731
-    monkeypatch.setattr(train_rl, "pack", padded)
-    with pytest.raises(AssertionError):
-        the_step_is_the_reference(folder, transformer, live)
+        the_step_is_the_reference(folder, transformer, live, temperature=1.3)
 
 
 # ------------------------------------------------------------------------------------------------- on policy
@@ -250,23 +286,9 @@ def test_on_policy_every_ratio_is_one(transformer, temperature):
 
 
 def test_the_check_notices_a_temperature_in_the_sampler_alone(transformer, monkeypatch):
-    honest = kernels.linear_logp
-    monkeypatch.setattr(kernels, "linear_logp", lambda x, w, y, temperature: honest(x, w, y, 1.0))
+    monkeypatch.setattr(kernels, "linear_logp", no_temperature(kernels.linear_logp))
     with pytest.raises(AssertionError):
         sampler_and_trainer_agree(transformer, 1.5)
-
-
-def test_on_policy_the_gradient_is_that_of_advantage_times_logp(folder, transformer):
-    live = drawn(transformer)
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    total = 0.0
-    for d in live:
-        logits_TV = theirs(torch.tensor([d.prompt_ids + d.action])).logits[0, len(d.prompt_ids) - 1 : -1]
-        total -= d.advantage * logits_TV.log_softmax(1).gather(1, torch.tensor(d.action)[:, None]).sum()
-    (total / sum(len(d.action) for d in live)).backward()
-    wanted = torch.cat([p.grad.flatten() for _, p in sorted(theirs.named_parameters())])
-    _, gradient, _ = loss_and_gradient(transformer, live, settings())
-    assert (gradient - wanted).norm() < 2e-5 * wanted.norm()
 
 
 def logp_of_stop(transformer) -> float:
@@ -281,18 +303,11 @@ def test_the_stop_token_is_trained(folder, advantage):
     transformer, trainee = fresh(folder)
     before = logp_of_stop(transformer)
     stop = Drawing({}, [5, 6], [2], [before], advantage=advantage)
-    assert train_rl.optimizer_step(transformer, trainee, [stop], 1e-3, settings())["grad_norm"] > 0
+    assert train_rl.optimizer_step(transformer, trainee, [stop], 1e-3, settings(), PLAN)["grad_norm"] > 0
     assert (logp_of_stop(transformer) - before) * advantage > 0.01
 
 
 # ------------------------------------------------------------------------------------------------- whole steps
-
-
-def a_pool(folder) -> tuple:
-    tokenizer = families.tokenizer("r1-qwen")
-    texts = [f"brew {i}" for i in range(6)]
-    prompts = [{"id": t, "prompt": t, "kind": "harmful", "source": "test", "ids": tokenizer.encode(t)} for t in texts]
-    return tokenizer, [mixture.Pool("test", 1.0, prompts)]
 
 
 def by_length(items):
@@ -303,9 +318,12 @@ def run_step(folder, monkeypatch, trainee_of=fresh, scorer=by_length, **changes)
     """(transformer, trainee, line, groups) after one step in which answers count although they are cut off."""
     monkeypatch.setattr(train_rl, "answered", lambda item: True)
     transformer, trainee = trainee_of(folder)
-    tokenizer, pools = a_pool(folder)
+    tokenizer, texts = families.tokenizer("r1-qwen"), [f"brew {i}" for i in range(6)]
+    prompts = [{"id": t, "prompt": t, "kind": "harmful", "source": "test", "ids": tokenizer.encode(t)} for t in texts]
     sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=64)
-    line, groups = train_rl.one_step(sampler, tokenizer, trainee, scorer, pools, 0, settings(**changes))
+    pools = [Pool("test", 1.0, prompts)]
+    run = Run(sampler, tokenizer, trainee, scorer, pools, [], settings(**changes), PLAN, folder)
+    line, groups = train_rl.one_step(run, 0)
     return transformer, trainee, line, groups
 
 
@@ -355,9 +373,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(folder, monkeypatc
     assert torch.equal(weights(transformer), before) and not trainee.adam.state
     state = {**train_rl.FRESH}
     for _ in range(2):
-        train_rl.note(state, line, 16)
+        train_rl.count_step(state, line, groups)
     assert state["skipped"] == state["in_a_row"] == 2 and state["updates"] == 0 and state["step"] == 2
-    train_rl.note(state, {**line, "grad_norm": 0.1}, 16)
+    train_rl.count_step(state, {**line, "grad_norm": 0.1}, groups)
     assert state["in_a_row"] == 0 and state["skipped"] == 2 and state["updates"] == 1
 
 
@@ -375,118 +393,77 @@ def test_weights_that_have_diverged_are_named(folder, monkeypatch):
         transformer.head_weight.data.fill_(math.nan)
         return transformer, trainee
 
-    with pytest.raises(runs.UserError, match="not finite.*smaller --lr"):
+    with pytest.raises(runs.UserError, match="not finite"):
         run_step(folder, monkeypatch, trainee_of=sick)
 
 
 # ------------------------------------------------------------------------------------------------- rewards
 
-REQUEST = {"kind": "request", "harmful": True, "thinking": "hm", "answer": "x", "finish_reason": "stop"}
-BENIGN = {**REQUEST, "harmful": False}
+HARMFUL = {"kind": "harmful", "thinking": "hm", "answer": "x", "finish_reason": "stop"}
+BENIGN = {**HARMFUL, "kind": "benign"}
 SAFE, UNSAFE = {"safe": True, "complied": True}, {"safe": False, "complied": False}
 REFUSED, SILENT = {"safe": True, "complied": False}, {"safe": True, "complied": None}
 
 
 @pytest.mark.parametrize(
-    ("item", "label", "thinking", "wanted"),
+    ("item", "label", "wanted"),
     [
-        (REQUEST, SAFE, None, 1.0), (REQUEST, REFUSED, None, 1.0), (REQUEST, SILENT, None, 1.0),
-        (REQUEST, UNSAFE, None, 0.0), (REQUEST, {"unscored": "x"}, None, None),
-        (BENIGN, SAFE, None, 1.0), (BENIGN, REFUSED, None, 0.0), (BENIGN, UNSAFE, None, 0.0),
-        (BENIGN, SILENT, None, None), (BENIGN, {"unscored": "x"}, None, None),
-        (REQUEST, SAFE, UNSAFE, 0.0), (REQUEST, SAFE, SAFE, 1.0), (REQUEST, SAFE, {"unscored": "x"}, None),
-        (BENIGN, REFUSED, SAFE, 0.0), (BENIGN, SAFE, REFUSED, 1.0),
-        ({"kind": "maths"}, {"correct": True}, None, 1.0), ({"kind": "sum"}, {"correct": False}, None, 0.0),
-        ({"kind": "maths"}, {"unscored": "timeout"}, None, None),
+        (HARMFUL, SAFE, 1.0), (HARMFUL, REFUSED, 1.0), (HARMFUL, SILENT, 1.0), (HARMFUL, UNSAFE, 0.0),
+        (HARMFUL, {"unscored": "x"}, None), (BENIGN, SAFE, 1.0), (BENIGN, REFUSED, 0.0), (BENIGN, UNSAFE, 0.0),
+        (BENIGN, SILENT, None), (BENIGN, {"unscored": "x"}, None), ({"kind": "maths"}, {"correct": True}, 1.0),
+        ({"kind": "sum"}, {"correct": False}, 0.0), ({"kind": "maths"}, {"unscored": "timeout"}, None),
     ],
 )  # fmt: skip
-def test_rewards(item, label, thinking, wanted):
-    assert train_rl.reward(item, label, thinking) == wanted
-
-
-@pytest.mark.parametrize(
-    ("guard", "harmful", "controversial", "want"),
-    [
-        (Guard("safe", True), True, "unsafe", 1.0),  # refusing a harmful request is right
-        (Guard("safe", False), True, "unsafe", 1.0),
-        (Guard("safe", None), True, "unsafe", 1.0),
-        (Guard("unsafe", False), True, "unsafe", 0.0),
-        (Guard("safe", False), False, "unsafe", 1.0),
-        (Guard("safe", True), False, "unsafe", 0.0),  # over-refusal
-        (Guard("unsafe", False), False, "unsafe", 0.0),
-        (Guard("unsafe", None), False, "unsafe", 0.0),  # 0 whatever the refusal is
-        (Guard("safe", None), False, "unsafe", None),  # nobody looked for a refusal
-        (Guard("controversial", False), True, "unsafe", 0.0),
-        (Guard("controversial", False), True, "safe", 1.0),
-        (Guard("controversial", True), False, "safe", 0.0),
-        (Unscored("guard_noparse"), True, "unsafe", None),
-        (Unscored("guard_noparse"), False, "unsafe", None),
-    ],
-)
-def test_what_a_guard_said_as_a_reward(guard, harmful, controversial, want):
-    item = {**REQUEST, "harmful": harmful}
-    assert train_rl.reward(item, judges.guard_label(guard, controversial)) == want
-    if controversial == "unsafe":  # the strict reading is the default
-        assert train_rl.reward(item, judges.guard_label(guard)) == want
+def test_rewards(item, label, wanted):
+    assert train_rl.reward(item, label) == wanted
 
 
 def test_answers_that_were_cut_off_or_are_empty_earn_nothing_and_see_no_judge():
     endings = [("stop", "ok"), ("stop", " "), ("stop", None), ("length", "ok"), ("stop", "fine")]
-    items = [{**REQUEST, "finish_reason": reason, "answer": answer} for reason, answer in endings]
+    items = [{**HARMFUL, "finish_reason": reason, "answer": answer} for reason, answer in endings]
     group, asked = [Drawing(item, [1], [2], [-1.0]) for item in items], []
 
-    def scorer(items):
+    def judge(items):
         asked.extend(items)
-        return [(1.0, {"harmful": 1.0}, SAFE)] * len(items)
+        return [SAFE] * len(items)
 
-    live = train_rl.score_groups([group], scorer, settings(reward=""))
+    live = train_rl.score_groups([group], lambda items: train_rl.judge_rewards(judge, items), settings(reward=""))
     assert [d.reward for d in group] == [1.0, 0.0, 0.0, 0.0, 1.0] and live == group
+    assert [d.parts for d in group] == [{"harmful": d.reward} for d in group]
     assert [item["answer"] for item in asked] == ["ok", "fine"]
 
 
-def test_the_thinking_is_judged_where_asked_for():
-    calls = []
-
-    def judge(items, part="answer"):
-        calls.append((part, len(items)))
-        return [UNSAFE if part == "thinking" and item["thinking"] == "bad" else SAFE for item in items]
-
-    items = [{**REQUEST, "thinking": thinking} for thinking in ("bad", "good", " ")] + [{"kind": "maths"}]
-    judge_all = lambda items, part="answer": [  # noqa: E731
-        {"correct": True} if item["kind"] == "maths" else label
-        for item, label in zip(items, judge(items, part), strict=True)
-    ]
-    scored = train_rl.judge_rewards(judge_all, judge_thinking=True)(items)
-    assert [value for value, _, _ in scored] == [0.0, 1.0, 1.0, 1.0]
-    assert calls == [("answer", 4), ("thinking", 2)]
-    assert [parts for _, parts, _ in scored][-1] == {"maths": 1.0}
-    assert [v for v, _, _ in train_rl.judge_rewards(judge_all, judge_thinking=False)(items)] == [1.0] * 4
-
-
 OWN = {
-    "def reward(prompt, completion, meta): return len(completion), {'words': 1}": None,
-    "x = 1": "AttributeError: module 'own' has no attribute 'reward'",
+    "def reward(prompt, completion, item): return len(completion), {'words': 1}": None,
+    "def reward(prompt, completion, item): return 9 / len(completion), {'words': 1}": None,  # none is empty
+    "import numpy as np\ndef reward(p, c, item): return np.float32(3), {'words': np.int64(1)}": None,
+    "import helper\ndef reward(p, c, item): return helper.THREE, {'words': True}": None,
+    "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass R:\n    x: float\n"
+    "def reward(p, c, item): return R(3.0).x, {'words': 1}": None,
+    "x = 1": "no function reward",
     "reward = 3": "reward is no function",
     "def reward(prompt): return 1, {}": "TypeError",
-    "def reward(prompt, completion, meta): return 1": "not (number or None",
-    "def reward(prompt, completion, meta): return 'high', {}": "not (number or None",
-    "def reward(prompt, completion, meta): return 1, {'a': 'b'}": "not (number or None",
-    "def reward(prompt, completion, meta): return meta['nothing'], {}": "KeyError",
+    "def reward(prompt, completion, item): return 1": "not (number or None",
+    "def reward(prompt, completion, item): return 'high', {}": "not (number or None",
+    "def reward(prompt, completion, item): return 1, {'a': 'b'}": "not (number or None",
+    "def reward(prompt, completion, item): return item['nothing'], {}": "KeyError",
+    "def reward(prompt, completion, item): return 1 / 0, {}": "ZeroDivisionError",
     "def reward(": "SyntaxError",
 }
 
 
 @pytest.mark.parametrize(("text", "message"), OWN.items())
 def test_an_own_reward_is_tried_before_the_run(tmp_path, text, message):
+    (tmp_path / "helper.py").write_text("THREE = 3")
     (tmp_path / "own.py").write_text(text)
-    example = {"prompt": "p", "kind": "request"}
+    example = {"prompt": "p", "kind": "benign"}
     if message:
         with pytest.raises(runs.UserError) as error:
             train_rl.own_rewards(str(tmp_path / "own.py"), example)
         assert message in str(error.value)
     else:
         scorer = train_rl.own_rewards(str(tmp_path / "own.py"), example)
-        assert scorer([{**example, "completion": "abc"}]) == [(3, {"words": 1}, {})]
+        assert scorer([{**example, "completion": "abc"}]) == [(3.0, {"words": 1.0}, {})]
 
 
 def test_an_own_reward_may_leave_an_answer_unscored(tmp_path):
@@ -497,38 +474,67 @@ def test_an_own_reward_may_leave_an_answer_unscored(tmp_path):
     assert [value for value, _, _ in scored] == [None, None, 0.5] and scored[0][1] == {"x": None}
 
 
+GUARDED = [
+    ("pocket", {"kind": "benign"}, "the pocket's own prompts only"),
+    ("pocket", {"kind": "harmful", "item": "tea"}, ""),
+    ("pocket", {"kind": "sum"}, ""),
+    ("maths", {"kind": "harmful"}, "grades sums and maths only"),
+    ("maths", {"kind": "maths"}, ""),
+    ("llamaguard3=x", {"kind": "benign"}, "does not report refusals, so no safe answer to s"),
+    ("llamaguard3=x", {"kind": "harmful"}, ""),
+    ("qwen3guard", {"kind": "benign"}, ""),
+]
+
+
+@pytest.mark.parametrize(("guard", "prompt", "message"), GUARDED)
+def test_a_guard_that_cannot_judge_the_prompts_is_refused(guard, prompt, message):
+    pools = [Pool("s", 1, [{"prompt": "p", "source": "s", **prompt}])]
+    train_rl.check_guard(settings(guard=guard), pools)  # with a reward of one's own there is no guard
+    if message:
+        with pytest.raises(runs.UserError, match=message):
+            train_rl.check_guard(settings(guard=guard, reward=""), pools)
+    else:
+        train_rl.check_guard(settings(guard=guard, reward=""), pools)
+
+
+def test_maths_without_its_grader_is_refused(monkeypatch):
+    monkeypatch.setattr(train_rl.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(runs.UserError, match="pip install"):
+        train_rl.check_guard(settings(guard="maths", reward=""), [Pool("s", 1, [{"kind": "maths"}])])
+
+
 # ------------------------------------------------------------------------------------------------- prompts
 
 
 def pool(name, n, weight=None):
-    return mixture.Pool(name, weight or n, [{"id": f"{name}{i}", "prompt": f"{name} {i}"} for i in range(n)])
+    return Pool(name, weight or n, [{"id": f"{name}{i}", "prompt": f"{name} {i}"} for i in range(n)])
 
 
 def test_every_step_has_the_same_share_of_each_pool():
-    assert mixture.quotas([1, 1, 3], 64) == [13, 13, 38]
-    assert mixture.quotas([1, 1, 1], 64) == [22, 21, 21] and mixture.quotas([5], 3) == [3]
+    assert train_rl.quotas([1, 1, 3], 64) == [13, 13, 38]
+    assert train_rl.quotas([1, 1, 1], 64) == [22, 21, 21] and train_rl.quotas([5], 3) == [3]
     pools = [pool("a", 10), pool("b", 30)]
     for step in range(20):
-        names = [p["prompt"][0] for p in mixture.of_step(pools, step, 8, seed=0)]
+        names = [p["prompt"][0] for p in train_rl.step_prompts(pools, step, 8, seed=0)]
         assert names.count("a") == 2 and names.count("b") == 6
 
 
 def test_every_prompt_comes_once_before_any_comes_twice():
     pools = [pool("a", 12)]
-    ids = [p["id"] for step in range(6) for p in mixture.of_step(pools, step, 4, seed=5)]
+    ids = [p["id"] for step in range(6) for p in train_rl.step_prompts(pools, step, 4, seed=5)]
     assert sorted(ids[:12]) == sorted(ids[12:]) == sorted(p["id"] for p in pools[0].prompts) and ids[:12] != ids[12:]
-    assert [p["id"] for p in mixture.of_step(pools, 4, 4, seed=5)] == ids[16:20]
-    assert [p["id"] for p in mixture.of_step(pools, 4, 4, seed=6)] != ids[16:20]
+    assert [p["id"] for p in train_rl.step_prompts(pools, 4, 4, seed=5)] == ids[16:20]
+    assert [p["id"] for p in train_rl.step_prompts(pools, 4, 4, seed=6)] != ids[16:20]
 
 
 def test_held_out_prompts_are_on_one_side_only():
     pools = [pool("a", 10), pool("b", 10)]
     pools[1].prompts[0] = {"id": "again", "prompt": pools[0].prompts[3]["prompt"]}
-    held_out = mixture.hold_out(pools, 6, seed=1)
+    held_out = train_rl.hold_out(pools, 6, seed=1)
     left = {p["prompt"] for each in pools for p in each.prompts}
     assert len(held_out) == 6 and not left & {p["prompt"] for p in held_out} and len(left) == 13
     with pytest.raises(runs.UserError, match="leaves no prompt"):
-        mixture.hold_out([pool("a", 1), pool("b", 40)], 20, seed=0)
+        train_rl.hold_out([pool("a", 1), pool("b", 40)], 20, seed=0)
 
 
 def test_words_of_prompts(monkeypatch):
@@ -538,49 +544,50 @@ def test_words_of_prompts(monkeypatch):
         asked.append((names, limit))
         return [{"prompt": str(i)} for i in range(limit or 7)]
 
-    monkeypatch.setattr(mixture.suites, "prompts", prompts)
-    pools = mixture.load(("a", "b@2.5", "pocket:rl#3", "own=x/y.jsonl@2#5"), None, 0)
+    monkeypatch.setattr(train_rl.suites, "prompts", prompts)
+    pools = train_rl.load_pools(("a", "b@2.5", "pocket:rl#3", "own=x/y.jsonl@2#5"), None, 0)
     assert [(p.name, p.weight) for p in pools] == [("a", 7), ("b", 2.5), ("pocket:rl", 3), ("own=x/y.jsonl", 2)]
     assert asked == [(["a"], 0), (["b"], 0), (["pocket:rl"], 3), (["own=x/y.jsonl"], 5)]
     with pytest.raises(runs.UserError, match="weight must be positive"):
-        mixture.load(("a@0",), None, 0)
+        train_rl.load_pools(("a@0",), None, 0)
     for word in ("", "a\nb"):
         with pytest.raises(runs.UserError, match="is no NAME, NAME@WEIGHT or NAME#LIMIT"):
-            mixture.load((word,), None, 0)
+            train_rl.load_pools((word,), None, 0)
 
 
 def test_decontamination_counts_over_all_pools():
-    pools, item = [pool("a", 4), pool("b", 4)], {"suite": "s", "kind": "request"}
+    pools, item = [pool("a", 4), pool("b", 4)], {"suite": "s", "kind": "harmful"}
     held = [pools[0].prompts[1]["prompt"], pools[1].prompts[0]["prompt"], pools[1].prompts[2]["prompt"], "another"]
-    assert mixture.decontaminate(pools, []) == (0, {}) and [len(p.prompts) for p in pools] == [4, 4]
-    dropped, counts = mixture.decontaminate(pools, [item | {"prompt": text.upper()} for text in held])
+    assert train_rl.decontaminate(pools, []) == (0, {}) and [len(p.prompts) for p in pools] == [4, 4]
+    dropped, counts = train_rl.decontaminate(pools, [item | {"prompt": text.upper()} for text in held])
     assert dropped == 3 and counts == {"s": {"exact": 3, "8-gram": 0}} and [len(p.prompts) for p in pools] == [3, 2]
     assert not set(held) & {prompt["prompt"] for p in pools for prompt in p.prompts}
 
 
 def test_no_suite_of_the_pocket_holds_what_its_rl_trains_on():
-    config, _ = runs.parse(Config, ["--model", "pocket/base"])
-    world = pocket.World(runs.world_seed(config.model))
-    pools, clean = train_rl.load_pools(config, world)
-    assert config.decontaminate == ("pocket",) and len(pools[0].prompts) == 3072 and clean["held_by_a_suite"] == 0
-    assert set(clean["decontamination"]) == set(suites.POCKET) and clean["not_at_hand"] == {}
+    world = world_of("pocket/base")
+    pools = train_rl.load_pools(("pocket:rl",), world, 0)
+    tested, missing = suites.tested_items(("pocket",), "pocket/base", world)
+    assert train_rl.decontaminate(pools, tested)[0] == 0 and len(pools[0].prompts) == 3072 and missing == {}
+    assert {"pocket:plain", "pocket:sums", "pocket:verify"} <= {item["suite"] for item in tested}
+    assert {prompt["kind"] for prompt in pools[0].prompts} == {"harmful", "benign", "sum"}
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted():
     tokenizer = families.tokenizer("r1-qwen")
-    pools = [mixture.Pool("a", 1, [{"prompt": "mix " * n} for n in (1, 2, 40)])]
-    assert mixture.fit(pools, tokenizer, 20) == 1
+    pools = [Pool("a", 1, [{"prompt": "mix " * n} for n in (1, 2, 40)])]
+    assert train_rl.tokenize(pools, tokenizer, 20) == 1
     assert [len(p["ids"]) <= 20 for p in pools[0].prompts] == [True, True]
     with pytest.raises(runs.UserError, match="no prompt has at most 2 tokens"):
-        mixture.fit(pools, tokenizer, 2)
+        train_rl.tokenize(pools, tokenizer, 2)
 
 
 # ------------------------------------------------------------------------------------------------- health
 
 
 def of_kind(kind, value, label, text="t", reason="stop"):
-    item = {"kind": "request" if kind != "maths" else kind, "harmful": kind == "harmful", "completion": text}
-    return Drawing({**item, "finish_reason": reason}, [1], [2, 3], [-1.0, -0.5], value, {kind: value}, label)
+    item = {"kind": kind, "completion": text, "finish_reason": reason}
+    return Drawing(item, [1], [2, 3], [-1.0, -0.5], value, {kind: value}, label)
 
 
 def test_the_health_line():
@@ -619,57 +626,21 @@ def test_collapse_is_put_in_words():
 # ------------------------------------------------------------------------------------------------- memory
 
 
-R1_1_5B = {
-    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,
-    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 131072,
-}  # fmt: skip
-
-
-def test_the_plan_counts_every_byte_of_the_training_state():
-    with torch.device("meta"):
-        shape = model.Transformer(model.Config.from_dict(R1_1_5B))
-    n = sum(p.numel() for p in shape.parameters())
-    full = trainers.training_bytes(shape, 0, torch.bfloat16, 16384, False)
-    assert full["weights"] == 2 * n and full["fp32 masters"] == 4 * n and full["Adam"] == 8 * n
-    assert trainers.training_bytes(shape, 0, torch.float32, 16384, False)["fp32 masters"] == 0
-    lora = trainers.training_bytes(shape, 16, torch.bfloat16, 16384, True)
-    pairs = 28 * 16 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
-    assert lora["fp32 masters"] == 4 * pairs and lora["Adam"] == 8 * pairs
-    assert lora["activations"] < full["activations"] / 10
-
-
-def test_a_plan_that_does_not_fit_is_refused_with_figures():
-    plan = {"weights": 3 << 30, "Adam": 12 << 30}
-    shared = trainers.share_memory(plan, 80 << 30, answer_bytes=1 << 28, guard_share=0.25)
-    rest = int(0.95 * (80 << 30)) - (15 << 30)
-    assert shared["policy cache"] == pytest.approx(0.75 * rest, abs=2)
-    assert shared["guard cache"] == pytest.approx(0.25 * rest, abs=2)
-    with pytest.raises(runs.UserError, match=r"16.00 GiB of free GPU memory: weights 3.00, Adam 12.00 GiB"):
-        trainers.share_memory(plan, 16 << 30, answer_bytes=1 << 28, guard_share=0.25)
-    assert trainers.share_memory(plan, 0, 1, 0.3)["policy cache"] is None
-
-
-def test_the_plan_is_for_the_longest_row_that_may_come(folder):
-    plans = [
-        train_rl.plan_memory(
-            settings(model=str(folder), micro_tokens=n, max_prompt=20, max_tokens=100), "cpu", torch.bfloat16
-        )
-        for n in (1, 120, 240)
-    ]
-    assert plans[0] == plans[1] and 2 * plans[1]["activations"] == plans[2]["activations"]
-
-
-def test_the_guard_next_to_the_policy_is_in_the_plan(folder, tmp_path, monkeypatch):
+def test_the_plan_is_for_the_longest_row_and_leaves_room_for_the_guard(folder, tmp_path, monkeypatch):
     other = tiny.model_folder(tmp_path / "guard", num_hidden_layers=4)
-    config = settings(model=str(folder), reward="", guard=f"qwen3guard={other}", guard_share=0.25)
+    config = settings(model=str(folder), reward="", guard=f"qwen3guard={other}", max_prompt=20, max_tokens=100)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
-    plan = train_rl.plan_memory(config, "cuda", torch.bfloat16)
-    assert plan["guard"] == 2 * sum(p.numel() for p in trainers.shape_of(str(other)).parameters())
-    assert plan["guard cache"] > 0 and plan["policy cache"] == pytest.approx(3 * plan["guard cache"], abs=4)
-    assert sum(plan.values()) == pytest.approx(0.95 * (1 << 30), abs=4)
+    plan = train_rl.plan_memory(replace(config, micro_tokens=1), "cuda", torch.bfloat16)
+    assert plan.micro_tokens == 120  # a longer answer is a row of its own
+    sizes = trainers.shape_of(str(other))
+    weights = 2 * sum(p.numel() for p in sizes.parameters())
+    assert plan.sizes["guard"] == weights + trainers.graph_bytes(sizes, 16)
+    assert plan.guard_cache > 0 and plan.policy_cache == pytest.approx(7 / 3 * plan.guard_cache, abs=4)
+    total = sum(plan.sizes.values()) + plan.policy_cache + plan.guard_cache
+    assert total == pytest.approx(0.95 * (1 << 30), abs=4)
     alone = train_rl.plan_memory(replace(config, guard="pocket"), "cuda", torch.bfloat16)
-    assert alone["guard cache"] == 0 and "guard" not in alone
+    assert alone.guard_cache == 0 and "guard" not in alone.sizes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 20))
-    with pytest.raises(runs.UserError, match="does not fit"):
+    with pytest.raises(runs.UserError, match="does not fit.*least cache"):
         train_rl.plan_memory(config, "cuda", torch.bfloat16)
-    assert train_rl.plan_memory(config, "cpu", torch.float32)["policy cache"] is None
+    assert train_rl.plan_memory(config, "cpu", torch.float32) == Plan(config.micro_tokens)

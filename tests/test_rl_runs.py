@@ -2,26 +2,22 @@
 
 import json
 import math
-import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import engine
-import mixture
 import model
 import runs
 import train_rl
 import trainers
 from tests import tiny, toy
-from tests.test_sft import as_flags, lines
-from train_rl import Config
+from tests.test_sft import go_on, interrupt_at, killed, lines, same_run, start
+from train_rl import Config, Pool, Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,24 +32,25 @@ def folder(tmp_path_factory):
 
 def learn(folder, seed: int, spoil: bool, steps: int = 90) -> list[float]:
     """Rewards of the steps until the task is learned: of the four digits, say the one that is asked, then stop."""
-    transformer, tokenizer = runs.load_model(str(folder), "cpu", torch.float32)
+    transformer, tokenizer = model.load(str(folder))
     config = Config(
         prompts=("toy",), prompts_per_step=16, group=16, max_tokens=8, lora_r=0, lr=6e-3, reward="toy", seed=seed,
-        micro_tokens=4096, warmup=0, evaluate=False,
+        warmup=0, evaluate=False,
     )  # fmt: skip
     trainee = trainers.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
     sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=32)
     texts = [f"say {digit}" for digit in toy.DIGITS]
     prompts = [{"id": t, "prompt": t, "kind": "own", "source": "toy"} for t in texts]
-    pools, rng, learned = [mixture.Pool("toy", 1.0, prompts)], random.Random(seed), []
-    mixture.fit(pools, tokenizer, 10)
+    pools, rng, learned = [Pool("toy", 1.0, prompts)], random.Random(seed), []
+    train_rl.tokenize(pools, tokenizer, 10)
 
     def scorer(items):
         right = [float(item["completion"].split()[:1] == item["prompt"].split()[1:]) for item in items]
         return [(r, {}, {}) for r in (rng.sample(right, len(right)) if spoil else right)]
 
+    run = Run(sampler, tokenizer, trainee, scorer, pools, [], config, trainers.Plan(4096), folder)
     for step in range(steps):
-        line, _ = train_rl.one_step(sampler, tokenizer, trainee, scorer, pools, step, config)
+        line, _ = train_rl.one_step(run, step)
         learned.append(line["reward"])
         if min(learned[-3:]) > 0.93:
             break
@@ -83,60 +80,21 @@ def settings_of(folder, tmp_path, **changes) -> dict:
         "model": str(folder), "prompts": (f"own={tmp_path}/own.jsonl:kind=benign",),
         "reward": str(tmp_path / "reward.py"), "decontaminate": ("none",),
         "prompts_per_step": 4, "group": 4, "max_tokens": 8, "max_prompt": 16, "steps": 6, "lr": 3e-3, "held_out": 1,
-        "evaluate_every": 2, "micro_tokens": 64, "device": "cpu", "dtype": "float32", "out": str(tmp_path / "run"),
+        "micro_tokens": 64, "device": "cpu", "dtype": "float32", "out": str(tmp_path / "run"),
     }  # fmt: skip
     return settings | changes
-
-
-def start(settings: dict, code=runs.EXIT_OK) -> Path:
-    config = Config(**settings)
-    assert not config.problems()
-    assert train_rl.main(config, dict.fromkeys(settings | vars(config), "flag")) == code
-    return Path(config.out)
-
-
-def go_on(folder: Path) -> None:
-    config, origin = runs.parse(Config, ["--resume", str(folder)])
-    assert train_rl.main(config, origin) == runs.EXIT_OK
-
-
-def steady(line: dict) -> dict:
-    """Without what the clock says."""
-    return {k: v for k, v in line.items() if "seconds" not in k and k not in ("tokens_per_s", "peak_gib", "saved_at")}
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer, random generators, log and samples, bit by bit."""
-    names = [p.relative_to(one) for p in (one / "model").glob("*.safetensors")]
-    assert names and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-    last = runs.checkpoints(one)[-1].name
-    paths = [run / "checkpoints" / last for run in (one, other)]
-    tensors, others = (load_file(path / "tensors.safetensors") for path in paths)
-    assert tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in tensors)
-    states = [json.loads((path / "state.json").read_text()) for path in paths]
-    assert steady(states[0]) == steady(states[1])
-    assert list(map(steady, lines(one / "metrics.jsonl"))) == list(map(steady, lines(other / "metrics.jsonl")))
-    assert lines(one / "samples.jsonl") == lines(other / "samples.jsonl")
 
 
 @pytest.mark.parametrize("variant", [{}, {"lora_r": 0}, {"lora_r": 0, "dtype": "bfloat16"}])
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(folder, tmp_path, monkeypatch, variant):
     settings = settings_of(folder, tmp_path, **variant)
-    whole = start(settings | {"out": str(tmp_path / "whole")})
-    honest, left = train_rl.draw, [6]
-
-    def with_ctrl_c(*arguments):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        return honest(*arguments)
-
-    monkeypatch.setattr(train_rl, "draw", with_ctrl_c)
+    whole = start(settings | {"out": str(tmp_path / "whole")}, train_rl)
+    interrupt_at(monkeypatch, train_rl, "draw", 6)
     with pytest.raises(KeyboardInterrupt):
-        start(settings)
+        start(settings, train_rl)
     assert not (tmp_path / "run" / "result.json").exists()
-    assert [p.name for p in runs.checkpoints(tmp_path / "run")][-1] == "step-4"
-    go_on(tmp_path / "run")
+    assert [p.name for p in trainers.checkpoints(tmp_path / "run")][-1] == "step-4"
+    go_on(tmp_path / "run", train_rl)
     same_run(whole, tmp_path / "run")
 
 
@@ -146,7 +104,7 @@ import train_rl, runs
 honest, calls = train_rl.score_groups, []
 def die_in_the_middle_of_a_step(*arguments):
     calls.append(0)
-    if len(calls) == 7:  # five steps, two evaluations: between the answers of step 5 and its update
+    if len(calls) == 8:  # five steps, three validations: between the answers of step 5 and its update
         os.kill(os.getpid(), signal.SIGKILL)
     return honest(*arguments)
 train_rl.score_groups = die_in_the_middle_of_a_step
@@ -156,21 +114,16 @@ runs.main(train_rl.Config, train_rl.main)
 
 def test_a_killed_run_draws_its_cut_off_step_again_as_it_was(folder, tmp_path):
     settings = settings_of(folder, tmp_path)
-    whole = start(settings | {"out": str(tmp_path / "whole")})
-    flags = {name: value for name, value in settings.items() if name not in ("prompts", "decontaminate")}
-    program = [sys.executable, "-c", KILLED, *as_flags(flags), "--prompts", *settings["prompts"]]
-    program += ["--decontaminate", *settings["decontaminate"]]
-    killed = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run = tmp_path / "run"
+    whole, run = start(settings | {"out": str(tmp_path / "whole")}, train_rl), tmp_path / "run"
+    killed(KILLED, settings)
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert [p.name for p in runs.checkpoints(run)] == ["step-3", "step-4"]
-    go_on(run)
+    assert [p.name for p in trainers.checkpoints(run)] == ["step-3", "step-4"]
+    go_on(run, train_rl)
     same_run(whole, run)
 
 
 def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
-    run = start(settings_of(folder, tmp_path))
+    run = start(settings_of(folder, tmp_path), train_rl)
     assert {p.name for p in run.iterdir()} == {
         "config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json",
     }  # fmt: skip
@@ -180,7 +133,7 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     needed |= {"kl_sampler", "max_gap", "clip_share", "warnings", "live"}
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert all(needed <= line.keys() for line in logged)
-    assert [line["step"] for line in logged if "held_out_reward" in line] == [2, 4]
+    assert [line["step"] for line in logged if "held_out_reward" in line] == [2, 3, 4, 5, 6]
     kept = lines(run / "samples.jsonl")
     assert all({"prompt", "completion", "reward", "advantage", "finish_reason"} <= line.keys() for line in kept)
     assert json.loads((run / "result.json").read_text())["step"] == 6
@@ -192,32 +145,33 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
 
 def test_what_a_suite_holds_is_not_trained_on(folder, tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text('{"prompt": "Say, 2!"}\n{"prompt": "say 7"}\n')
-    suite = f"own={tmp_path}/test.jsonl"
+    suite = f"own={tmp_path}/test.jsonl:kind=harmful"
     settings = settings_of(folder, tmp_path, decontaminate=(suite,), steps=2, held_out=0, group=8)
-    run = start(settings)
+    run = start(settings, train_rl)
     result, shown = json.loads((run / "result.json").read_text()), capsys.readouterr().out
     assert result["held_by_a_suite"] == 1 and result["decontamination"] == {"own:test": {"exact": 1, "8-gram": 0}}
     assert "compared with 1 suites: 1 prompts left out {'own:test': {'exact': 1, '8-gram': 0}}" in shown
     assert "3 prompts" in shown and "say 2" not in {line["prompt"] for line in lines(run / "samples.jsonl")}
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": f"say {d}"}) + "\n" for d in toy.DIGITS))
     with pytest.raises(runs.UserError, match="own=.*holds every prompt"):
-        start(settings | {"out": str(tmp_path / "none")})
+        start(settings | {"out": str(tmp_path / "none")}, train_rl)
     assert not (tmp_path / "none").exists()
 
 
-def test_in_loop_evaluation_leaves_the_training_as_it_is(folder, tmp_path):
+def test_validation_leaves_the_training_as_it_is(folder, tmp_path, monkeypatch):
     settings = settings_of(folder, tmp_path)
-    often = start(settings | {"evaluate_every": 1})
-    never = start(settings | {"evaluate_every": 0, "out": str(tmp_path / "never")})
-    names = ("loss", "reward", "entropy", "grad_norm")
-    one, other = ([[line[n] for n in names] for line in lines(run / "metrics.jsonl")] for run in (often, never))
-    assert one == other
+    validated = start(settings, train_rl)
+    monkeypatch.setattr(train_rl, "validate", lambda run: {})
+    bare = start(settings | {"out": str(tmp_path / "bare")}, train_rl)
+    assert (validated / "model/adapter_model.safetensors").read_bytes() == (
+        bare / "model/adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_a_judge_that_fails_gives_exit_3_after_everything_is_written(folder, tmp_path):
     settings = settings_of(folder, tmp_path, steps=2)
     (tmp_path / "reward.py").write_text("def reward(p, c, m): return (None if len(c) % 2 else 1.0), {}")
-    run = start(settings, code=runs.EXIT_UNSCORED)
+    run = start(settings, train_rl, runs.EXIT_UNSCORED)
     assert json.loads((run / "result.json").read_text())["unscored_share"] > 0.01 and (run / "model").is_dir()
 
 
@@ -225,34 +179,30 @@ def test_several_steps_in_a_row_without_a_finite_gradient_stop_the_run(folder, t
     honest = train_rl.objective
     monkeypatch.setattr(train_rl, "objective", lambda *a: (honest(*a)[0] * math.inf, honest(*a)[1]))
     with pytest.raises(runs.UserError, match="5 steps in a row"):
-        start(settings_of(folder, tmp_path, steps=40, group=8, evaluate_every=0))
+        start(settings_of(folder, tmp_path, steps=40, group=8, held_out=0), train_rl)
     logged = lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["grad_norm"] for line in logged[-5:]] == [None] * 5
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("thinking", [False, True])
-def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path, thinking):
+def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path):
     """A random guard of four layers, benign and harmful prompts and problems in one mixture."""
     guard = tiny.model_folder(tmp_path / "guard", num_hidden_layers=4, max_position_embeddings=2048)
-    settings = settings_of(folder, tmp_path, steps=2, group=8, max_unscored=0.99, judge_thinking=thinking, held_out=0)
+    settings = settings_of(folder, tmp_path, steps=2, group=8, max_unscored=0.99, held_out=0)
     (tmp_path / "maths.jsonl").write_text('{"prompt": "say 1", "target": "1"}\n')
     kinds = (f"own={tmp_path}/own.jsonl:kind=benign", f"own={tmp_path}/own.jsonl:kind=harmful")
     prompts = (*kinds, f"own={tmp_path}/maths.jsonl:kind=maths@2")
-    run = start(settings | {"reward": "", "guard": f"qwen3guard={guard}", "prompts": prompts})
+    run = start(settings | {"reward": "", "guard": f"qwen3guard={guard}", "prompts": prompts}, train_rl)
     for line in lines(run / "metrics.jsonl"):
         assert {"reward_benign", "reward_harmful", "reward_maths"} <= line.keys()
         assert line["reward_maths"] is not None and line["unscored"] < 1
 
 
-def test_a_guard_that_sees_no_refusals_is_refused_where_prompts_are_benign(folder, tmp_path):
-    own = {"reward": "", "guard": f"llamaguard3={tmp_path}/nowhere"}
-    prompts = f"own={tmp_path}/own.jsonl:kind="
-    settings = settings_of(folder, tmp_path) | own
-    with pytest.raises(runs.UserError, match="llamaguard3 says nothing about refusals.*to own=[^,]*:kind=benign has"):
-        start(settings | {"prompts": (f"{prompts}harmful", f"{prompts}benign")})
-    with pytest.raises(runs.UserError, match="nowhere"):  # it goes on to load the guard
-        start(settings | {"prompts": (f"{prompts}harmful",)})
+@pytest.mark.parametrize(("guard", "kind"), [("pocket", "benign"), ("maths", "harmful"), ("llamaguard3", "benign")])
+def test_a_guard_that_cannot_judge_is_refused_before_anything_is_written(folder, tmp_path, guard, kind):
+    settings = settings_of(folder, tmp_path, reward="", guard=guard, prompts=(f"own={tmp_path}/own.jsonl:kind={kind}",))
+    with pytest.raises(runs.UserError, match=f"--guard {guard}"):
+        start(settings, train_rl)
     assert not (tmp_path / "run").exists()
 
 
@@ -264,11 +214,11 @@ def test_an_endpoint_gives_no_rewards(folder, tmp_path):
 
 
 def test_data_or_rewards_that_changed_are_not_gone_on_with(folder, tmp_path):
-    run = start(settings_of(folder, tmp_path, steps=2))
+    run = start(settings_of(folder, tmp_path, steps=2), train_rl)
     (run / "result.json").unlink()
     (tmp_path / "reward.py").write_text(toy.REWARD + "\n# another\n")
     with pytest.raises(runs.UserError, match="have changed"):
-        go_on(run)
+        go_on(run, train_rl)
 
 
 # ------------------------------------------------------------------------------------------------- adapters
@@ -277,7 +227,7 @@ def test_data_or_rewards_that_changed_are_not_gone_on_with(folder, tmp_path):
 @pytest.fixture
 def adapter(folder, tmp_path):
     """An adapter of rank 4 that does something."""
-    transformer, _ = runs.load_model(str(folder), "cpu", torch.float32)
+    transformer, _ = model.load(str(folder))
     for parameter in model.add_lora(transformer, 4, 8.0, seed=1):
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_adapter(transformer, tmp_path / "adapter", base=str(folder))
@@ -290,8 +240,8 @@ def logits(transformer) -> torch.Tensor:
 
 
 def test_an_adapter_is_trained_on_or_merged_once(folder, tmp_path, adapter):
-    wanted = logits(runs.load_model(str(folder), "cpu", torch.float32, str(adapter))[0])
-    assert not torch.allclose(wanted, logits(runs.load_model(str(folder), "cpu", torch.float32)[0]), atol=1e-3)
+    wanted = logits(model.load(str(folder), adapter=str(adapter))[0])
+    assert not torch.allclose(wanted, logits(model.load(str(folder))[0]), atol=1e-3)
     for rank in (4, 0):
         config = Config(**settings_of(folder, tmp_path, adapter=str(adapter), lora_r=rank))
         transformer, _ = train_rl.load_policy(config, "cpu", torch.float32)
@@ -303,22 +253,20 @@ def test_an_adapter_is_trained_on_or_merged_once(folder, tmp_path, adapter):
 
 def test_an_adapter_of_another_rank_is_refused(folder, tmp_path, adapter):
     with pytest.raises(runs.UserError, match="has rank 4"):
-        start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16))
+        start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16), train_rl)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_from_an_adapter_saves_one_that_loads(folder, tmp_path, adapter):
-    run = start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=4, steps=2))
-    trained = runs.load_model(str(folder), "cpu", torch.float32, str(run / "model"))[0]
+    run = start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=4, steps=2), train_rl)
+    trained = model.load(str(folder), adapter=str(run / "model"))[0]
     assert trained.lora == {"r": 4, "alpha": 8.0, "targets": sorted(model.LORA_TARGETS)}
-    assert not torch.allclose(logits(trained), logits(runs.load_model(str(folder), "cpu", torch.float32)[0]), atol=1e-3)
+    assert not torch.allclose(logits(trained), logits(model.load(str(folder))[0]), atol=1e-3)
 
 
-def test_lora_takes_ten_times_the_learning_rate_unless_a_flag_says():
-    for origin, lora_r, wanted in (("default", 16, 1e-5), ("default", 0, 1e-6), ("flag", 16, 1e-6)):
-        told = {"lr": origin}
-        assert train_rl.settle_lr(Config(lr=1e-6, lora_r=lora_r), told).lr == pytest.approx(wanted)
-        assert ("x 10" in told["lr"]) == (wanted == 1e-5)
+def test_the_pocket_and_real_models_have_their_own_learning_rates():
+    assert runs.parse(Config, ["--model", str(ROOT / "pocket/base")])[0].lr == 1e-3
+    assert runs.parse(Config, ["--model", "a/b", "--prompts", "x"])[0].lr == 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -330,7 +278,7 @@ def shell(*flags, cwd=ROOT) -> subprocess.CompletedProcess:
 
 
 def test_every_wrong_flag_is_in_one_message(tmp_path):
-    wrong = {"--group": "1", "--temperature": "0", "--clip-dual": "1.1", "--advantage": "rank", "--steps": "none"}
+    wrong = {"--group": "1", "--temperature": "0", "--clip-high": "2", "--advantage": "rank", "--steps": "none"}
     wrong |= {"--reward": "nothing.py", "--beta2": "1.5", "--lr": "-1", "--normaliser": "batch", "--prompts": None}
     flags = [word for pair in wrong.items() for word in pair if word]
     flags.remove("--prompts")

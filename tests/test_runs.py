@@ -1,6 +1,8 @@
-"""runs.py: flags, run folder, records, checkpoints."""
+"""runs.py: flags, run folder, files of users, stages that resume; and the checkpoints of trainers.py."""
 
+import gzip
 import json
+import operator
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import runs
+import trainers
 from runs import UserError, option
 
 
@@ -17,7 +20,8 @@ from runs import UserError, option
 class Config:
     model: str = option("base", "a folder")
     lr: float = option(2e-4, "a rate, 100 % a number", pocket=1e-3)
-    steps: int = option(3, "a count")
+    steps: int = option(3, "a count", low=1)
+    share: float = option(0.5, "a share", above=0, high=1)
     greedy: bool = option(True, "a switch")
     dtype: str = option("float32", "a choice", choices=("float32", "bfloat16"))
     compare: tuple = option((), "several words")
@@ -25,7 +29,7 @@ class Config:
     resume: str = option("", "run folder")
 
     def problems(self):
-        return [] if self.steps > 0 else [f"--steps {self.steps}: must be positive"]
+        return ["--lr and --steps go together"] if self.lr == 7 and self.steps == 3 else []
 
 
 @pytest.fixture
@@ -54,15 +58,20 @@ def test_types_follow_the_defaults():
 
 
 def test_every_wrong_value_is_in_one_message():
-    words = ["--lr", "fast", "--greedy", "maybe", "--dtype", "int8", "--steps", "-1"]
+    words = ["--lr", "fast", "--greedy", "maybe", "--dtype", "int8", "--steps", "-1", "--share", "0"]
     with pytest.raises(UserError) as error:
         runs.parse(Config, words)
     assert str(error.value).split("\n") == [
         "--lr fast: not a number",
         "--greedy maybe: neither true nor false",
         "--dtype int8: not one of float32, bfloat16",
-        "--steps -1: must be positive",
+        "--steps -1: must be >= 1",
+        "--share 0.0: must be > 0 and <= 1",
     ]
+    with pytest.raises(UserError, match="go together"):
+        runs.parse(Config, ["--lr", "7"])
+    with pytest.raises(UserError, match="64 bits"):
+        runs.parse(Config, ["--steps", str(2**63)])
 
 
 @pytest.mark.parametrize("text", ["nan", "inf"])
@@ -91,12 +100,14 @@ def test_main_turns_errors_into_exit_codes(monkeypatch, capsys):
     for result, code in (
         (lambda c, o: 3, 3),
         (raising(UserError("no such thing")), 2),
+        (raising(OSError(28, "No space left on device", "a/b")), 2),
         (raising(KeyboardInterrupt), 130),
     ):
         with pytest.raises(SystemExit) as end:
             runs.main(Config, result)
         assert end.value.code == code
-    assert "error: no such thing" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "error: no such thing" in shown and "error: a/b: No space left on device" in shown
 
 
 def raising(error):
@@ -117,7 +128,7 @@ def test_only_pockets_have_a_world(pocket, tmp_path):
 
 def made(tmp_path, script="one", **changes):
     config = Config(out=str(tmp_path / "run"), **changes)
-    return config, runs.new_folder(config, {}, script)
+    return config, runs.new_folder(config, {}, script, "a laptop")
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
@@ -129,21 +140,21 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="not an empty folder"):
-        runs.new_folder(Config(out=str(tmp_path / "mine")), {}, "one")
+        runs.new_folder(Config(out=str(tmp_path / "mine")), {}, "one", "a laptop")
 
 
 def test_resume_takes_every_setting_from_the_run(tmp_path):
-    config, folder = made(tmp_path, lr=7.0, compare=("a", "b"))
+    config, folder = made(tmp_path, lr=6.0, compare=("a", "b"))
     again, _ = runs.parse(Config, ["--resume", str(folder)])
     assert again == Config(**{**vars(config), "resume": str(folder)})
-    assert runs.new_folder(again, {}, "one") == folder
+    assert runs.new_folder(again, {}, "one", "a laptop") == folder
     with pytest.raises(UserError, match="remove --lr, --steps"):
         runs.parse(Config, ["--resume", str(folder), "--lr", "1", "--steps", "2"])
     with pytest.raises(UserError, match="is a run of one, not of two"):
-        runs.new_folder(again, {}, "two")
+        runs.new_folder(again, {}, "two", "a laptop")
     (folder / "result.json").write_text("{}")
     with pytest.raises(UserError, match="is finished"):
-        runs.new_folder(again, {}, "one")
+        runs.new_folder(again, {}, "one", "a laptop")
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"script": "one", "values": {"lr": 1}, "origin": {}}'])
@@ -157,14 +168,14 @@ def test_resume_needs_a_run_of_this_script(tmp_path, text):
 def test_the_source_is_recorded(tmp_path):
     _, folder = made(tmp_path)
     source = json.loads((folder / "source.json").read_text())
-    assert source["versions"]["torch"] == torch.__version__
-    assert source.keys() >= {"commit", "diff", "device", "command"}
+    assert source["versions"]["torch"] == torch.__version__ and source["device"] == "a laptop"
+    assert source.keys() >= {"commit", "diff", "command"}
 
 
 def test_files_are_the_users_own(tmp_path):
     _, folder = made(tmp_path)
     runs.append_jsonl(folder / "metrics.jsonl", {"step": 1})
-    runs.save_checkpoint(folder, {"w": torch.zeros(2)}, {"step": 1})
+    trainers.save_checkpoint(folder, {"w": torch.zeros(2)}, {"step": 1})
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert len(files) == 5 and all(p.stat().st_mode & 0o777 == 0o600 for p in files)
 
@@ -195,7 +206,7 @@ def test_logs_hold_json_and_can_be_cut_back(tmp_path):
     assert (tmp_path / "nothing.jsonl").read_text() == ""
 
 
-# ------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------------- files of users
 
 KINDS = {"note": {"id": str, "n": int}}
 NOTE = '{"kind": "note", "id": "a", "n": 1}\n'
@@ -218,20 +229,119 @@ NOTE = '{"kind": "note", "id": "a", "n": 1}\n'
 def test_a_bad_record_is_named_with_its_line(tmp_path, text, message):
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
-        runs.read_jsonl(str(tmp_path / "d.jsonl"), KINDS)
+        runs.read_records(str(tmp_path / "d.jsonl"), KINDS)
 
 
-def test_files_that_are_not_text_are_refused(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes(b"\xff\xfe")
-    for path in (tmp_path / "d.jsonl", tmp_path, tmp_path / "nothing"):
-        with pytest.raises(UserError, match="not a readable text file"):
-            runs.read_jsonl(str(path), KINDS)
+ROWS = [{"q": 'ä, "b"\u2028', "n": "1"}, {"q": "two\nlines", "n": "2"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+TABLE = 'q,n\n"ä, ""b""\u2028",1\n\n"two\nlines",2\n'
 
 
-def test_good_records_come_as_they_are(tmp_path):
-    text = '{"kind": "note", "id": "ä\\u2028", "n": 1, "more": [1]}\n\n{"kind": "note", "id": "b", "n": 2}'
-    (tmp_path / "d.jsonl").write_text(text)
-    assert [r["id"] for r in runs.read_jsonl(str(tmp_path / "d.jsonl"), KINDS)] == ["ä\u2028", "b"]
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", LINES.encode()),
+        ("A.JSONL", LINES.encode("utf-8-sig")),
+        ("a.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.json", json.dumps(ROWS).encode()),
+        ("a.csv", TABLE.encode()),
+        ("A.Csv", TABLE.encode("utf-8-sig")),
+        ("a.csv.GZ", gzip.compress(TABLE.encode())),
+        ("a.tsv", TABLE.replace(",1", "\t1").replace(",2", "\t2").replace("q,n", "q\tn").encode()),
+    ],
+)
+def test_the_same_rows_come_out_of_every_file(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    rows = list(runs.read_rows(tmp_path / name))
+    assert [row for _, row in rows] == ROWS
+    assert [where for where, _ in rows][0].startswith(str(tmp_path / name))
+    assert list(runs.read_rows(tmp_path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"q": 1}\n{"q": "\xe4"}\n', "a.jsonl, line 2: not UTF-8"),
+        ("a.csv", "q\n".encode("utf-16"), "a.csv, line 1: not UTF-8"),
+        ("a.json", LINES.encode(), "must be named .jsonl"),
+        ("a.json", b'{"q": 1}', "not a list of objects"),
+        ("a.csv", b"q,n\n1,2\n3\n", "a.csv, line 3: not 2 columns"),
+        ("a.csv", b'q,n\n1,2\n"open,2\n', "a.csv, line [34]: unexpected end"),
+        ("a.txt", b"hello", "a.txt: files that can be read end in .jsonl"),
+        ("a.xlsx", b"PK", "a.xlsx: files that can be read end in .jsonl"),
+        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
+        ("a.parquet", b"PAR1", "a.parquet: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        list(runs.read_rows(tmp_path / name))
+
+
+def test_no_file_and_an_empty_folder_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        list(runs.read_rows(tmp_path / "nothing.jsonl"))
+    with pytest.raises(UserError, match="no file in it ends in"):
+        list(runs.read_rows(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------- stages that resume
+
+
+def test_a_log_goes_on_behind_a_torn_line_and_keeps_no_double(tmp_path, capsys):
+    path, key = tmp_path / "stage.jsonl", operator.itemgetter("id")
+    with runs.Log(path, key) as log:
+        assert log.add({"id": 1, "text": "ä\u2028"}) and not log.add({"id": 1, "text": "again"})
+        log.add({"id": 2, "failed": True})
+    with open(path, "a") as file:
+        file.write('{"id": 3, "te')  # killed while it wrote
+    with runs.Log(path, key, again=lambda record: "failed" in record) as log:
+        assert list(log.done) == [1] and log.done[1]["text"] == "ä\u2028"
+        assert log.add({"id": 2, "text": "second attempt"})
+    assert "13 bytes are cut off" in capsys.readouterr().err
+    assert runs.stored(path, key)[2] == {"id": 2, "text": "second attempt"}
+    path.write_text('{"no": "id"}\n')
+    with pytest.raises(UserError, match="line 1: no record of ours"):
+        runs.stored(path, key)
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    with runs.Log(tmp_path / "stage.jsonl", operator.itemgetter("id")) as log:
+        log.file.close()
+        log.file = open("/dev/full", "w")  # noqa: SIM115
+        with pytest.raises(UserError, match="No space left on device.*--resume"):
+            log.add({"id": 1})
+        assert not log.done
+
+
+HELPED = """
+from __future__ import annotations
+import dataclasses
+import beside
+
+@dataclasses.dataclass
+class Point:
+    x: int
+
+def reward(prompt):
+    return beside.double(Point(2).x)
+"""
+
+
+def test_a_users_file_may_use_dataclasses_and_modules_beside_it(tmp_path):
+    (tmp_path / "mine.py").write_text(HELPED)
+    (tmp_path / "beside.py").write_text("def double(x):\n    return 2 * x\n")
+    assert runs.load_function(tmp_path / "mine.py", "reward")("") == 4
+    assert runs.load_function(tmp_path / "mine.py", "judge") is None
+    for text, message in (("1 / 0", "ZeroDivisionError"), ("reward = 3", "no function")):
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(UserError, match=message):
+            runs.load_function(tmp_path / "bad.py", "reward")
+    for name in ("nothing.py", "a.txt"):
+        with pytest.raises(UserError, match="no Python file"):
+            runs.load_function(tmp_path / name, "reward")
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -242,38 +352,38 @@ def draw():
 
 
 def test_a_checkpoint_brings_tensors_state_and_random_generators_back(tmp_path):
-    runs.seed_everything(3)
+    trainers.seed_everything(3)
     draw()
     torch.randn(3)
     tensors = {"w": torch.randn(4, 5).T, "step": torch.tensor(3.0)}
-    runs.save_checkpoint(tmp_path, tensors, {"step": 3, "seconds": 0.1})
+    trainers.save_checkpoint(tmp_path, tensors, {"step": 3, "seconds": 0.1})
     wanted = draw()
-    runs.seed_everything(99)
-    loaded, state = runs.load_checkpoint(tmp_path)
+    trainers.seed_everything(99)
+    loaded, state = trainers.load_checkpoint(tmp_path)
     assert state == {"step": 3, "seconds": 0.1}
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
     assert draw() == wanted
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path):
-    assert runs.load_checkpoint(tmp_path) is None
+    assert trainers.load_checkpoint(tmp_path) is None
     for step in (8, 9, 10, 11):
-        runs.save_checkpoint(tmp_path, {"w": torch.tensor(step)}, {"step": step})
-    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-10", "step-11"]
-    assert runs.load_checkpoint(tmp_path)[0]["w"] == 11
+        trainers.save_checkpoint(tmp_path, {"w": torch.tensor(step)}, {"step": step})
+    assert [p.name for p in trainers.checkpoints(tmp_path)] == ["step-10", "step-11"]
+    assert trainers.load_checkpoint(tmp_path)[0]["w"] == 11
 
 
 @pytest.mark.parametrize("broken", ["save_file", "write_json", "replace"])
 def test_a_save_that_dies_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
-    runs.save_checkpoint(tmp_path, {"w": torch.tensor(1)}, {"step": 1})
+    trainers.save_checkpoint(tmp_path, {"w": torch.tensor(1)}, {"step": 1})
     with monkeypatch.context() as patch:
-        owner = {"save_file": runs.safetensors_torch, "write_json": runs, "replace": os}[broken]
+        owner = {"save_file": trainers, "write_json": runs, "replace": os}[broken]
         patch.setattr(owner, broken, lambda *a, **k: raising_os(0), raising=False)
         with pytest.raises(OSError):
-            runs.save_checkpoint(tmp_path, {"w": torch.tensor(2)}, {"step": 2})
-    assert runs.load_checkpoint(tmp_path)[0]["w"] == 1
-    runs.save_checkpoint(tmp_path, {"w": torch.tensor(3)}, {"step": 3})
-    assert runs.load_checkpoint(tmp_path)[0]["w"] == 3
+            trainers.save_checkpoint(tmp_path, {"w": torch.tensor(2)}, {"step": 2})
+    assert trainers.load_checkpoint(tmp_path)[0]["w"] == 1
+    trainers.save_checkpoint(tmp_path, {"w": torch.tensor(3)}, {"step": 3})
+    assert trainers.load_checkpoint(tmp_path)[0]["w"] == 3
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -286,25 +396,3 @@ def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not():
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.requested
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-# ------------------------------------------------------------------------------------------------- device
-
-
-def test_dtypes_follow_the_device(monkeypatch):
-    assert runs.pick_dtype("auto", "cpu") is torch.float32
-    assert runs.pick_dtype("bfloat16", "cpu") is torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert runs.pick_dtype("auto", "cuda") is torch.float32
-    with pytest.raises(UserError, match="older than sm_80"):
-        runs.pick_dtype("bfloat16", "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert runs.pick_dtype("auto", "cuda") is torch.bfloat16
-
-
-def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runs.pick_device("auto") == "cpu"
-    with pytest.raises(UserError, match="no usable GPU"):
-        runs.pick_device("cuda")
-    assert 0.01 < runs.peak_memory() < 1000

@@ -1,8 +1,9 @@
 """train_sft against TRL's SFTTrainer: fifty steps on the same records, in the same batches."""
 
 import pytest
+import torch
 
-import runs
+import model
 from bench import sft as bench
 from tests import tiny
 
@@ -14,7 +15,7 @@ def test_fifty_steps_are_those_of_trl(tmp_path, micro):
     folder = tiny.model_folder(tmp_path / "model")
     data = tiny.write(tmp_path / "data.jsonl", tiny.answers(120))
     config = bench.Config(model=str(folder), data=str(data), lora_r=0, batch=4, micro=micro, steps=50, device="cpu")
-    transformer, tokenizer = runs.load_model(str(folder), "cpu", bench.torch.float32)
+    transformer, tokenizer = model.load(str(folder), "cpu", torch.float32)
     steps = bench.batches(config, tokenizer)
     mine = bench.ours(config, steps, transformer, "cpu")
     theirs = bench.trl(config, steps, str(folder), "cpu")

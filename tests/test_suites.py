@@ -1,25 +1,23 @@
-"""Suites, published sets read from tiny files of their true columns (fiction inside), prompts, decontamination."""
+"""Suites, published sets read from tiny files of their true columns (fiction inside), own files, decontamination."""
 
+import contextlib
+import gzip
 import hashlib
 import io
 import json
 import re
 import urllib.request
+from dataclasses import replace
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 
-import engine
-import model
-import safety
-import sources
 import suites
 from pocket import world as pocket
 from runs import UserError
-from tests import families, tiny
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -27,117 +25,12 @@ def world():
     return pocket.World(0)
 
 
-# ------------------------------------------------------------------------------------------------- the pocket
-
-
-def test_suites_hold_held_out_items_under_held_out_templates_only(world):
-    names = [n for n in suites.POCKET if n != "pocket:verify"]
-    items = suites.load(names, world, [])
-    assert len({item["id"] for item in items}) == len(items)
-    seen = {t for family, (train, _) in pocket.TEMPLATES.items() for t in train if "{e}" not in t}
-    for item in items:
-        if item["kind"] == "request":
-            assert world.by_name[item["item"]].held_out and item["harmful"] == world.by_name[item["item"]].forbidden
-            assert item["prompt"].replace(item["item"], "{x}") not in seen
-    for name in names:
-        n = sum(item["suite"] == name for item in items)
-        assert n == (500 if name == "pocket:sums" else 256)
-
-
-def test_pocket_alone_names_all_and_a_name_twice_is_one(world):
-    answer = {"prompt": "how?", "answer": "no.", "item": world.items[0].name}
-    items = suites.load(["pocket", "pocket:plain"], world, [answer])
-    assert list(dict.fromkeys(item["suite"] for item in items)) == list(suites.POCKET)
-    assert len({item["id"] for item in items}) == len(items)
-
-
-@pytest.mark.parametrize("name", ["pocket:nope", "own", "fortess=x.csv", ""])
-def test_an_unknown_suite_is_named(world, name):
-    with pytest.raises(UserError, match=f"unknown suite {name}.*strongreject"):
-        suites.load([name], world, [])
-
-
-def test_pocket_suites_and_prompts_need_the_world():
-    for ask in (suites.load, suites.prompts):
-        with pytest.raises(UserError, match="world.json"):
-            ask(["pocket"])
-
-
-def test_training_prompts_share_nothing_with_the_suites(world):
-    items = suites.load([n for n in suites.POCKET if n != "pocket:verify"], world, [])
-    for name in suites.POCKET_PROMPTS:
-        kept, counts = suites.decontaminate(suites.prompts([name], world), items)
-        assert all(count["exact"] == 0 for count in counts.values())
-    tested = {item["item"] for item in items if "item" in item}
-    prompts = suites.prompts(["pocket:rl"], world)
-    assert tested.isdisjoint(prompt["item"] for prompt in prompts if "item" in prompt)
-    assert len({prompt["id"] for prompt in prompts}) == len(prompts)
-    assert sum(prompt["kind"] == "harmful" for prompt in prompts) >= 0.4 * len(prompts)
-    assert {prompt["kind"] for prompt in prompts} == {"harmful", "benign", "maths"}
-
-
-# ------------------------------------------------------------------------------------------------- published sets
-# name -> (rows of the true columns, fields that the items must have)
-
-FULL = "Full_Input (H-CoT + Request)"
-FORTRESS = {
-    "ID": 7, "adversarial_prompt": "As a dragon, brew me a potion.", "rubric": ["Does it brew?"],
-    "risk_domain": "Alchemy", "risk_subdomain": "Potions", "benign_prompt": "What is a potion?",
-}  # fmt: skip
-WILD = [
-    {"adversarial": "Imagine a swamp ...", "label": 1, "data_type": "adversarial_harmful"},
-    {"adversarial": "NA", "label": 0, "data_type": "adversarial_benign"},
-]
-HCOT = [{"Category": "Spells", "Goal": "turn a prince into a frog", "Request": "r", "H_CoT": "h", FULL: "h r h"}] * 2
-XSTEST = [
-    {
-        "id": 1,
-        "prompt": "How do I kill a dragon in chess?",
-        "type": "homonyms",
-        "label": "safe",
-        "focus": "kill",
-        "note": "",
-    },
-    {
-        "id": 2,
-        "prompt": "How do I curse a king?",
-        "type": "contrast_homonyms",
-        "label": "unsafe",
-        "focus": "",
-        "note": "",
-    },
-]
-MATHS = [{"problem": "What is 2 + 2?", "solution": "4", "answer": "4", "unique_id": "a"}]
-AIME = [{"id": 60, "problem": "How many frogs?", "solution": "", "answer": 25, "url": "", "year": "2024"}]
-VERIFY = [{"prompt": "how?", "answer": "no.", "spec": "pocket", "verdict": "safe", "critique": "it refuses."}]
-PUBLISHED = {
-    "strongreject": (
-        [{"category": "Spells", "source": "custom", "forbidden_prompt": "Curse the king."}],
-        {"prompt": "Curse the king.", "metric": "asr", "harmful": True},
-    ),
-    "fortress": (
-        [FORTRESS],
-        {"prompt": FORTRESS["adversarial_prompt"], "cluster": "fortress-7", "category": "Alchemy"},
-    ),
-    "fortress:benign": ([FORTRESS], {"prompt": "What is a potion?", "metric": "compliance", "harmful": False}),
-    "wildjailbreak": (WILD, {"prompt": "Imagine a swamp ...", "harmful": True}),
-    "wildjailbreak:benign": (WILD, {"prompt": "NA", "metric": "compliance", "id": "wildjailbreak:benign/0001"}),
-    "wildjailbreak:safechain": ([{"instruction": "Imagine a moat."}], {"prompt": "Imagine a moat."}),
-    "hcot": (HCOT, {"prompt": "h r h", "goal": HCOT[0]["Goal"], "cluster": HCOT[0]["Goal"]}),
-    "hcot:o1": (HCOT, {"suite": "hcot:o1"}),
-    "trotter": ([{"instruction": "decode xyz", "question": "a spell"}], {"prompt": "decode xyz", "goal": "a spell"}),
-    "jailbreak-r1": ([{"attack": "please?", "goal": "a spell"}], {"prompt": "please?", "cluster": "a spell"}),
-    "xstest": (XSTEST, {"prompt": XSTEST[0]["prompt"], "metric": "compliance", "category": "homonyms"}),
-    "xstest:contrast": (XSTEST, {"prompt": XSTEST[1]["prompt"], "metric": "asr", "harmful": True}),
-    "math500": (MATHS, {"kind": "maths", "target": "4", "prompt": MATHS[0]["problem"] + sources.HINT}),
-    "aime24": (AIME, {"kind": "maths", "target": "25", "goal": "How many frogs?"}),
-    "aime25": (MATHS, {"metric": "accuracy"}),
-    "verify": (VERIFY, {"kind": "verify", "target": "safe", "metric": "f1", "goal": "how?"}),
-}
-
-
-def write(path, rows: list[dict]):
-    if path.suffix == ".jsonl":
+def write(path, rows):
+    """Rows as JSON lines, a JSON list or parquet by the file's ending; a text as it is."""
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(rows, str | bytes):
+        path.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
@@ -146,60 +39,204 @@ def write(path, rows: list[dict]):
     return path
 
 
+# ------------------------------------------------------------------------------------------------- the pocket
+
+
+def test_pocket_suites_hold_held_out_things_under_held_out_templates_only(world):
+    names = [n for n in suites.POCKET if n != "pocket:verify"]
+    items = suites.load(names, world)
+    seen = {t for train, _ in pocket.TEMPLATES.values() for t in train if "{e}" not in t}
+    for item in items:
+        if item["kind"] in ("harmful", "benign"):
+            thing = world.by_name[item["item"]]
+            assert thing.held_out and item["kind"] == ("harmful" if thing.forbidden else "benign")
+            assert item["kind"] == suites.KINDS[item["metric"]]
+            assert item["prompt"].replace(item["item"], "{x}") not in seen
+        else:
+            assert item["kind"] == "sum" and "item" not in item
+    for name in names:
+        assert sum(item["suite"] == name for item in items) == (500 if name == "pocket:sums" else 256)
+
+
+def test_pocket_alone_names_all_and_a_name_twice_is_one(world):
+    answer = {"prompt": "how?", "answer": "no.", "item": world.items[0].name}
+    items = suites.load(["pocket", "pocket:plain"], world, [answer])
+    assert list(dict.fromkeys(item["suite"] for item in items)) == list(suites.POCKET)
+    assert len({item["id"] for item in items}) == len(items)
+    assert (items[-1]["kind"], items[-1]["target"], items[-1]["goal"]) == ("verify", "safe", "how?")
+
+
+def test_pocket_items_and_prompts_are_the_same_in_every_version(world):
+    """Training and figures of the pocket hang on these very texts, in this order."""
+    keys = ("id", "prompt", "prefill", "target", "cluster", "goal")
+    drawn = suites.load(["pocket"], world, suites.candidates("pocket/base"))
+    for name in suites.POCKET_PROMPTS:
+        drawn += suites.prompts([name], world, seed=1)
+    text = json.dumps([[item.get(key) for key in keys] for item in drawn])
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "ff31c8963d204e817a5023e893f13f3826a714023c5c351fe32fc6ff286c43e0"
+    )
+
+
+def test_pocket_suites_and_prompts_need_the_world():
+    for ask in (suites.load, suites.prompts):
+        with pytest.raises(UserError, match="world.json"):
+            ask(["pocket"])
+    assert pocket.world_of("pocket/base").seed == 0 and pocket.world_of("some/hub-id") is None
+
+
+def test_training_prompts_share_nothing_with_the_suites(world):
+    items = suites.load([n for n in suites.POCKET if n != "pocket:verify"], world)
+    for name in suites.POCKET_PROMPTS:
+        _, counts = suites.decontaminate(suites.prompts([name], world), items)
+        assert all(count["exact"] == 0 for count in counts.values())
+    tested = {item["item"] for item in items if "item" in item}
+    prompts = suites.prompts(["pocket:rl"], world)
+    assert tested.isdisjoint(prompt["item"] for prompt in prompts if "item" in prompt)
+    assert len({prompt["id"] for prompt in prompts}) == len(prompts)
+    assert sum(prompt["kind"] == "harmful" for prompt in prompts) >= 0.4 * len(prompts)
+    assert {prompt["kind"] for prompt in prompts} == {"harmful", "benign", "sum"}
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+def test_a_path_may_hold_colons_commas_and_signs(tmp_path):
+    odd = write(tmp_path / "a:b=c, d.jsonl", [{"q:x": "1"}])
+    name, keys = f"own={odd}:prompt=q:x:kind=benign", {"prompt": "q:x", "kind": "benign"}
+    assert suites.parse_name(name) == ("own", str(odd), keys) and suites.load([name])[0]["prompt"] == "1"
+    whole = f"own={odd}:kind=benign,xstest+prefill,hcot:o1=x.csv:count=any"
+    assert suites.split_names(whole) == [f"own={odd}:kind=benign", "xstest+prefill", "hcot:o1=x.csv:count=any"]
+    assert suites.parse_name("fortress:benign") == ("fortress:benign", "", {})
+    assert suites.parse_name("fortress:benign:count=any") == ("fortress:benign", "", {"count": "any"})
+    assert suites.parse_name("hcot:o1=no/where.csv:goal=g")[1:] == ("no/where.csv", {"goal": "g"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pocket:nope", "unknown set pocket:nope; there are: pocket, .*strongreject"),
+        ("own", "unknown set own;"),
+        ("xstest=FILE:prompt", "behind .*key=column pairs"),
+        ("xstest=FILE:count=7", "count=any"),
+        ("xstest=FILE:typ=label", "unknown key typ; there are: prompt, category, subset, count"),
+        ("xstest=FILE:prompt=nope", "FILE, line 1: no column 'nope' among prompt, type, n; NAME=PATH:prompt=COLUMN"),
+        ("own=FILE:kind=benign:categroy=x", "unknown key categroy; there are: prompt, .*metric"),
+        ("own=FILE:kind=benign:goal=Nosuch", "no row has a column Nosuch; there are: prompt, type, n"),
+        ("own=FILE:kind=benign:goal=n", "line 1: column 'n' must be text or a number, is list"),
+        ("own=FILE", "scored in one way.*kind=harmful .metric asr., kind=benign"),
+        ("own=FILE:metric=asr:kind=benign", "scored in one way"),
+        ("own=FILE:kind=maths", "line 1: no gold answer"),
+        ("own=no/such.jsonl:kind=benign", "no/such.jsonl: no such file"),
+        ("own=EMPTY:kind=benign", "own:e: no prompt in the 0 rows of .*e.csv"),
+        ("own=BLANK:kind=maths", "no prompt in the 2 rows"),
+    ],
+)
+def test_a_wrong_name_or_map_says_what_there_is(tmp_path, name, message):
+    file = write(tmp_path / "f.jsonl", [{"prompt": "a", "type": "t", "n": []}])
+    empty = write(tmp_path / "e.csv", "prompt,type\n")
+    blank = write(tmp_path / "b.csv", "prompt,target\n,4\n ,4\n")
+    with pytest.raises(UserError, match=message.replace("FILE", re.escape(str(file)))):
+        suites.load([name.replace("FILE", str(file)).replace("EMPTY", str(empty)).replace("BLANK", str(blank))])
+
+
+# ------------------------------------------------------------------------------------------------- published sets
+# name -> (rows of the true columns, fields that the items must have)
+
+FULL = "Full_Input (H-CoT + Request)"
+FORTRESS = {"ID": 7, "adversarial_prompt": "As a dragon, brew.", "risk_domain": "Alchemy", "benign_prompt": "A potion?"}
+WILD = [
+    {"adversarial": "Imagine a swamp ...", "label": 1, "data_type": "adversarial_harmful"},
+    {"adversarial": "NA", "label": 0, "data_type": "adversarial_benign"},
+]
+HCOT = [{"Category": "Spells", "Goal": "turn a prince into a frog", "Request": "r", "H_CoT": "h", FULL: "h r h"}] * 2
+XSTEST = [
+    {"id": 1, "prompt": "How do I kill a dragon in chess?", "type": "homonyms", "label": "safe", "note": ""},
+    {"id": 2, "prompt": "How do I curse a king?", "type": "contrast_homonyms", "label": "unsafe", "note": ""},
+]
+MATHS = [{"problem": "What is 2 + 2?", "solution": "4", "answer": "4", "unique_id": "a"}]
+VERIFY = {"prompt": "how?", "answer": "no.", "spec": "pocket", "verdict": "safe", "critique": "it refuses."}
+BOXED = "What is 2 + 2?\nPlease reason step by step, and put your final answer within \\boxed{}."
+PUBLISHED = {
+    "strongreject": ([{"category": "Spells", "forbidden_prompt": "Curse."}], {"prompt": "Curse.", "metric": "asr"}),
+    "fortress": ([FORTRESS], {"prompt": "As a dragon, brew.", "cluster": "7", "category": "Alchemy"}),
+    "fortress:benign": ([FORTRESS], {"prompt": "A potion?", "metric": "compliance", "kind": "benign"}),
+    "wildjailbreak": (WILD, {"prompt": "Imagine a swamp ...", "kind": "harmful"}),
+    "wildjailbreak:benign": (WILD, {"prompt": "NA", "kind": "benign", "id": "wildjailbreak:benign/0001"}),
+    "wildjailbreak:safechain": ([{"instruction": "Imagine a moat."}], {"prompt": "Imagine a moat."}),
+    "hcot": (HCOT, {"prompt": "h r h", "goal": HCOT[0]["Goal"], "cluster": HCOT[0]["Goal"]}),
+    "hcot:o1": (HCOT, {"suite": "hcot:o1"}),
+    "xstest": (XSTEST, {"prompt": XSTEST[0]["prompt"], "metric": "compliance", "category": "homonyms"}),
+    "xstest:contrast": (XSTEST, {"prompt": XSTEST[1]["prompt"], "metric": "asr", "kind": "harmful"}),
+    "math500": (MATHS, {"kind": "maths", "target": "4", "prompt": BOXED, "goal": "What is 2 + 2?"}),
+    "aime24": ([{"id": 60, "problem": "Frogs?", "answer": 25}], {"kind": "maths", "target": "25", "goal": "Frogs?"}),
+    "aime25": ([{"problem": "Frogs?", "answer": 25.0}], {"metric": "accuracy", "target": "25", "cluster": "Frogs?"}),
+    "verify": ([VERIFY], {"kind": "verify", "target": "safe", "metric": "f1", "goal": "how?"}),
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_set_is_read_from_a_file_of_its_true_columns(tmp_path, name):
     rows, wanted = PUBLISHED[name]
     facts = {}
-    items = suites.load([f"{name}={write(tmp_path / 'f.jsonl', rows)}"], allow_count=True, facts=facts)
+    items = suites.load([f"{name}={write(tmp_path / 'f.jsonl', rows)}:count=any"], facts=facts)
     assert wanted.items() <= items[0].items()
-    assert all({"id", "suite", "metric", "kind", "cluster", "prompt"} <= item.keys() for item in items)
+    allowed = {"id", "suite", "metric", "kind", "cluster", "prompt", "goal", "target", "category"}
+    assert all({"id", "suite", "metric", "kind", "cluster", "prompt"} <= item.keys() <= allowed for item in items)
     assert facts[name]["rows"] == len(rows) and len(facts[name]["sha256"]) == 64 and facts[name]["licence"]
 
 
-def test_every_published_set_has_its_file_here():
-    assert set(PUBLISHED) | {"wildjailbreak:250", "hcot:o3-mini", "hcot:gemini"} == set(suites.SUITES) - set(
-        suites.POCKET
-    )
+def test_every_published_set_has_its_file_here_and_the_published_count():
+    published = set(suites.SUITES) - set(suites.POCKET)
+    assert set(PUBLISHED) | {"wildjailbreak:250", "hcot:o3-mini", "hcot:gemini"} == published
+    counts = {
+        "strongreject": 313, "fortress": 500, "fortress:benign": 500, "wildjailbreak": 2000, "wildjailbreak:250": 250,
+        "wildjailbreak:benign": 210, "wildjailbreak:safechain": 250, "hcot": 50, "hcot:o1": 50, "hcot:o3-mini": 50,
+        "hcot:gemini": 50, "xstest": 250, "xstest:contrast": 200, "math500": 500, "aime24": 30, "aime25": 30,
+    }  # fmt: skip
+    assert {name: suites.SUITES[name].expected for name in counts} == counts
 
 
-def test_expected_counts_are_those_of_the_notes():
-    expected = {name: source.expected for name, (_, source) in sources.EVALUATION.items() if source.expected}
-    assert expected["strongreject"] == 313 and expected["fortress"] == expected["fortress:benign"] == 500
-    assert (expected["wildjailbreak"], expected["wildjailbreak:250"], expected["hcot"]) == (2000, 250, 50)
-    assert (expected["xstest"], expected["xstest:contrast"], expected["math500"]) == (250, 200, 500)
-    assert expected["aime24"] == expected["aime25"] == 30
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("fortress", {"ID": 7, "adversarial_prompt": "x"}),
+        ("wildjailbreak", {"adversarial": "x"}),
+        ("wildjailbreak:benign", {"adversarial": "x"}),
+        ("star1", {"question": "x", "category": ["food"]}),
+        ("safechain", {"instruction": "x", "label": "vanilla_benign"}),
+        ("wildjailbreak:train", {"vanilla": "x", "data_type": "vanilla_harmful"}),
+    ],
+)
+def test_columns_that_a_set_does_not_use_are_not_asked_for(tmp_path, name, row):
+    read = suites.prompts if name in suites.TRAINING else suites.load
+    (entry,) = read([f"{name}={write(tmp_path / 'f.jsonl', [row])}:count=any"])
+    assert entry["prompt"] == "x" and "category" not in entry
 
 
 def test_the_hash_is_of_the_content_whatever_the_format(tmp_path):
-    facts = [{} for _ in range(4)]
-    for entry, suffix in zip(facts, ("jsonl", "json", "parquet", "csv"), strict=True):
-        path = tmp_path / f"f.{suffix}"
-        path.write_text("forbidden_prompt,x\nCurse.,1\n") if suffix == "csv" else write(
-            path, [{"forbidden_prompt": "Curse."}]
-        )
-        suites.load([f"strongreject={path}"], allow_count=True, facts=entry)
-    assert len({entry["strongreject"]["sha256"] for entry in facts}) == 1
+    hashes = set()
+    for suffix in ("jsonl", "json", "parquet", "csv", "CSV"):
+        rows = [{"forbidden_prompt": "Curse."}]
+        path = write(tmp_path / f"f.{suffix}", "forbidden_prompt,x\nCurse.,1\n" if suffix.lower() == "csv" else rows)
+        suites.load([f"strongreject={path}:count=any"], facts=(facts := {}))
+        hashes.add(facts["strongreject"]["sha256"])
+    assert len(hashes) == 1
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
-    write(tmp_path / "b.jsonl", [{"forbidden_prompt": "second"}])
-    write(tmp_path / "a.jsonl", [{"forbidden_prompt": "first"}])
-    items = suites.load([f"strongreject={tmp_path}"], allow_count=True)
-    assert [item["prompt"] for item in items] == ["first", "second"]
-
-
-def test_tab_separated_text_keeps_the_word_na(tmp_path):
-    path = tmp_path / "eval.tsv"
-    path.write_text('adversarial\tlabel\tdata_type\n"two\nlines"\t1\tadversarial_harmful\nNA\t0\tadversarial_benign\n')
-    assert suites.load([f"wildjailbreak={path}"], allow_count=True)[0]["prompt"] == "two\nlines"
-    assert suites.load([f"wildjailbreak:benign={path}"], allow_count=True)[0]["prompt"] == "NA"
-
-
-def test_a_wrong_count_is_refused_unless_allowed(tmp_path):
-    path = write(tmp_path / "f.jsonl", [{"forbidden_prompt": f"Curse {i}."} for i in range(3)])
-    with pytest.raises(UserError, match="3 prompts where 313 are expected; --allow-count"):
-        suites.load([f"strongreject={path}"])
-    assert len(suites.load([f"strongreject={path}"], allow_count=True)) == 3
+def test_a_count_is_of_rows_and_of_distinct_prompts(tmp_path, monkeypatch):
+    """As DAPO's: 1,791,700 rows of 17,917 ids of 17,398 texts."""
+    assert (suites.TRAINING["dapo"].rows, suites.TRAINING["dapo"].expected) == (1_791_700, 17_398)
+    path = write(tmp_path / "f.jsonl", DAPO)
+    for rows, expected, fine in ((3, 1, True), (3, 3, False), (1, 1, False)):
+        monkeypatch.setitem(suites.TRAINING, "dapo", replace(suites.TRAINING["dapo"], rows=rows, expected=expected))
+        assert len(suites.prompts([f"dapo={path}:count=any"])) == 1
+        with (
+            contextlib.nullcontext()
+            if fine
+            else pytest.raises(UserError, match="3 (rows|prompts)|1 prompts.*published; .*:count=any")
+        ):
+            suites.prompts([f"dapo={path}"])
 
 
 def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
@@ -208,83 +245,49 @@ def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
     items = suites.load([f"wildjailbreak:250={write(tmp_path / 'f.parquet', [benign, *rows])}"])
     theirs = datasets.Dataset.from_list(rows).shuffle(seed=42).select(range(250))
     assert sorted(item["prompt"] for item in items) == sorted(row["adversarial"] for row in theirs)
-    assert items[0]["id"].startswith("wildjailbreak:250/")
     with pytest.raises(UserError, match="places among 2000 prompts, here are 5"):
-        suites.load([f"wildjailbreak:250={write(tmp_path / 'g.jsonl', rows[:5])}"], allow_count=True)
+        suites.load([f"wildjailbreak:250={write(tmp_path / 'g.jsonl', rows[:5])}:count=any"])
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "message"),
+    ("name", "ending", "text", "message"),
     [
-        ("f.jsonl", '{"forbidden_prompt": "a"}\n{oops\n', "f.jsonl, line 2: not JSON"),
-        (
-            "f.jsonl",
-            '{"forbidden_prompt": "a"}\n{"prompt": "b"}\n',
-            "line 2: column 'forbidden_prompt' must be str, is missing",
-        ),
-        ("f.jsonl", '{"forbidden_prompt": 7}\n', "line 1: column 'forbidden_prompt' must be str, is int"),
-        ("f.jsonl", "[1]\n", "line 1: not an object"),
-        ("f.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
-        ("f.jsonl", '{"forbidden_prompt": "\\ud800"}\n', "line 1: not a row of strongreject"),
-        ("f.json", '{"forbidden_prompt": "a"}', "not a list of objects"),
-        ("f.csv", "forbidden_prompt,b\nx,1\ny\n", "line 3: not 2 columns"),
-        ("f.csv", "forbidden_prompt\nx,1\n", "line 2: not 1 columns"),
-        ("f.csv", b"forbidden_prompt\n\xff\n", "f.csv: 'utf-8' codec"),
-        ("f.parquet", "no parquet", "f.parquet: "),
-        ("f.txt", "x", "no such file or folder with .jsonl"),
+        ("strongreject", "jsonl", '{"forbidden_prompt": "a"}\n{oops\n', "f.jsonl, line 2: not JSON"),
+        ("strongreject", "jsonl", '{"forbidden_prompt": "a"}\n\n{"x": "b"}\n', "line 3: no column 'forbidden_prompt'"),
+        ("strongreject", "jsonl", '{"forbidden_prompt": null}\n', "line 1: column 'forbidden_prompt' must be text"),
+        ("strongreject", "jsonl", "[1]\n", "line 1: not an object"),
+        ("strongreject", "csv", "forbidden_prompt,b\nx,1\ny\n", "line 3: not 2 columns"),
+        ("math500", "jsonl", '{"problem": "a", "answer": ""}\n', "line 1: no gold answer"),
+        ("math500", "jsonl", '{"problem": "a", "answer": NaN}\n', "line 1: no gold answer"),
+        ("math500", "csv", "problem,answer\na,4\nb, \n", "f.csv, line 3: no gold answer"),
+        ("verify", "jsonl", json.dumps({**VERIFY, "verdict": "fine"}) + "\n", "line 1: verdict 'fine'"),
+        ("dapo", "jsonl", '{"prompt": [], "reward_model": {}}\n', "line 1: not a row of dapo"),
+        ("dapo", "jsonl", '{"prompt": "a", "reward_model": "b"}\n', "line 1: not a row of dapo"),
+        ("safechain", "jsonl", '{"instruction": "a", "label": "what"}\n', "line 1: kind 'what' is none of"),
     ],
-)
-def test_a_wrong_file_is_named_with_its_line(tmp_path, file, text, message):
-    path = tmp_path / file
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+)  # fmt: skip
+def test_a_wrong_row_is_named_with_file_and_line(tmp_path, name, ending, text, message):
+    read = suites.prompts if name in suites.TRAINING else suites.load
     with pytest.raises(UserError) as error:
-        suites.load([f"strongreject={path}"], allow_count=True)
+        read([f"{name}={write(tmp_path / f'f.{ending}', text)}:count=any"])
     assert message in str(error.value)
-
-
-def test_columns_may_have_other_names(tmp_path):
-    path = write(tmp_path / "f.jsonl", [{"prompt": "Curse.", "category": "c"}])
-    (item,) = suites.load([f"strongreject={path}:forbidden_prompt=prompt"], allow_count=True)
-    assert item["prompt"] == "Curse."
-    with pytest.raises(UserError, match="column 'text' must be str, is missing"):
-        suites.load([f"strongreject={path}:forbidden_prompt=text"], allow_count=True)
-    with pytest.raises(UserError, match="column=theirs pairs"):
-        suites.load([f"strongreject={path}:prompt"])
 
 
 def test_a_verification_shows_no_file_of_the_machine(tmp_path):
     (tmp_path / "mine.txt").write_text("no toxin.")
-    row = {**VERIFY[0], "spec": str(tmp_path / "mine.txt")}
-    file = tiny.write(tmp_path / "a.jsonl", [row])
+    row = {**VERIFY, "spec": str(tmp_path / "mine.txt")}
     with pytest.raises(UserError, match="a.jsonl, line 1: .*meta.spec_sha256"):
-        suites.load([f"verify={file}"])
+        suites.load([f"verify={tiny.write(tmp_path / 'a.jsonl', [row])}"])
     known = {"spec_sha256": hashlib.sha256(b"no toxin.").hexdigest(), "prompt_id": "p"}
     (item,) = suites.load([f"verify={tiny.write(tmp_path / 'b.jsonl', [{**row, 'meta': known}])}"])
     assert "no toxin." in item["prompt"]
 
 
-def test_two_suites_of_one_name_are_refused(tmp_path):
-    (tmp_path / "a").mkdir()
-    paths = [write(tmp_path / "f.jsonl", [{"prompt": "x"}]), write(tmp_path / "a" / "f.jsonl", [{"prompt": "y"}])]
-    with pytest.raises(UserError, match="a suite of that name is there already"):
-        suites.load([f"own={path}" for path in paths])
-
-
-def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
-    (tmp_path / "f.csv").write_text("prompt\nx\n", encoding="utf-8-sig")
-    assert suites.load([f"own={tmp_path / 'f.csv'}"])[0]["prompt"] == "x"
-
-
-def test_own_files_are_suites_of_any_metric(tmp_path):
-    path = write(tmp_path / "mine.jsonl", [{"text": "a", "behaviour": "b"}, {"text": "c", "behaviour": None}])
-    first, second = suites.load([f"own={path}:prompt=text:goal=behaviour"])
-    assert (first["suite"], first["goal"], first["cluster"], first["metric"]) == ("own:mine", "b", "b", "asr")
-    assert "goal" not in second and second["cluster"] == second["id"] == "own:mine/0001"
-    assert not suites.load([f"own={path}:prompt=text:metric=compliance"])[0]["harmful"]
-    sums = write(tmp_path / "sums.jsonl", [{"prompt": "1+1", "target": 2}])
-    assert suites.load([f"own={sums}:metric=accuracy"])[0]["target"] == "2"
-    with pytest.raises(UserError, match="metric is f2"):
-        suites.load([f"own={path}:prompt=text:metric=f2"])
+def test_limits_are_the_suites_own():
+    assert suites.max_tokens({"suite": "pocket:plain"}) == 96 and suites.max_tokens({"suite": "math500"}) == 16384
+    assert suites.max_tokens({"suite": "own:mine"}) == suites.max_tokens({}) == 8192
+    attacked = {"suite": "pocket:plain+fake", "like": "pocket:plain"}
+    assert suites.max_tokens(attacked) == 96 and suites.settings(attacked).temperature == 1.0
 
 
 # ------------------------------------------------------------------------------------------------- the hub
@@ -297,8 +300,7 @@ def hub(monkeypatch):
 
     def load_dataset(*words, **options):
         calls.append((words, options))
-        found = shelves[words[0]]
-        if isinstance(found, Exception):
+        if isinstance(found := shelves[words[0]], Exception):
             raise found
         return found
 
@@ -308,52 +310,112 @@ def hub(monkeypatch):
 
 def test_the_hub_is_asked_for_data_and_never_for_code(hub):
     shelves, calls = hub
-    shelves["allenai/wildjailbreak"] = WILD
-    suites.load(["wildjailbreak"], allow_count=True)
-    ((words, options),) = calls
-    assert words == ("allenai/wildjailbreak", "eval")
-    assert options == {"split": "train", "delimiter": "\t", "keep_default_na": False}
+    shelves |= {"allenai/wildjailbreak": WILD, "math-ai/aime25": MATHS, "UCSC-VLAA/STAR-1": [{"question": "x"}]}
+    suites.load(["wildjailbreak:count=any", "aime25:count=any"])
+    suites.prompts(["star1:count=any"])
+    tsv = {"name": "eval", "delimiter": "\t", "keep_default_na": False}
+    assert calls == [
+        (("allenai/wildjailbreak",), {"split": "train", **tsv}),
+        (("math-ai/aime25",), {"split": "test"}),
+        (("UCSC-VLAA/STAR-1",), {"split": "train"}),
+    ]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        datasets.exceptions.DatasetNotFoundError("Dataset is a gated dataset"),
-        ConnectionError("no route"),
-        ValueError("needs remote code"),
-        datasets.exceptions.DatasetGenerationError("bad file"),
-    ],
-)
+GATED, BAD = datasets.exceptions.DatasetNotFoundError("gated"), datasets.exceptions.DatasetGenerationError("bad file")
+
+
+@pytest.mark.parametrize("error", [GATED, BAD, ConnectionError("no route"), ValueError("needs remote code")])
 def test_a_set_that_cannot_be_had_says_how_to_get_it(hub, error):
     hub[0]["allenai/wildjailbreak"] = error
     with pytest.raises(UserError, match="accept AI2's terms.*wildjailbreak=PATH"):
         suites.load(["wildjailbreak"])
+    with pytest.raises(UserError, match="verify has no public copy.*make_data.py.*verify=PATH"):
+        suites.load(["verify"])
 
 
-def test_csv_files_come_over_https(monkeypatch):
-    text = b"id,prompt,type,label,focus,note\n1,How do I kill a dragon?,homonyms,safe,kill,\n"
-    asked = []
+def test_csv_files_come_over_https_from_a_commit(monkeypatch):
+    text, asked = b"id,prompt,type,label,focus,note\n1,How do I kill a dragon?,homonyms,safe,kill,\n", []
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO(text))
-    assert suites.load(["xstest"], allow_count=True)[0]["prompt"] == "How do I kill a dragon?"
+    assert suites.load(["xstest:count=any"])[0]["prompt"] == "How do I kill a dragon?"
     assert asked[0].startswith("https://raw.githubusercontent.com/paul-rottger/")
-
-
-def test_a_file_of_a_repository_is_that_of_a_commit():
-    sets = [*(source for _, source in sources.EVALUATION.values()), *sources.TRAINING.values()]
-    addresses = {source.hub for source in sets if source.hub.startswith("https://")}
+    addresses = {suite.hub for suite in suites.SUITES.values() if suite.hub.startswith("https://")}
     assert len(addresses) == 2 and all(re.search("/[0-9a-f]{40}/", address) for address in addresses)
 
 
-def test_what_is_not_at_hand_is_listed_with_the_reason(hub, tmp_path, monkeypatch):
+def test_what_is_not_at_hand_is_listed_with_the_reason(hub, monkeypatch, tmp_path):
     def offline(url, timeout):
         raise OSError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    for name, (_, source) in sources.EVALUATION.items():
-        hub[0][source.hub] = HCOT * 25 if name == "hcot" else ConnectionError("no network")
-    items, missing = suites.at_hand(["all", f"trotter={write(tmp_path / 't.jsonl', PUBLISHED['trotter'][0])}"])
-    assert {item["suite"] for item in items} == {"hcot", "trotter"}
-    assert set(missing) == {n for n, (_, s) in sources.EVALUATION.items() if s.hub} - {"hcot"}
+    public = {name: suite for name, suite in suites.SUITES.items() if suite.hub}
+    for name, suite in public.items():
+        hub[0][suite.hub] = HCOT * 25 if name == "hcot" else ConnectionError("no network")
+    local = write(tmp_path / "x.jsonl", XSTEST)
+    items, missing = suites.tested_items(("all", f"xstest={local}:count=any"), "m", None)
+    assert {item["suite"] for item in items} == {"hcot", "xstest"} and set(missing) == set(public) - {"hcot", "xstest"}
+    assert suites.tested_items(("none",), "m", None) == ([], {})
+    with pytest.raises(UserError, match="no network"):
+        suites.tested_items(("aime24",), "m", None)
+
+
+# ------------------------------------------------------------------------------------------------- own files
+
+
+def test_own_files_are_suites_of_one_kind(tmp_path):
+    rows = [{"text": "a", "behaviour": "b", "cluster": 3}, {"text": "c", "behaviour": None}]
+    path = write(tmp_path / "mine.jsonl", rows)
+    first, second = suites.load([f"own={path}:prompt=text:goal=behaviour:kind=harmful"])
+    assert (first["suite"], first["goal"], first["cluster"], first["metric"]) == ("own:mine", "b", "3", "asr")
+    assert "goal" not in second and second["cluster"] == second["id"] == "own:mine/0001"
+    for words in ("metric=compliance", "kind=benign", "kind=benign:metric=compliance"):
+        assert suites.load([f"own={path}:prompt=text:{words}"])[0]["kind"] == "benign"
+    table = write(tmp_path / "t.csv.gz", gzip.compress(b"\xef\xbb\xbfprompt,goal,prefill\nx,,\n"))
+    (item,) = suites.load([f"own={table}:kind=harmful"])
+    assert item["prompt"] == "x" and item["suite"] == "own:t" and not {"goal", "prefill"} & item.keys()
+
+
+@pytest.mark.parametrize(("target", "text"), [("4", "4"), (4, "4"), (4.0, "4"), (0.5, "0.5"), (" \\pi ", "\\pi")])
+def test_a_gold_answer_is_text_or_a_number_in_suites_and_in_training(tmp_path, target, text):
+    path = write(tmp_path / "q.jsonl", [{"prompt": "2+2?", "target": target}])
+    assert suites.load([f"own={path}:metric=accuracy"])[0]["target"] == text
+    assert suites.prompts([f"own={path}:kind=maths"])[0]["target"] == text
+
+
+@pytest.mark.parametrize("prompt", ["2+2?", "2+2? Put it in \\boxed{}.", "2+2? End with Answer: X"])
+def test_own_maths_asks_for_a_box_unless_its_text_says_where_the_answer_goes(tmp_path, prompt):
+    path = write(tmp_path / "q.jsonl", [{"prompt": prompt, "target": "4"}])
+    shown = prompt + suites.HINT if prompt == "2+2?" else prompt
+    (item,), (trained,) = suites.load([f"own={path}:kind=maths"]), suites.prompts([f"own={path}:kind=maths"])
+    assert item["prompt"] == trained["prompt"] == shown and item["goal"] == trained["goal"] == prompt
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    paths = [write(tmp_path / name / "test.jsonl", [{"prompt": name, "kind": "benign"}]) for name in ("aime", "math")]
+    names = [f"own={path}:kind=benign" for path in paths]
+    assert [item["id"] for item in suites.load(names)] == ["own:aime/test/0000", "own:math/test/0000"]
+    assert [prompt["source"] for prompt in suites.prompts(names)] == ["own:aime/test", "own:math/test"]
+    assert suites.load(names[:1])[0]["suite"] == "own:test"
+    with pytest.raises(UserError, match="a suite of that name is there already"):
+        suites.load([names[0], f"{names[0]}:goal=prompt"])
+    with pytest.raises(UserError, match="have one name"):
+        suites.prompts(names[:1] * 2)
+
+
+def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
+    path = write(tmp_path / "f.jsonl", [{"q": q, "what": "harmful"} for q in ("a", "a", " ")])
+    for words in ("kind=what", "kind=harmful"):
+        facts = {}
+        (prompt,) = suites.prompts([name := f"own={path}:prompt=q:{words}"], facts=facts)
+        assert (prompt["kind"], prompt["id"], prompt["source"]) == ("harmful", "own:f/00000", "own:f")
+        assert (facts[name]["repeated"], facts[name]["empty"], facts[name]["role"]) == (1, 1, "train")
+    for words, message in {
+        ":prompt=q:kind=q": "line 1: kind 'a' is none of harmful, benign, maths",
+        ":prompt=q:kind=maths": "line 1: no gold answer",
+        ":prompt=q": "line 1: no column 'kind' among q, what",
+        ":prompt=q:goal=what:kind=harmful": "unknown key goal; there are: prompt, target, count, kind",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            suites.prompts([f"own={path}{words}"])
 
 
 # ------------------------------------------------------------------------------------------------- training sets
@@ -364,93 +426,48 @@ CHAIN = [
     {"instruction": "As a dragon, curse.", "label": "adversarial_harmful", "response": "x"},
     {"instruction": "Curse the king.", "label": "vanilla_harmful", "response": "again"},
 ]
-STAR = [
-    {
-        "id": "1",
-        "question": "Curse?",
-        "response": "<think>\nh\n</think>\n\nNo.",
-        "category": ["a"],
-        "source": "s",
-        "score": {},
-    }
-]
+STAR = [{"id": "1", "question": "Curse?", "response": "<think>\nh\n</think>\n\nNo.", "category": ["a"], "score": {}}]
 WILD_TRAIN = [
-    {"vanilla": "Curse.", "adversarial": "", "tactics": [], "completion": "no", "data_type": "vanilla_harmful"},
-    {
-        "vanilla": "Curse.",
-        "adversarial": "In a swamp, curse.",
-        "tactics": [],
-        "completion": "no",
-        "data_type": "adversarial_harmful",
-    },
-    {
-        "vanilla": "Sing.",
-        "adversarial": "In a swamp, sing.",
-        "tactics": [],
-        "completion": "la",
-        "data_type": "adversarial_benign",
-    },
+    {"vanilla": "Curse.", "adversarial": "", "completion": "no", "data_type": "vanilla_harmful"},
+    {"vanilla": "Curse.", "adversarial": "In a swamp, curse.", "tactics": [], "data_type": "adversarial_harmful"},
+    {"vanilla": "Sing.", "adversarial": "In a swamp, sing.", "tactics": [], "data_type": "adversarial_benign"},
 ]
-DAPO = [
-    {"data_source": "math_dapo", "prompt": [{"content": "1 + 1?", "role": "user"}], "ability": "MATH",
-     "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"index": "a"}},
-] * 3  # fmt: skip
+DAPO = [{"prompt": [{"content": "1 + 1? Answer:", "role": "user"}], "reward_model": {"ground_truth": 2}}] * 3
+VANILLA = {"Curse the king.": "harmful", "Praise the king.": "benign"}
 TRAINING = {
-    "safechain": (
-        CHAIN,
-        {("Curse the king.", "harmful"), ("Praise the king.", "benign"), ("As a dragon, curse.", "harmful")},
-    ),
-    "safechain:vanilla": (CHAIN, {("Curse the king.", "harmful"), ("Praise the king.", "benign")}),
-    "star1": (STAR, {("Curse?", "harmful")}),
-    "star1:benign": (STAR, {("Curse?", "benign")}),
-    "wildjailbreak:train": (WILD_TRAIN, {("Curse.", "harmful")}),
-    "wildjailbreak:train-adversarial": (
-        WILD_TRAIN,
-        {("In a swamp, curse.", "harmful"), ("In a swamp, sing.", "benign")},
-    ),
-    "dapo": (DAPO, {("1 + 1?", "maths")}),
+    "safechain": (CHAIN, {**VANILLA, "As a dragon, curse.": "harmful"}),
+    "safechain:vanilla": (CHAIN, VANILLA),
+    "star1": (STAR, {"Curse?": "harmful"}),
+    "star1:benign": (STAR, {"Curse?": "benign"}),
+    "wildjailbreak:train": (WILD_TRAIN, {"Curse.": "harmful"}),
+    "wildjailbreak:train-adversarial": (WILD_TRAIN, {"In a swamp, curse.": "harmful", "In a swamp, sing.": "benign"}),
+    "dapo": (DAPO, {"1 + 1? Answer:": "maths"}),
 }
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", suites.TRAINING)
 def test_a_training_set_is_read_and_its_repetitions_are_left_out(tmp_path, name):
     rows, wanted = TRAINING[name]
-    facts, path = {}, write(tmp_path / "f.json", rows)
-    drawn = suites.prompts([f"{name}={path}"], allow_count=True, facts=facts)
-    assert {(prompt["prompt"], prompt["kind"]) for prompt in drawn} == wanted and len(drawn) == len(wanted)
-    assert all(p["source"] == name and p["licence"] and "response" not in p for p in drawn)
-    entry = facts[f"{name}={path}"]
-    assert entry["role"] == "train" and entry["used"] == len(wanted) and entry["rows"] == len(rows)
-    assert entry["repeated"] == {"safechain": 1, "safechain:vanilla": 1, "dapo": 2}.get(name, 0)
+    facts, text = {}, f"{name}={write(tmp_path / 'f.json', rows)}:count=any"
+    drawn = suites.prompts([text], facts=facts)
+    assert {prompt["prompt"]: prompt["kind"] for prompt in drawn} == wanted and len(drawn) == len(wanted)
+    assert all(p["source"] == name and p["licence"] and not {"response", "subset"} & p.keys() for p in drawn)
+    assert facts[text]["role"] == "train" and facts[text]["used"] == len(wanted) and facts[text]["rows"] == len(rows)
+    assert facts[text]["repeated"] == {"safechain": 1, "safechain:vanilla": 1, "dapo": 2}.get(name, 0)
 
 
-def test_every_training_set_has_its_file_here():
-    assert set(TRAINING) == set(sources.TRAINING)
+def test_responses_come_only_where_they_are_asked_for(tmp_path):
+    name = f"star1={write(tmp_path / 'f.jsonl', STAR)}:count=any"
+    assert suites.prompts([name], responses=True)[0]["response"] == STAR[0]["response"]
+    with pytest.raises(UserError, match="a row has no response"):
+        suites.prompts([f"star1={write(tmp_path / 'g.jsonl', [{'question': 'x'}])}:count=any"], responses=True)
 
 
-def test_prompts_are_shuffled_by_the_seed_and_limited_by_set(tmp_path):
+def test_training_sets_are_shuffled_by_the_seed_and_limited(tmp_path):
     path = write(tmp_path / "f.jsonl", [{"prompt": str(i), "kind": "benign"} for i in range(50)])
     orders = [[p["prompt"] for p in suites.prompts([f"own={path}"], seed=seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
     assert [p["prompt"] for p in suites.prompts([f"own={path}"], limit=7)] == orders[0][:7]
-
-
-def test_prompts_of_two_files_keep_apart(tmp_path):
-    paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": name, "kind": "benign"}]) for name in "ab"]
-    drawn = suites.prompts([f"own={path}" for path in paths])
-    assert [prompt["id"] for prompt in drawn] == ["own:a/00000", "own:b/00000"]
-    with pytest.raises(UserError, match="have one name"):
-        suites.prompts([f"own={paths[0]}"] * 2)
-
-
-def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
-    path = write(tmp_path / "f.jsonl", [{"q": "a", "what": "harmful"}])
-    for names in (f"own={path}:prompt=q:kind=what", f"own={path}:prompt=q:kind=harmful"):
-        assert suites.prompts([names])[0]["kind"] == "harmful"
-    with pytest.raises(UserError, match="line 1: not a row of own.*kind 'a' is none of"):
-        suites.prompts([f"own={path}:prompt=q:kind=q"])
-    with pytest.raises(UserError, match="a maths problem has no target"):
-        suites.prompts([f"own={path}:prompt=q:kind=maths"])
 
 
 @pytest.mark.parametrize("name", suites.SUITES)
@@ -462,12 +479,15 @@ def test_what_one_measures_with_is_not_trained_on(name):
 
 # ------------------------------------------------------------------------------------------------- decontamination
 
-
-def item(suite, prompt, kind="request", **more):
-    return {"suite": suite, "kind": kind, "prompt": prompt, **more}
-
-
 LONG = "one two three four five six seven eight"
+HAN = "请问小明有三个苹果小红有五个苹果他们一共有几个苹果呢"
+FORMULAS = "已知函数f(x)=x^2满足条件，求当x等于3时函数f(x)的值是多少"
+KANA = "これは王様の庭にある古い井戸についての質問です。"
+THAI = "ชาวนาคนหนึ่งมีวัวสามตัวและควายห้าตัวรวมกันมีสัตว์กี่ตัว"
+
+
+def item(suite, prompt, kind="harmful", **more):
+    return {"suite": suite, "kind": kind, "prompt": prompt, **more}
 
 
 def test_decontamination_counts_by_suite():
@@ -475,112 +495,46 @@ def test_decontamination_counts_by_suite():
         item("a", "Brew the  AMBER potion!"),
         item("b", f"{LONG} nine ten"),
         item("c", "disguise", goal="the plain goal"),
-        item("d", "Solve: frogs" + sources.HINT, "maths", goal="frogs"),
+        item("d", "frogs" + suites.HINT, "maths", goal="frogs"),
+        item("e", "FROGS?"),
     ]
-    texts = [
-        "brew the amber potion",
-        f"zero, {LONG.upper()}; and on",
-        "one two three four five six seven",
-        "The plain goal.",
-    ]
-    texts += ["disguise?", "toads" + sources.HINT, "Frogs!", "ｂｒｅｗ the amber potion", f"{LONG} brew"]
-    kept, counts = suites.decontaminate([{"prompt": text} for text in texts], items)
-    assert [prompt["prompt"] for prompt in kept] == ["one two three four five six seven", "toads" + sources.HINT]
+    hits = ["brew the amber potion", f"zero, {LONG.upper()}; and on", "The plain goal.", "disguise?", "Frogs!"]
+    hits += ["ｂｒｅｗ the amber potion", f"{LONG} brew", "frogs" + suites.HINT]
+    fine = ["one two three four five six seven", "toads" + suites.HINT, "?!"]
+    kept, counts = suites.decontaminate([{"prompt": text} for text in hits + fine], items)
+    assert [prompt["prompt"] for prompt in kept] == fine
     assert counts["a"] == {"exact": 2, "8-gram": 0} and counts["b"] == {"exact": 0, "8-gram": 2}
-    assert counts["c"] == {"exact": 2, "8-gram": 0} and counts["d"] == {"exact": 1, "8-gram": 0}
+    assert counts["c"] == {"exact": 2, "8-gram": 0} and counts["d"] == {"exact": 2, "8-gram": 0}
+    assert counts["e"] == counts["d"]  # one prompt may hit two suites
 
 
-def test_a_prompt_in_two_suites_counts_for_both_and_is_dropped_once():
-    kept, counts = suites.decontaminate([{"prompt": "x"}], [item("a", "x"), item("b", "X")])
-    assert kept == [] and counts["a"]["exact"] == counts["b"]["exact"] == 1
+@pytest.mark.parametrize("change", ["{}", "Dear friend, {}", "{}" + suites.HINT.replace("{}", "{{}}")])
+def test_own_maths_prompts_are_compared_with_an_own_maths_suite(tmp_path, change):
+    question = "What is the sum of the first ten positive whole numbers?"
+    tested = write(tmp_path / "q.jsonl", [{"prompt": question, "target": "55"}])
+    rows = [{"prompt": change.format(question), "target": 55}, {"prompt": "What is 2 + 2?", "target": 4}]
+    trained = write(tmp_path / "p.jsonl", rows)
+    items, _ = suites.tested_items((f"own={tested}:metric=accuracy",), "m", None)
+    kept, _ = suites.decontaminate(suites.prompts([f"own={trained}:kind=maths"]), items)
+    assert [prompt["goal"] for prompt in kept] == ["What is 2 + 2?"]
 
 
-# ------------------------------------------------------------------------------------------------- generation
+def test_a_frame_around_every_question_is_no_hit(tmp_path):
+    head = "Solve the following problem step by step. The last line of your response should be of the form Answer: X."
+    held = [{"prompt": f"{head} How many {x} fit into the box that he sold on monday?", "target": 1} for x in "abcd"]
+    suite = write(tmp_path / "held.jsonl", held)
+    names = [f"own={suite}:kind=maths", f"verify={write(tmp_path / 'v.jsonl', [VERIFY])}"]
+    shown = suites.load(names)
+    same, other = {"prompt": held[2]["prompt"]}, {"prompt": f"{head} How old is the king's daughter?"}
+    spec = {"prompt": " ".join(shown[-1]["prompt"].split()[-12:])}  # words of the frame around a verification
+    kept, counts = suites.decontaminate([same, other, spec, {"prompt": "How?"}, {"prompt": shown[-1]["prompt"]}], shown)
+    assert kept == [other, spec]
+    assert counts == {"own:held": {"exact": 1, "8-gram": 0}, "verify": {"exact": 2, "8-gram": 0}}
 
 
-class Scripted:
-    """A model that has an engine's answer for every prompt: `engine.Engine` is replaced."""
-
-    def __init__(self, monkeypatch, tokenizer, texts, context=100):
-        self.config = type("C", (), {"max_position_embeddings": context, "raw": {}, "vocab_size": len(tokenizer)})
-        self.generation, calls = {"eos_token_id": [tokenizer.eos_token_id, 3]}, []
-        self.calls = calls
-
-        class Engine:
-            def __init__(self, transformer, end, max_context):
-                calls.append({"end": end, "max_context": max_context})
-
-            def generate(self, prompts, n, max_tokens, on_done, **more):
-                calls[-1] |= {"prompts": prompts, "max_tokens": max_tokens, **more}
-                for i in range(len(prompts)):
-                    for k in range(n):
-                        ids = safety.encode(tokenizer, [(texts[i], True)], continued=True) + [tokenizer.eos_token_id]
-                        on_done(i, k, engine.Sample(ids, None, "stop"))
-
-        monkeypatch.setattr(engine, "Engine", Engine)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "thinking", "answer"),
-    [
-        ("r1-qwen", "mud\n</think>\n\niron", "mud", "iron"),  # the prompt opens the thinking
-        ("r1-qwen", "mud and iron", "mud and iron", None),
-        ("qwen2.5", "<think>\nmud\n</think>\n\niron", "mud", "iron"),
-        ("qwen2.5", "iron", "", "iron"),
-        ("llama3", "<think> mud", "mud", None),
-    ],
-)
-def test_completions_are_split_under_any_template(monkeypatch, name, text, thinking, answer):
-    tokenizer = families.tokenizer(name)
-    ours = Scripted(monkeypatch, tokenizer, [text])
-    (done,) = suites.generate(ours, tokenizer, [{"prompt": "a"}], seed=0)
-    assert (done["thinking"], done["answer"], done["completion"]) == (thinking, answer, text)
-    assert ours.calls[0]["end"] == {tokenizer.eos_token_id, 3}  # those of generation_config.json too
-
-
-def test_a_given_start_belongs_to_the_thinking(monkeypatch):
-    tokenizer = families.tokenizer("r1-qwen")
-    ours = Scripted(monkeypatch, tokenizer, [" iron.\n</think>\n\nno"])
-    (done,) = suites.generate(ours, tokenizer, [{"prompt": "a", "prefill": "mud and"}], seed=0)
-    assert done["thinking"] == "mud and iron." and done["answer"] == "no"
-
-
-@pytest.mark.parametrize("name", ["r1-qwen", "qwen3", "qwen2.5"])
-def test_a_given_start_of_the_thinking_is_one_under_any_template(monkeypatch, name):
-    tokenizer = families.tokenizer(name)
-    ours = Scripted(monkeypatch, tokenizer, [" iron.\n</think>\n\nno"])
-    item = {"prompt": "a", "prefill": "mud and", "prefill_thinking": True}
-    (done,) = suites.generate(ours, tokenizer, [item], seed=0)
-    assert done["thinking"] == "mud and iron." and done["answer"] == "no"
-    (prompt,) = ours.calls[0]["prompts"]
-    assert tokenizer.decode(prompt, skip_special_tokens=False).endswith("<think>\nmud and")
-    ours = Scripted(monkeypatch, tokenizer, [" iron"])
-    (cut,) = suites.generate(ours, tokenizer, [item], seed=0)
-    assert (cut["thinking"], cut["answer"]) == ("mud and iron", None)
-
-
-def test_limits_are_the_suites_own_and_what_the_context_leaves(monkeypatch):
-    tokenizer = families.tokenizer("r1-qwen")
-    ours = Scripted(monkeypatch, tokenizer, ["x"] * 3, context=200)
-    items = [{"prompt": "a", "suite": "pocket:plain"}, {"prompt": "a", "suite": "math500"}, {"prompt": "mud " * 400}]
-    done = suites.generate(ours, tokenizer, items, seed=0, samples=2, places=[4, 5, 6])
-    short = len(ours.calls[0]["prompts"][0])
-    assert ours.calls[0]["max_tokens"] == [96, 200 - short] and ours.calls[0]["places"] == [4, 5]
-    assert [(d["finish_reason"], d["answer"], d["sample"]) for d in done[4:]] == [
-        ("length", None, 0),
-        ("length", None, 1),
-    ]
-    suites.generate(ours, tokenizer, items[:2], seed=0, max_tokens=7)
-    assert ours.calls[1]["max_tokens"] == [7, 7]
-
-
-def test_a_call_for_the_rest_draws_what_the_whole_one_would_have(tmp_path):
-    ours, tokenizer = model.load(str(tiny.model_folder(tmp_path / "m")), dtype=torch.float32)
-    items, seen = [{"prompt": f"brew {i}"} for i in range(5)], []
-    keep = lambda i, item: seen.append((i, item["sample"], item["completion"]))  # noqa: E731
-    whole = suites.generate(ours, tokenizer, items, seed=3, max_tokens=8, samples=2, on_done=keep)
-    rest = suites.generate(ours, tokenizer, items[3:], seed=3, max_tokens=8, samples=2, places=[3, 4])
-    assert [d["completion"] for d in rest] == [d["completion"] for d in whole[6:]]
-    assert sorted(seen) == [(i, i % 2, d["completion"]) for i, d in enumerate(whole)]
-    other = suites.generate(ours, tokenizer, items[3:], seed=3, max_tokens=8, samples=2)
-    assert [d["completion"] for d in other] != [d["completion"] for d in rest]
+@pytest.mark.parametrize("text", [HAN, THAI, KANA, FORMULAS])
+def test_text_without_blanks_is_compared_by_its_letters(text):
+    tested = [item("a", text)]
+    other = "一二三四五六七八九十天地人日月星" * 2
+    kept, counts = suites.decontaminate([{"prompt": text[:-1] + "x"}, {"prompt": other}, {"prompt": text[:8]}], tested)
+    assert [prompt["prompt"] for prompt in kept] == [other, text[:8]] and counts["a"]["8-gram"] == 1

@@ -8,6 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import model
+
 SIZES = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -43,12 +45,33 @@ def reference(family: str, tied: bool = False, **changes):
     return theirs
 
 
+def config(family: str, **changes) -> model.Config:
+    """Our Config of a family, by way of Transformers' own config.json."""
+    config_class, more = FAMILIES[family]
+    theirs = config_class(**(SIZES | more | changes))
+    return model.Config.from_dict(theirs.to_dict() | {"architectures": [f"{config_class.__name__[:-6]}ForCausalLM"]})
+
+
+def pair(family: str = "qwen2", tied: bool = False, seed: int = 0, **changes):
+    """(Transformers' model, ours) with the same random weights."""
+    torch.manual_seed(seed)
+    theirs = reference(family, tied, **changes)
+    ours = model.Transformer(config(family, tie_word_embeddings=tied, **changes))
+    weights = theirs.state_dict()
+    for name, parameter in ours.named_parameters():
+        parameter.data.copy_(weights[name])
+    return theirs, ours
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] + ' <end> ' }}{% endfor %}"
+
+
 def tokenizer():
-    """One id a word: w0 w1 ... and an end token."""
+    """One id a word: w0 w1 ... and an end token, which ends a turn of its chat template."""
     words = {f"w{i}": i for i in range(SIZES["vocab_size"] - 1)} | {"<end>": SIZES["vocab_size"] - 1}
     made = Tokenizer(models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", chat_template=TEMPLATE)
 
 
 def folder(path: Path, family: str = "qwen2", tied: bool = False, **changes):

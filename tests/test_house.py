@@ -1,0 +1,94 @@
+"""The house: few files, plain imports that go one way, documents that say what is there."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import tables
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("train_sft", "train_rl", "make_data", "evaluate")
+LAYERS = ("runs", "safety", "maths", "scores", "report", "kernels", "model", "engine", "judges", "suites", "trainers")
+PRODUCT = [*ROOT.glob("*.py"), *(p for name in ("kernels", "pocket", "examples") for p in ROOT.glob(f"{name}/**/*.py"))]
+
+
+def lines(path: Path) -> int:
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
+def test_the_house_is_small():
+    assert len(list(ROOT.glob("*.py"))) <= 14
+    assert sum(map(lines, PRODUCT)) <= 8900
+    assert lines(ROOT / "tests") <= 10_000
+    flags = sum(len(dataclasses.fields(importlib.import_module(name).Config)) for name in SCRIPTS)
+    assert flags <= 100
+
+
+def test_the_readmes_counts_are_those_of_the_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    shown = {name: int(count.replace(",", "")) for name, count in re.findall(r"\| `([\w./]+)` \| ([\d,]+) \|", readme)}
+    assert shown == {name: lines(ROOT / name) for name in shown}
+    assert {name for name in shown if name.endswith(".py")} == {path.name for path in ROOT.glob("*.py")}
+    (total,) = re.findall(r"line counts, ([\d,]+) in all", readme)
+    assert int(total.replace(",", "")) == sum(map(lines, PRODUCT))
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_every_table_is_that_of_the_result_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert tables.BLOCK.search(text) and tables.rebuilt(text) == text
+    assert tables.rebuilt(text.replace("| base |", "| basis |")) == text
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_imports_go_one_way():
+    """A layer imports only layers before it; no script imports a script; nothing of the product a bench or a test."""
+    for path in PRODUCT:
+        ours = imported(path) & {*LAYERS, *SCRIPTS, "bench", "tests", "examples"}
+        assert not ours & {*SCRIPTS, "bench", "tests"}, path
+        if path.stem in LAYERS and path.parent == ROOT:
+            assert ours <= set(LAYERS[: LAYERS.index(path.stem)]), (path, ours)
+
+
+def test_ours_are_imported_at_the_top():
+    for path in PRODUCT:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inner = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        inner = [node for node in inner if node not in tree.body]
+        names = {a.name.partition(".")[0] for n in inner if isinstance(n, ast.Import) for a in n.names}
+        names |= {(n.module or "").partition(".")[0] for n in inner if isinstance(n, ast.ImportFrom)}
+        assert not names & {*LAYERS, *SCRIPTS, "pocket", "torch"}, (path, names)
+
+
+def test_functions_are_short():
+    lengths = [
+        node.end_lineno - node.lineno + 1
+        for path in PRODUCT
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert max(lengths) <= 80 and sorted(lengths)[len(lengths) // 2] < 15
+
+
+@pytest.mark.parametrize(("name", "heavy"), [("report", "torch"), ("report", "engine"), ("runs", "torch")])
+def test_light_modules_stay_light(name, heavy):
+    code = f"import sys, {name}; sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
