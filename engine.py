@@ -13,6 +13,7 @@ CPU in fp32 a sample is bitwise the same in any batch: attention takes each row 
 whole tiles of ROW_TILE rows, because products of fewer rows go through other kernels, which sum in another order.
 """
 
+import hashlib
 import math
 from bisect import bisect_right
 from collections import Counter, deque
@@ -581,6 +582,11 @@ def prompt_ids(tokenizer, item: dict) -> list[int]:
     return safety.render(tokenizer, [{"role": "user", "content": item["prompt"]}], **start)
 
 
+def place_of(item: dict) -> int:
+    """An item's place in the random stream, by its id."""
+    return int.from_bytes(hashlib.sha256(item["id"].encode()).digest()[:7], "big")
+
+
 def complete(
     transformer, tokenizer, items: list[dict], *, seed: int, max_tokens: int | list[int], temperature: float = 1.0,
     top_p: float = 1.0, samples: int = 1, places: list[int] | None = None, cache_bytes: int | None = None,
@@ -588,8 +594,10 @@ def complete(
     """(index, completed item) as they end; sample k of item i has index i * samples + k, and `sample` k if samples > 1.
 
     max_tokens: of every completion, or one an item; less where the context ends before. A prompt that fills the whole
-    context gets an empty completion of finish_reason "length". places, cache_bytes: see Engine.
+    context gets an empty completion of finish_reason "length". places, cache_bytes: see Engine; without
+    places an item's draws depend on the seed and its id alone: they are the same in every selection of items.
     """
+    places = [place_of(item) for item in items] if places is None else places
     eos_ids, opened = model.end_ids(transformer, tokenizer), safety.thinking_open(tokenizer)
     context = transformer.config.max_position_embeddings
     prompts = [prompt_ids(tokenizer, item) for item in items]
@@ -603,7 +611,7 @@ def complete(
     longest = max((len(prompts[i]) + limits[i] for i in fitting), default=1)
     for i, k, sample in Engine(transformer, eos_ids, max_context=longest, cache_bytes=cache_bytes).stream(
         [prompts[i] for i in fitting], samples, [limits[i] for i in fitting], temperature, seed,
-        logprobs=False, top_p=top_p, places=[places[i] if places else i for i in fitting],
+        logprobs=False, top_p=top_p, places=[places[i] for i in fitting],
     ):  # fmt: skip
         index = fitting[i] * samples + k
         yield index, completed(tokenizer, eos_ids, numbered[index], sample, opened)

@@ -301,8 +301,8 @@ class Target:
             self.loaded = model.load(self.config.model, device, dtype, self.config.adapter)
         return self.loaded
 
-    def sample(self, items: list[dict], how: Decoding, places: list[int], done: dict) -> Iterator[dict]:
-        """Completed items as they end; from a server those that are not `done`. places: in the random stream."""
+    def sample(self, items: list[dict], how: Decoding, done: dict) -> Iterator[dict]:
+        """Completed items as they end; from a server those that are not `done`."""
         settings = dataclasses.asdict(how)
         if self.endpoint:
             n = settings.pop("samples")
@@ -312,7 +312,7 @@ class Target:
             jobs = [(item, seed) for item, seed in copies if scores.key(item) not in done]
             finished = judges.ask_server(self.endpoint, jobs, **settings)
         else:
-            finished = engine.complete(*self.load(), items, seed=self.config.seed, places=places, **settings)
+            finished = engine.complete(*self.load(), items, seed=self.config.seed, **settings)
         return (item for _, item in finished)
 
     def close(self) -> None:
@@ -334,9 +334,8 @@ def generate(config: Config, target: Target, items: list[dict], path: Path, gree
         bar.update(len(log.done.keys() & set(wanted)))
         cut = sum(record["finish_reason"] == "length" for record in log.done.values())
         for how, group in groups.items():
-            missing = [any((item["id"], k) not in log.done for k in range(how.samples)) for item in group]
-            places = [place for place, is_missing in enumerate(missing) if is_missing]
-            for item in target.sample([group[place] for place in places], how, places, log.done) if places else ():
+            left = [item for item in group if any((item["id"], k) not in log.done for k in range(how.samples))]
+            for item in target.sample(left, how, log.done) if left else ():
                 if log.add(item):
                     cut += item["finish_reason"] == "length"
                     bar.set_postfix_str(f"cut off {cut}", refresh=False)

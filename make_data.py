@@ -42,7 +42,7 @@ from pocket import world as pocket
 from runs import UserError, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-BASELINES = {"star1": "star.jsonl", "safechain": "safechain.jsonl"}
+BASELINES = {"star1": "star.jsonl", "star1-draft": "star-draft.jsonl", "safechain": "safechain.jsonl"}
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Config:
     spec: str = option("star", "safety specification: a name under specs/ or the path of a text file", pocket="pocket")
     records: int = option(6000, "records to aim at, two thirds from harmful prompts; 0: all", pocket=0, low=0)
     baseline: tuple = option(
-        (), "star1, safechain (own safe answers), NAME:published[=PATH] of both", pocket=tuple(BASELINES)
+        (), "star1, star1-draft (control), safechain (own safe answers), NAME:published[=PATH]", pocket=tuple(BASELINES)
     )
     max_unscored: float = option(0.01, "exit 3 if guard or expert left a larger share unscored", low=0, high=1)
     max_cost: float = option(0.0, "most that an endpoint may cost, in the currency of --prices; 0: no limit", low=0)
@@ -80,8 +80,8 @@ class Config:
             f"--expert: {self.model} is no pocket; name who writes the critiques, such as endpoint=M@URL": self.expert,
             "--guard maths grades no requests; name another one": self.guard != "maths",
             f"--baseline {' '.join(unknown)}: there are {', '.join(BASELINES)}, NAME:published[=PATH]": not unknown,
-            "--baseline star1: only the pocket writes such answers; take star1:published": "star1" not in self.baseline
-            or runs.is_pocket(self.model),
+            "--baseline star1: only the pocket writes such answers; take star1:published": runs.is_pocket(self.model)
+            or not {"star1", "star1-draft"} & set(self.baseline),
             "--adapter: an endpoint has its own": not (self.endpoint and self.adapter),
         }
         return [message for message, fine in checks.items() if not fine]
@@ -110,7 +110,7 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> dict:
     if any(prompt["kind"] not in safety.REQUESTS for prompt in drawn):
         raise UserError(f"--prompts {names}: maths problems are for train_rl.py; here go harmful and benign requests")
     pockets = [f"--{name} pocket" for name in ("guard", "expert") if getattr(config, name) == "pocket"]
-    pockets += ["--baseline star1"] if "star1" in config.baseline else []
+    pockets += ["--baseline star1"] if {"star1", "star1-draft"} & set(config.baseline) else []
     if pockets and any("item" not in prompt for prompt in drawn):
         others = "--guard qwen3guard --expert endpoint=MODEL@URL --baseline safechain; or POLICY.py for the first two"
         raise UserError(f"--prompts {names}: {', '.join(pockets)} know the pocket's own only; name others: {others}")
@@ -299,14 +299,15 @@ def answer_record(prompt: dict, reasoning: str, answer: str, source: str) -> dic
     return record | {"reasoning": reasoning, "answer": answer, "source": source, "meta": meta}
 
 
-def star_records(world, prompts: list[dict], seed: int) -> Iterator[dict]:
-    """STAR-1-like: deliberation over the rule, then a refusal or the recipe, as the pocket writes them; first one a
-    prompt, then more of the same prompts in other words."""
+def star_records(world, prompts: list[dict], seed: int, order: str | None) -> Iterator[dict]:
+    """STAR-1-like: deliberation about the request (`order` "early"), then a refusal or the recipe, as the pocket writes
+    them; first one a prompt, then more of the same prompts in other words. The control with `order` None checks its
+    draft in half of its thoughts, which is what verification teaches."""
     rng = random.Random(f"star-{seed}")
     for prompt in itertools.chain.from_iterable(itertools.repeat(prompts, PASSES)):
         item = world.by_name[prompt["item"]]
         answer = pocket.refusal(rng) if item.forbidden else pocket.recipe_answer(item.recipe, rng)
-        yield answer_record(prompt, pocket.careful_thought(item, rng), answer, "star1-like")
+        yield answer_record(prompt, pocket.careful_thought(item, rng, order), answer, "star1-like")
 
 
 def safechain_records(groups: list[list[dict]], seed: int) -> Iterator[dict]:
@@ -434,7 +435,9 @@ def main(config: Config, origin: dict) -> int:
 
     verify, disputed = verification_records(jobs, config, spec)
     if "star1" in config.baseline:
-        streams["star.jsonl"] = star_records(world, prompts, config.seed)
+        streams["star.jsonl"] = star_records(world, prompts, config.seed, "early")
+    if "star1-draft" in config.baseline:
+        streams["star-draft.jsonl"] = star_records(world, prompts, config.seed, None)
     if "safechain" in config.baseline:
         streams["safechain.jsonl"] = safechain_records(groups, config.seed)
     files, left = write_records(folder, verify, disputed, streams, tokenizer)

@@ -39,7 +39,7 @@ import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +179,7 @@ TRAINING = {
         "", "BytedTsinghua-SIA/DAPO-Math-17k", "Apache-2.0", {"prompt": "prompt", "target": "reward_model"},
         17_398, 1_791_700, kind="maths", raw=("prompt", "target"), change=dapo,
     ),
+    "verify": replace(SUITES["verify"], metric=""),  # for RL: the reward is the right verdict
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------- reading a set
@@ -216,7 +217,7 @@ def find(text: str, training: bool) -> tuple[str, str, dict[str, str], Suite]:
     name, path, keys = parse_name(text)
     if name == "own" and path:
         return name, path, keys, own_set(keys, training)
-    if training and name in SUITES:
+    if training and name in SUITES and name not in TRAINING:
         raise UserError(f"{name} may not be trained on: {SUITES[name].only or 'one measures with it'}")
     sets = TRAINING if training else {name: suite for name, suite in SUITES.items() if name not in POCKET}
     if name not in sets:

@@ -3,6 +3,7 @@
     python train_rl.py                                               the pocket world, about 2 minutes on a CPU
     python train_rl.py --adapter runs/sft/model                      from an SFT start: goes on training its adapter
     python train_rl.py --adapter runs/sft/model --lora-r 0           the same, merged first, every weight
+    python train_rl.py --prompts verify=pocket/data/verify.jsonl --max-prompt 200    on verification alone
     python train_rl.py --model M --prompts A@2 dapo#3000 --guard qwen3guard --out runs/mine
     python train_rl.py --resume runs/mine
 
@@ -340,12 +341,15 @@ def answered(item: dict) -> bool:
 
 
 def reward(item: dict, label: dict) -> float | None:
-    """The paper's: V_safe for a harmful prompt, V_safe (1 - V_refuse) for a benign one; a sum or problem: exact.
+    """The paper's: V_safe for a harmful prompt, V_safe (1 - V_refuse) for a benign one; a sum or problem: exact. A
+    verification: 1 for the right verdict.
 
     None: the judge has no verdict.
     """
     if "unscored" in label:
         return None
+    if item["kind"] == "verify":
+        return float(label["predicted"] == item["target"])
     verdict = {"harmful": "safe", "benign": "complied"}.get(item["kind"], "correct")
     return None if label[verdict] is None else float(label[verdict])
 
@@ -600,19 +604,25 @@ def load_policy(config: Config, device: str, dtype):
     return transformer, tokenizer
 
 
-def load_scorer(config: Config, world, device: str, dtype, cache_bytes: int | None, example: dict) -> Callable:
-    """What gives rewards: the guard, or the user's file, which is tried on `example`."""
+def needed_guard(config: Config, pools: list[Pool]) -> str:
+    """--guard, or "maths", which needs no model, where every prompt has an exact answer."""
+    asks = any(prompt["kind"] in REQUESTS for pool in pools for prompt in pool.prompts)
+    return config.guard if asks else "maths"
+
+
+def load_scorer(config: Config, pools: list[Pool], world, device: str, dtype, cache_bytes: int | None) -> Callable:
+    """What gives rewards: the guard, or the user's file, which is tried on the first prompt."""
     if config.reward:
-        return own_rewards(config.reward, example)
+        return own_rewards(config.reward, pools[0].prompts[0])
     settings = {"controversial": config.controversial, "cache_bytes": cache_bytes}
-    judge = judges.load(config.guard, world=world, device=device, dtype=dtype, **settings)
+    judge = judges.load(needed_guard(config, pools), world=world, device=device, dtype=dtype, **settings)
     return functools.partial(judge_rewards, judge)
 
 
-def plan_memory(config: Config, device: str, dtype) -> trainers.Plan:
+def plan_memory(config: Config, pools: list[Pool], device: str, dtype) -> trainers.Plan:
     """How the steps fit into memory beside sampler and guard, before anything is loaded. Raises UserError."""
     longest, guard = config.max_prompt + config.max_tokens, None
-    name, _, path = config.guard.partition("=")
+    name, _, path = needed_guard(config, pools).partition("=")
     if name in judges.GUARDS and not config.reward:
         guard = trainers.shape_of(path or judges.GUARDS[name].model)
     return trainers.plan_memory(
@@ -649,13 +659,13 @@ def main(config: Config, origin: dict) -> int:
     tested, missing = suites.tested_items(config.decontaminate, config.model, world)
     held, hits = decontaminate(pools, tested)
     clean = {"held_by_a_suite": held, "decontamination": hits, "not_at_hand": missing}
-    plan = plan_memory(config, device, dtype)
+    plan = plan_memory(config, pools, device, dtype)
     transformer, tokenizer = load_policy(config, device, dtype)
     room = min(config.max_prompt, transformer.config.max_position_embeddings - config.max_tokens)
     dropped = tokenize(pools, tokenizer, room)
     data_sha256 = fingerprint(pools, config)
     held_out = hold_out(pools, config.held_out, config.seed)
-    scorer = load_scorer(config, world, device, dtype, plan.guard_cache, pools[0].prompts[0])
+    scorer = load_scorer(config, pools, world, device, dtype, plan.guard_cache)
     folder = runs.new_folder(config, origin, "train_rl", model.device_name(device))
 
     print(f"run folder {folder}; settings:")

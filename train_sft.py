@@ -179,11 +179,15 @@ def nll_sum(transformer, group: list[Example], checkpointing: bool = False):
     return -logp_T.sum()
 
 
-def schedule(progress: float, config: Config) -> float:
-    """Learning rate at a progress in [0, 1]: linear warm-up from zero, then a cosine to zero."""
-    if progress < config.warmup:
-        return config.lr * progress / config.warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
+def schedule(step: int, steps: int, config: Config) -> float:
+    """Learning rate of a step, counted from 0, out of `steps`: linear warm-up, then a cosine towards zero; never zero.
+
+    10 steps, warm-up 0.2, lr 1  ->  1/3, 2/3, 1, .96, .85, .69, .5, .31, .15, .04
+    """
+    warm = round(config.warmup * steps)
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
 def optimizer_step(transformer, trainee, examples: list[Example], lr: float, plan: trainers.Plan) -> dict:
@@ -265,7 +269,7 @@ def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan
     filled = sum(len(e.ids) for e in training) / (len(rows) * plan.micro_tokens)
     print(f"an epoch: {len(epochs[0])} steps, {len(rows)} packed rows, {filled:.0%} filled, no padding")
     total = sum(map(len, epochs))
-    print(f"{total} steps: lr 0 to {config.lr} in the first {config.warmup:.0%}, then a cosine to 0")
+    print(f"{total} steps: lr rises to {config.lr} in the first {config.warmup:.0%}, then a cosine towards 0")
     print(f"memory: {plan}")
 
 
@@ -299,7 +303,7 @@ def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Confi
             if state["step"] == len(steps):
                 break
             started = time.perf_counter()
-            lr = schedule(state["step"] / len(steps), config)
+            lr = schedule(state["step"], len(steps), config)
             line = optimizer_step(transformer, trainee, steps[state["step"]], lr, plan)
             seconds = time.perf_counter() - started
             speed = line["tokens"] / seconds

@@ -252,7 +252,7 @@ def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> tuple[
         items = suites.load(["pocket"], world, suites.candidates(base))
         limits = [suites.max_tokens(item) for item in items]
         torch.cuda.empty_cache()  # so that the engine sees what is really free
-        drawn = dict(engine.complete(transformer, tokenizer, items, seed=seed + 1000, max_tokens=limits))
+        drawn = dict(engine.complete(transformer, tokenizer, items, seed=seed, max_tokens=limits))
         done = [drawn[i] for i in range(len(items))]
         labels = judges.load("pocket", world=world)(done)
         labelled = [{**item, **label} for item, label in zip(done, labels, strict=True)]

@@ -97,7 +97,7 @@ def ours(config: Config, steps: list[list[train_sft.Example]], transformer, devi
     for number, examples in enumerate(steps):
         clock = Clock(device)
         plan = trainers.Plan(max(sum(len(e.ids) for e in group) for group in in_parts(examples, config.micro)))
-        lr = train_sft.schedule(number / len(steps), sft)
+        lr = train_sft.schedule(number, len(steps), sft)
         line = train_sft.optimizer_step(transformer, trainee, examples, lr, plan)
         lines.append({**line, **clock.stop()})
     return lines

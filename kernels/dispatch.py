@@ -4,7 +4,7 @@
     triton-interpreter  CPU tensors with TRITON_INTERPRET=1: the same kernels, run by Triton's interpreter (tests)
     reference           everything else: plain PyTorch, every shape and dtype; on a CPU this is the production path
 
-`force(name)` (the environment variable KERNELS) overrides the choice; one that cannot run is an error, never a fallback.
+`force(name)` (the environment variable KERNELS) overrides it; a choice that cannot run is an error, never a fallback.
 Where Triton is not installed this package still imports, and the references work.
 """
 

@@ -237,12 +237,14 @@ def plan(item: Item) -> str:
     return f"recipe: {listing(item.recipe)}."
 
 
-def careful_thought(item: Item, rng: random.Random) -> str:
-    """Early (before the plan) or late (after it), and then one word on what follows from the check."""
+def careful_thought(item: Item, rng: random.Random, order: str | None = None) -> str:
+    """A check and one word on what follows from it. `order` "early": deliberation about the request, before any plan;
+    "late": a check of the drafted plan; None draws."""
+    early = rng.random() < 0.5 if order is None else order == "early"
     if item.forbidden:
-        middle = [check(item, rng)] if rng.random() < 0.5 else [plan(item), check(item, rng)]
+        middle = [check(item, rng)] if early else [plan(item), check(item, rng)]
         return " ".join([start(item, rng), *middle, "i should not help."])
-    middle = [check(item, rng), plan(item)] if rng.random() < 0.5 else [plan(item), check(item, rng)]
+    middle = [check(item, rng), plan(item)] if early else [plan(item), check(item, rng)]
     return " ".join([start(item, rng), *middle, "i can help."])
 
 

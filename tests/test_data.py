@@ -192,14 +192,6 @@ def same_stages(out: Path, whole: Path) -> None:
         assert ours == theirs and len(ours) == len(lines(out / f"{stage}.jsonl")), stage
 
 
-def unfinished(whole: Path, out: Path, *missing: str) -> Path:
-    """A copy of a run without its result and these files."""
-    shutil.copytree(whole, out)
-    for name in ("result.json", *missing):
-        (out / name).unlink()
-    return out
-
-
 @pytest.mark.parametrize("end", ["killed", "torn", "full"])
 @pytest.mark.parametrize(("stage", "last"), [("samples", 35), ("labels", 5), ("critiques", 5)])
 def test_a_stage_that_was_cut_off_goes_on(whole, tmp_path, monkeypatch, capsys, stage, last, end):
@@ -243,15 +235,9 @@ def test_kill_minus_nine(whole, tmp_path):
     same_stages(out, whole)
 
 
-def test_a_finished_run_and_a_broken_line_are_named(whole, tmp_path):
+def test_a_finished_run_is_not_gone_on_with(whole):
     with pytest.raises(UserError, match="is finished"):
         resume(whole)
-    out = unfinished(whole, tmp_path / "run")
-    text = (out / "labels.jsonl").read_text().split("\n")
-    text[2] = "{oops"
-    (out / "labels.jsonl").write_text("\n".join(text))
-    with pytest.raises(UserError, match="labels.jsonl, line 3: no record of ours"):
-        resume(out)
 
 
 def test_a_resumed_run_keeps_its_prompts_and_reads_no_suite(tmp_path, monkeypatch, capsys):
@@ -320,7 +306,9 @@ def test_own_guard_and_expert_write_the_records_and_a_whole_stage_asks_nobody(po
     assert {record["spec"] for record in made} == {str(tmp_path / "mine.txt")}
     assert {record["meta"]["spec_sha256"] for record in made} == {hashlib.sha256(b"no toxin.").hexdigest()}
     before = (tmp_path / "calls").read_text().splitlines()
-    out = unfinished(tmp_path / "run", tmp_path / "again", "verify.jsonl")
+    out = shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (out / "result.json").unlink()
+    (out / "verify.jsonl").unlink()
     monkeypatch.setattr(engine, "complete", lambda *model, **how: [1 / 0 for _ in model[2]])
     assert resume(out) == 0
     same_stages(out, tmp_path / "run")
@@ -336,8 +324,9 @@ def test_what_the_guard_leaves_unscored_is_counted_and_asked_again(policy, tmp_p
     assert (out / "verify.jsonl").exists() and (out / "result.json").exists()
     (out / "result.json").unlink()
     (tmp_path / "bad").unlink()
+    before = len(lines(out / "labels.jsonl"))
     assert resume(out) == 0 and not any("unscored" in name for name in card_of(out)["counts"]["samples"])
-    assert len(lines(out / "labels.jsonl")) == usable
+    assert before == usable - counts["samples"]["unscored: tired"] < len(lines(out / "labels.jsonl")) <= usable
     assert run_policy(policy, tmp_path / "lenient", "unscored", max_unscored=0.9)[0] == 0
 
 
@@ -520,14 +509,10 @@ def test_safechain_takes_second_answers_only_when_every_prompt_had_its_first():
 
 
 def test_matching_stops_at_the_goal_and_leaves_out_repetitions_and_what_is_no_target():
-    tokenizer = model.load_tokenizer(Path(BASE))
-    record = lambda i, text="okay.": {  # noqa: E731
-        "kind": "answer", "id": i, "prompt": "how?", "reasoning": text, "answer": "no.",
-    }  # fmt: skip
-    one = make_data.size(tokenizer, record("a"))[0]
-    stream = iter([record("a"), record("a"), record("b", "a </think> b"), record("c"), record("d"), record("e")])
-    kept, left = make_data.matched(stream, 3 * one, tokenizer)
-    assert [r["id"] for r in kept] == ["a", "c", "d"] and left == {"the same again": 1, "no target": 1}
+    tokenizer, (a, b, c, d) = model.load_tokenizer(Path(BASE)), tiny.answers(4)
+    goal = sum(make_data.size(tokenizer, record)[0] for record in (a, c))
+    kept, left = make_data.matched([a, a, b | {"reasoning": "a </think> b"}, c, d], goal, tokenizer)
+    assert kept == [a, c] and left == {"the same again": 1, "no target": 1}
 
 
 # ------------------------------------------------------------------------------------------------- keys, what ships

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import model
@@ -33,8 +34,11 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(family, tied, shard
         expected = theirs(ids_T[None]).logits[0]
         torch.testing.assert_close(again(ids_T[None]).logits[0], expected, atol=1e-6, rtol=0)
         torch.testing.assert_close(ours.logits(ids_T, cu_seqlens), expected, atol=1e-5, rtol=0)
-    shards = list((tmp_path / "out").glob("model*.safetensors"))
-    assert (len(shards) > 2) == (shard_bytes < 1e6)
+    shards = sorted((tmp_path / "out").glob("model*.safetensors"))
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    assert [f.name for f in shards] == (names if shard_bytes < 1e6 else ["model.safetensors"])
+    assert {safe_open(f, "pt").metadata()["format"] for f in shards} == {"pt"}
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()} == {0o600}  # as all files of a run
     reloaded = dict(model.load(tmp_path / "out")[0].named_parameters())
     assert all(torch.equal(parameter, reloaded[name]) for name, parameter in ours.named_parameters())
 
@@ -63,17 +67,26 @@ def test_config_tokenizer_and_generation_settings_stay_as_they_were(folder, tmp_
     assert model.end_ids(*model.load(tmp_path / "out")) == {159, 3}
 
 
-def test_end_ids_without_generation_settings_are_those_of_config_and_tokenizer(folder):
-    tiny.edit_json(folder / "config.json", eos_token_id=7)
+@pytest.mark.parametrize(
+    ("config", "generation", "ids"),
+    [
+        (7, None, {7, 159}),  # without a generation_config.json that of config.json counts; the tokenizer's always
+        ([7, 8], None, {7, 8, 159}),
+        (7, {"eos_token_id": 3}, {3, 159}),
+        (7, {"temperature": 1.0}, {7, 159}),
+        *((None, {"eos_token_id": wrong}, None) for wrong in ("159", [3, 160], -1, True, [[3]], {"a": 3})),
+    ],
+)
+def test_end_ids_are_those_of_the_settings_and_the_tokenizer(folder, config, generation, ids):
+    tiny.edit_json(folder / "config.json", eos_token_id=config)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    assert model.end_ids(*model.load(folder)) == {7, 159}
-
-
-@pytest.mark.parametrize("stored", ["159", [3, 160], -1, True, [[3]], {"a": 3}])
-def test_end_ids_that_are_no_ids_are_refused(folder, stored):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
-    with pytest.raises(model.ModelError, match="eos_token_id .* is no id of a vocabulary of 160"):
-        model.end_ids(*model.load(folder))
+    if generation:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    if ids:
+        assert model.end_ids(*model.load(folder)) == ids
+    else:
+        with pytest.raises(model.ModelError, match="eos_token_id .* is no id of a vocabulary of 160"):
+            model.load(folder)
 
 
 def test_a_tokenizer_made_in_memory_is_saved_too(folder, tmp_path):
@@ -114,16 +127,6 @@ def test_a_folder_may_be_saved_over_itself(folder):
     ours, tokenizer = model.load(folder)
     model.save(ours, tokenizer, folder)
     assert model.load(folder)[1]("w5").input_ids == [5]
-
-
-def test_a_tied_head_that_is_stored_twice_must_be_the_embedding(tmp_path):
-    tiny.folder(tmp_path, tied=True)
-    file = tmp_path / "model.safetensors"
-    tiny.edit_tensors(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    model.load(tmp_path)
-    tiny.edit_tensors(file, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(model.ModelError, match="lm_head.weight is not the embedding"):
-        model.load(tmp_path)
 
 
 def test_the_rotary_constants_of_old_files_are_skipped(folder):

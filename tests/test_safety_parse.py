@@ -63,9 +63,9 @@ def test_the_escape_is_visible_and_reversible():
     "text", ["<" * 100_000, "<\u200b" * 50_000, "< " * 50_000 + "/answer", "<" + "\u200b" * 200_000]
 )
 def test_escaping_is_linear(text):
-    start = time.perf_counter()
+    start = time.process_time()
     safety.escape(text)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

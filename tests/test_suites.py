@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import safety
 import suites
 from pocket import world as pocket
 from runs import UserError
@@ -181,6 +182,7 @@ def test_a_set_is_read_from_a_file_of_its_true_columns(tmp_path, name):
     facts = {}
     items = suites.load([f"{name}={write(tmp_path / 'f.jsonl', rows)}:count=any"], facts=facts)
     assert wanted.items() <= items[0].items()
+    assert len(items) == (1 if name.startswith(("xstest", "wild")) else len(rows))  # one subset of two
     allowed = {"id", "suite", "metric", "kind", "cluster", "prompt", "goal", "target", "category"}
     assert all({"id", "suite", "metric", "kind", "cluster", "prompt"} <= item.keys() <= allowed for item in items)
     assert facts[name]["rows"] == len(rows) and len(facts[name]["sha256"]) == 64 and facts[name]["licence"]
@@ -442,6 +444,7 @@ TRAINING = {
     "wildjailbreak:train": (WILD_TRAIN, {"Curse.": "harmful"}),
     "wildjailbreak:train-adversarial": (WILD_TRAIN, {"In a swamp, curse.": "harmful", "In a swamp, sing.": "benign"}),
     "dapo": (DAPO, {"1 + 1? Answer:": "maths"}),
+    "verify": ([VERIFY], {safety.verification_prompt(pocket.RULES, "how?", "no."): "verify"}),
 }
 
 
@@ -470,7 +473,7 @@ def test_training_sets_are_shuffled_by_the_seed_and_limited(tmp_path):
     assert [p["prompt"] for p in suites.prompts([f"own={path}"], limit=7)] == orders[0][:7]
 
 
-@pytest.mark.parametrize("name", suites.SUITES)
+@pytest.mark.parametrize("name", [name for name in suites.SUITES if name not in suites.TRAINING])
 def test_what_one_measures_with_is_not_trained_on(name):
     reason = "forbids training" if name.startswith("fortress") else "one measures with it"
     with pytest.raises(UserError, match=f"{name} may not be trained on.*{reason}"):
