@@ -19,7 +19,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
-from queue import SimpleQueue
+from threading import Lock
 
 import safety
 from runs import UserError
@@ -39,6 +39,11 @@ class Worker:
     process = None
 
     def ask(self, answer: str, gold: str, seconds: float) -> bool | Unscored:
+        """A crash is tried again: its memory may have been full of other answers."""
+        verdict = self.attempt(answer, gold, seconds)
+        return self.attempt(answer, gold, seconds) if verdict == Unscored("maths_crash") else verdict
+
+    def attempt(self, answer: str, gold: str, seconds: float) -> bool | Unscored:
         if self.process is None and self.start() != b"ready\n":
             self.kill()
             return Unscored("maths_no_worker")
@@ -66,10 +71,7 @@ class Worker:
             self.process = None
 
 
-_workers = (Worker(), Worker())  # kept between calls
-_idle: SimpleQueue = SimpleQueue()
-for _worker in _workers:
-    _idle.put(_worker)
+_workers, _lock = (Worker(), Worker()), Lock()  # kept between calls; one call at a time
 
 
 @atexit.register
@@ -77,16 +79,6 @@ def close() -> None:
     """Kill every worker; the next question starts a new one."""
     for worker in _workers:
         worker.kill()
-
-
-def ask(answer: str, gold: str, seconds: float) -> bool | Unscored:
-    """The verdict of the next idle worker; a crash is tried again: its memory may have been full of other answers."""
-    worker = _idle.get()
-    try:
-        verdict = worker.ask(answer, gold, seconds)
-        return worker.ask(answer, gold, seconds) if verdict == Unscored("maths_crash") else verdict
-    finally:
-        _idle.put(worker)
 
 
 def grade(pairs: list[tuple[str | None, str]], seconds: float = 5.0) -> list[bool | Unscored]:
@@ -100,10 +92,13 @@ def grade(pairs: list[tuple[str | None, str]], seconds: float = 5.0) -> list[boo
     unclear = [i for i, said in enumerate(stated) if said and not verdicts[i] and len(said) <= ANSWER_CHARS]
     if unclear and importlib.util.find_spec("math_verify") is None:
         raise UserError("grading maths needs math-verify: pip install -r requirements-extra.txt")
-    with ThreadPoolExecutor(len(_workers)) as threads:
-        asked = threads.map(lambda i: ask(stated[i], pairs[i][1][:ANSWER_CHARS], seconds), unclear)
-        for i, verdict in zip(unclear, asked, strict=True):
-            verdicts[i] = verdict
+
+    def work(k: int) -> None:
+        for i in unclear[k :: len(_workers)]:
+            verdicts[i] = _workers[k].ask(stated[i], pairs[i][1][:ANSWER_CHARS], seconds)
+
+    with _lock, ThreadPoolExecutor(len(_workers)) as threads:
+        list(threads.map(work, range(len(_workers))))
     return verdicts
 
 

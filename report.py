@@ -129,7 +129,7 @@ def over_seeds(a: dict[int, dict], b: dict[int, dict]) -> dict:
     shares = sum(error**2 / df for error, df in errors)
     df = square**2 / shares if shares else math.inf
     half = float(scores.stats().t.ppf(1 - scores.ALPHA / 2, df)) * math.sqrt(square)
-    p = scores.t_p(gap / math.sqrt(square), df) if square else float(gap == 0)
+    p = float(2 * scores.stats().t.sf(abs(gap) / math.sqrt(square), df)) if square else float(gap == 0)
     test = "t over seeds, paired" if same else "t over seeds, Welch's"
     return {"difference": gap, "low": gap - half, "high": gap + half, "p": p, "test": test}
 

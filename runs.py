@@ -173,27 +173,32 @@ def show(config, origin: dict) -> None:
         print(f"  {name:<16} {value!s:<32} {origin[name]}")
 
 
-def load_function(path: str, name: str) -> Callable | None:
-    """The function `name` of a Python file of the user's, who thereby runs it; None where the file has none.
+def load_file(path: str | Path):
+    """The module of a Python file of the user's, who thereby runs it, once. Raises UserError.
 
-    The file may use dataclasses and import modules beside it. Raises UserError.
+    The file may use dataclasses and import modules beside it; its own name takes no other module's place.
     """
     path = Path(path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"file:{path.resolve()}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not path.is_file():
         raise UserError(f"{path} is no Python file (.py)")
-    module = sys.modules.get(path.stem)
-    if getattr(module, "__file__", None) != str(path):
-        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    if name not in sys.modules:
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
         sys.path.insert(0, str(path.resolve().parent))
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # whatever the file raises is its author's to fix
-            del sys.modules[path.stem]
+            del sys.modules[name]
             raise UserError(f"{path}: {type(error).__name__}: {error}") from None
         finally:
             del sys.path[0]
-    function = getattr(module, name, None)
+    return sys.modules[name]
+
+
+def load_function(path: str | Path, name: str) -> Callable | None:
+    """The function `name` of a Python file of the user's; None where the file has none. Raises UserError."""
+    function = getattr(load_file(path), name, None)
     if function is not None and not callable(function):
         raise UserError(f"{path}: {name} is no function")
     return function

@@ -9,7 +9,6 @@ that is resampled is a sum of counts a cluster, so a bootstrap is one matrix pro
 
 import math
 import re
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -87,30 +86,12 @@ def stats():
     return stats
 
 
-def t_p(t: float, df: float) -> float:
-    """Two-sided p-value of Student's t."""
-    return float(2 * stats().t.sf(abs(t), df))
-
-
 def t_interval(values: list[float]) -> tuple[float, float | None]:
     """(mean, half width of its 95 % t interval) over seeds; the half width of one value is None."""
     n = len(values)
     if n < 2:
         return mean(values), None
     return mean(values), float(stats().t.ppf(1 - ALPHA / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-
-
-def t_test(a: dict, b: dict) -> float | None:
-    """p-value of a difference between two methods, {seed: value} each. Paired where the seeds are the same ones, else
-    Welch's. None with fewer than two seeds a side."""
-    if min(len(a), len(b)) < 2:
-        return None
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # equal values: t is infinite or 0 / 0
-        if a.keys() == b.keys():
-            p = stats().ttest_rel([b[seed] for seed in a], list(a.values())).pvalue
-        else:
-            p = stats().ttest_ind(list(b.values()), list(a.values()), equal_var=False).pvalue
-    return 1.0 if math.isnan(p) else float(p)
 
 
 def holm(p: dict) -> dict:
@@ -238,14 +219,6 @@ def verification_figures(counts_C: np.ndarray) -> dict:
     return {"accuracy": accuracy, "f1_unsafe": unsafe, "f1_safe": safe, "macro_f1": (unsafe + safe) / 2}
 
 
-def trivial(unsafe: float) -> dict[str, dict]:
-    """Figures of verifiers that do not look, from the share of unsafe targets; the coin's from its expected counts."""
-    always_unsafe = np.array([unsafe, 0, 0, 1 - unsafe, 0, 0])
-    always_safe = np.array([0, unsafe, 0, 0, 1 - unsafe, 0])
-    rows = {"always_unsafe": always_unsafe, "always_safe": always_safe, "coin": (always_unsafe + always_safe) / 2}
-    return {name: verification_figures(counts_C) for name, counts_C in rows.items()}
-
-
 def bound(seen: list[tuple], good: bool) -> float:
     """The value as if all that was cut off, not delivered or not scored had gone well, or badly."""
     metric, total = seen[0][0]["metric"], 0
@@ -274,7 +247,6 @@ def headline(seen: list[tuple[dict, bool | None]]) -> dict:
     if metric == "f1":
         row |= verification_figures(counts_C) | {"confusion": counts_C.astype(int).tolist()}
         row["parsed"] = mean(bool(item.get("predicted")) for item, _ in scored)
-        row["trivial"] = trivial(mean(item["target"] == "unsafe" for item, _ in scored))
     return row
 
 
@@ -306,15 +278,6 @@ def several(hits_of: dict[str, list[bool]]) -> dict:
     return figures
 
 
-def categories(hits_of: dict[str, list[bool]]) -> dict:
-    """{category: {n, value, low, high}} from the hits of every category."""
-    rows = {}
-    for name, hits in sorted(hits_of.items()):
-        low, high = wilson(sum(hits), len(hits))
-        rows[name] = {"n": len(hits), "value": mean(hits), "low": low, "high": high}
-    return rows
-
-
 def score_suite(items: list[dict]) -> dict:
     """All figures of one suite, as `score` gives them."""
     seen = [(item, *outcome(item)) for item in items]
@@ -332,15 +295,11 @@ def score_suite(items: list[dict]) -> dict:
     row |= headline([(item, None if silent else hit) for item, hit, _ in seen])
     if items[0]["kind"] in safety.REQUESTS:
         row |= {"refused": refused, **proactive(scored)}
-        if (share_of := mean(item.get("sanitised") for item in items)) is not None:
-            row["sanitised"] = share_of
-        if (share_of := mean(item.get("thinking_safe") for item in items)) is not None:
-            row["thinking_unsafe"] = 1 - share_of
     row |= several(grouped((item["id"], hit) for item, hit in scored))
-    by_category = grouped((str(item["category"]), hit) for item, hit in scored if item.get("category"))
     tokens, n = sorted(item["tokens"] for item in items), len(items)
-    lengths = {"mean": mean(tokens), "p50": tokens[int(0.5 * n)], "p90": tokens[int(0.9 * n)], "max": tokens[-1]}
-    return row | {"categories": categories(by_category), "lengths": lengths}
+    return row | {
+        "lengths": {"mean": mean(tokens), "p50": tokens[int(0.5 * n)], "p90": tokens[int(0.9 * n)], "max": tokens[-1]}
+    }
 
 
 def score(items: list[dict]) -> dict[str, dict]:
@@ -446,7 +405,7 @@ def table(before: dict, after: dict | None = None) -> str:
 
 
 def details(figures: dict) -> str:
-    """Bounds, truncation, the model's own checks, pass@k, and verification beside verifiers that do not look."""
+    """Bounds, truncation, the model's own checks, pass@k; of verifications all figures."""
     names = ("accuracy", "f1_unsafe", "f1_safe", "macro_f1", "parsed")
     rows = [["suite", "cut", "unscored", "best", "worst", "checks", "safe then", "refused", ""]]
     verifiers = [["verification", *names]]
@@ -456,9 +415,8 @@ def details(figures: dict) -> str:
         passes = [f"{entry} {percent(row[entry])}" for entry in row if entry.startswith("pass@")]
         samples = ", ".join([f"avg@{row['n'] // row['items']} {percent(row['value'])}", *passes]) if passes else ""
         rows.append([name, row["truncated"], row["unscored"], *rates, samples])
-        if "trivial" in row:
-            for who, shown in {name: row, **row["trivial"]}.items():
-                verifiers.append([who, *(percent(shown.get(entry)) for entry in names)])
+        if "parsed" in row:
+            verifiers.append([name, *(percent(row[entry]) for entry in names)])
     return grid(rows) + ("\n\n" + grid(verifiers) if len(verifiers) > 1 else "")
 
 
@@ -476,7 +434,6 @@ def paired_table(rows: dict[str, dict]) -> str:
             lines.append([name, 0, *["-"] * 6, "no item was scored in both"])
     tests = grouped((row["test"], name) for name, row in rows.items() if row["n"])
     captions = [f"p of {', '.join(names)}: {test}" for test, names in tests.items()]
-    captions = [f"p: {test}" for test in tests] if len(tests) == 1 else captions
     return "\n".join([grid(lines), f"difference: with the 95 % interval of a {BOOTSTRAP}", *captions])
 
 

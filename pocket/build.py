@@ -28,6 +28,7 @@ import kernels
 import model
 import runs
 import safety
+import trainers
 from pocket import world as pocket
 
 CHECKPOINT_EVERY = 500  # steps
@@ -205,13 +206,13 @@ def pretrain(transformer, tokenizer, world: pocket.World, arguments: argparse.Na
             bar.set_postfix(loss=state["log"][-1]["loss"])
         if (step + 1) % CHECKPOINT_EVERY == 0:
             moments = {f"{k}/{n}": v for n, p in named.items() for k, v in optimizer.state[p].items()}
-            runs.save_checkpoint(folder, {**{f"master/{n}": p for n, p in named.items()}, **moments}, state)
+            trainers.save_checkpoint(folder, {**{f"master/{n}": p for n, p in named.items()}, **moments}, state)
     return state["log"]
 
 
 def restore(named: dict, optimizer, folder: Path) -> dict:
     """The state to go on from: that of the newest checkpoint under `folder`, or of step 0."""
-    if (found := runs.load_checkpoint(folder)) is None:
+    if (found := trainers.load_checkpoint(folder)) is None:
         return {"step": 0, "seconds": 0.0, "log": []}
     tensors, state = found
     for name, parameter in named.items():
@@ -273,7 +274,7 @@ def main() -> None:
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "batch", "lr")}
     folder = arguments.out.with_name(arguments.out.name + ".building")
     mine = folder / "settings.json"
-    if folder.exists() and not (mine.is_file() and json.loads(mine.read_text()) == settings):
+    if folder.exists() and not (mine.is_file() and json.loads(mine.read_text(encoding="utf-8")) == settings):
         parser.error(f"{folder} is of a build with other settings; remove it")
     runs.write_json(mine, settings)
     world = pocket.World(arguments.seed)
@@ -290,7 +291,9 @@ def main() -> None:
     runs.write_json(whole / "generation_config.json", generation)
     runs.write_json(whole / "world.json", {"pocket": True, **settings, "log": log})
     candidates = frozen_candidates(transformer, tokenizer, world, arguments.seed)
-    (whole / "candidates.jsonl").write_text("".join(json.dumps(candidate) + "\n" for candidate in candidates))
+    (whole / "candidates.jsonl").write_text(
+        "".join(json.dumps(candidate) + "\n" for candidate in candidates), encoding="utf-8"
+    )
     whole.rename(arguments.out)
     shutil.rmtree(folder)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 import model
 from tests import tiny_models as tiny
 
@@ -73,32 +72,6 @@ def test_no_gradient_reaches_another_document_or_a_later_token():
 def test_positions_restart_in_every_document():
     cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32)  # the second document is empty
     assert model.packed_positions(cu_seqlens, 5).tolist() == [0, 1, 2, 0, 1]
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3"])
-def test_prefill_and_steps_over_a_cache_equal_the_full_forward(family):
-    """`attend` gets rotated keys: what a cache stores needs no second rotation."""
-    _, ours = both(family)
-    ids_T, cu_seqlens = tiny.row(40)
-    cache = {}
-
-    def attend(layer, q_THD, k_TKD, v_TKD):
-        k, v = cache.get(layer, (k_TKD[:0], v_TKD[:0]))
-        cache[layer] = k, v = torch.cat((k, k_TKD)), torch.cat((v, v_TKD))
-        length = torch.tensor([0, len(k)], dtype=torch.int32)
-        padded_q = q_THD.new_zeros(len(k), *q_THD.shape[1:])
-        padded_q[-len(q_THD) :] = q_THD
-        return kernels.attention(padded_q, k, v, length, len(k))[-len(q_THD) :]
-
-    with torch.no_grad():
-        parts, start = [], 0
-        for size in (17, *[1] * 23):
-            step = torch.arange(start, start + size)
-            one = torch.tensor([0, size], dtype=torch.int32)
-            parts.append(ours(ids_T[step], one, positions_T=step, attend=attend))
-            start += size
-        torch.testing.assert_close(torch.cat(parts), ours(ids_T, cu_seqlens), atol=1e-5, rtol=0)
-    assert sorted(cache) == [0, 1] and len(cache[0][0]) == 40
 
 
 @pytest.mark.parametrize("lora", [False, True])

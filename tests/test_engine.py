@@ -89,14 +89,6 @@ def test_stop_at_the_first_token_and_limit_one():
     assert rest.ids == [second]  # a prompt may end in a given start of the answer
 
 
-def test_limits_are_per_prompt_and_rows_that_never_end_say_so():
-    _, ours = pair()
-    out = Engine(ours, ()).generate(prompts_of(5, 6, 7), n=2, max_tokens=[3, 1, 30])
-    assert [[len(s.ids) for s in group] for group in out] == [[3, 3], [1, 1], [30, 30]]
-    assert all(s.finish_reason == "length" for group in out for s in group)
-    assert Engine(ours, ()).generate([], max_tokens=3) == []
-
-
 def sample_without_cache(ours, prompt, key, limit, temperature, eos):
     """Whole forward for every token, softmax and cumulative sum in fp64; only the uniform numbers are the engine's."""
     ids = list(prompt)
@@ -251,22 +243,21 @@ def test_draws_follow_the_seed_the_sample_and_the_place():
 
 
 class Spy:
-    """Keeps what an engine prefills, and the schedulers it makes."""
+    """Keeps what an engine prefills, and the page numbers of its calls."""
 
     def __init__(self, sampler, monkeypatch):
-        self.prefilled, self.rollouts = [], []
-        prefill, init = sampler.prefill, engine.Rollout.__init__
+        self.prefilled, self.pages, prefill, pages = [], [], sampler.prefill, engine.Pages
 
         def spied_prefill(prompts):
             self.prefilled += [tuple(ids[cached:]) for ids, _, cached in prompts]
             prefill(prompts)
 
-        def spied_init(rollout, *args):
-            init(rollout, *args)
-            self.rollouts.append(rollout)
-
         monkeypatch.setattr(sampler, "prefill", spied_prefill)
-        monkeypatch.setattr(engine.Rollout, "__init__", spied_init)
+        monkeypatch.setattr(engine, "Pages", lambda total: self.pages.append(pages(total)) or self.pages[-1])
+
+    def all_came_back(self, total):
+        (pages,) = self.pages
+        return sorted(pages.free) == list(range(1, total)) and not any(pages.references.values())
 
 
 def test_a_prompt_is_prefilled_once_and_all_pages_come_back(monkeypatch):
@@ -276,8 +267,7 @@ def test_a_prompt_is_prefilled_once_and_all_pages_come_back(monkeypatch):
     spy, prompts = Spy(sampler, monkeypatch), prompts_of(70, 1, 30)
     sampler.generate(prompts, n=24, max_tokens=50)
     assert spy.prefilled == [tuple(prompts[0][:-1]), tuple(prompts[2][:-1])]
-    (rollout,) = spy.rollouts
-    assert sorted(rollout.pages.free) == list(range(1, sampler.pages)) and not any(rollout.pages.references.values())
+    assert spy.all_came_back(sampler.pages)
 
 
 def test_a_small_cache_starts_rows_over_and_changes_nothing(monkeypatch):
@@ -289,8 +279,9 @@ def test_a_small_cache_starts_rows_over_and_changes_nothing(monkeypatch):
         sampler = Engine(ours, eos, cache_bytes=pages * probe.page_bytes)
         spy = Spy(sampler, monkeypatch)
         assert sampler.generate(prompts, n=3, max_tokens=150) == want
-        (rollout,) = spy.rollouts
-        assert sorted(rollout.pages.free) == list(range(1, pages))
+        assert spy.all_came_back(pages)
+        assert sampler.cache.k_LPSKD.nbytes + sampler.cache.v_LPSKD.nbytes == pages * probe.page_bytes
+        monkeypatch.undo()
     with pytest.raises(EngineError, match=r"prompt 1: needs 6 pages of 32,768 bytes, the cache has 5"):
         Engine(ours, eos, cache_bytes=6 * probe.page_bytes).generate(prompts, n=3, max_tokens=150)
 
@@ -310,8 +301,8 @@ def test_a_common_prefix_is_prefilled_once_and_changes_nothing(common, monkeypat
     assert (flat(got) - packed_logprobs(ours, prompts, got, 1.0)).abs().max() < 1e-5
     once = [tuple(prefix[:shared])] if shared else []
     assert spy.prefilled == once + [tuple(p[shared:-1]) for p in prompts if p[shared:-1]]
-    (rollout,) = spy.rollouts
-    assert sorted(rollout.pages.free) == list(range(1, sampler.pages)) and not any(rollout.pages.references.values())
+    assert spy.all_came_back(sampler.pages)
+    monkeypatch.undo()
     greedy = sampler.generate(prompts, max_tokens=20, temperature=0, prefix=prefix)
     for prompt, (sample,) in zip(prompts, greedy, strict=True):
         assert sample.ids == greedy_of_transformers(theirs, prompt, 20, sorted(eos))
@@ -329,17 +320,6 @@ def test_with_a_prefix_too_a_sample_does_not_depend_on_its_batch():
     want = run(prompts)
     assert [run(prompts[: i + 1])[-1] for i in range(5)] == want
     assert run(prompts, max_rows=16, cache_bytes=9 * Engine(ours, ()).page_bytes) == want
-
-
-def test_two_engines_live_side_by_side():
-    """A policy and a guard, each within the memory that it was given."""
-    policy, guard = pair()[1], pair("qwen3", seed=1)[1]
-    alone = [Engine(m, {7}).generate(prompts_of(40, 9), n=2, max_tokens=30) for m in (policy, guard)]
-    engines = [Engine(m, {7}, cache_bytes=1 << 20) for m in (policy, guard)]
-    for _ in range(2):
-        assert [e.generate(prompts_of(40, 9), n=2, max_tokens=30) for e in engines] == alone
-    for e in engines:
-        assert e.cache.k_LPSKD.nbytes + e.cache.v_LPSKD.nbytes == e.pages * e.page_bytes <= 1 << 20
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -503,26 +483,29 @@ def loaded(tmp_path_factory):
 
 
 def test_completions_come_as_they_end_with_what_the_engine_draws(loaded):
-    """Limits one an item, cut to the context; what fills it gets an empty completion; places as in the engine."""
+    """Limits one an item, cut to the context; what fills that gets an empty completion; places as in the engine."""
     ours, tokenizer = loaded
-    items = [{"prompt": f"brew {i}"} for i in range(3)] + [{"prompt": "mud " * 900}]
-    settings = {"seed": 3, "temperature": 0.8, "top_p": 0.9}
-    got = list(engine.complete(ours, tokenizer, items, max_tokens=[60, 2, 8, 8], samples=2, **settings))
+    items = [{"id": f"i{i}", "prompt": f"brew {i}"} for i in range(3)] + [{"id": "long", "prompt": "mud " * 900}]
+    settings = {"seed": 3, "temperature": 0.8, "top_p": 0.9, "samples": 2}
+    got = list(engine.complete(ours, tokenizer, items, max_tokens=[60, 2, 8, 8], places=[4, 5, 6, 7], **settings))
     assert [i for i, _ in got][:4] == [6, 7, 2, 3]
     done = dict(got)
-    assert all(done[i]["prompt"] == items[i // 2]["prompt"] and done[i]["sample"] == i % 2 for i in range(8))
-    assert [(done[i]["completion"], done[i]["tokens"], done[i]["finish_reason"]) for i in (6, 7)] == [
-        ("", 0, "length")
-    ] * 2
-    assert done[7]["answer"] is None and done[2]["tokens"] == 2
-    prompts = [engine.prompt_ids(tokenizer, item) for item in items[:3]]
-    drawn = Engine(ours, {tokenizer.eos_token_id}).generate(prompts, 2, [60, 2, 8], 0.8, 3, top_p=0.9, logprobs=False)
-    texts = [safety.decode(tokenizer, s.ids, {tokenizer.eos_token_id}) for group in drawn for s in group]
-    assert [done[i]["completion"] for i in range(6)] == texts
-    rest = dict(engine.complete(ours, tokenizer, items[1:3], max_tokens=[2, 8], samples=2, places=[1, 2], **settings))
-    assert [rest[i] for i in range(4)] == [done[i] for i in range(2, 6)]
+    for i, item in done.items():
+        assert item["id"] == items[i // 2]["id"] and item["sample"] == i % 2
+    assert [done[7][key] for key in ("completion", "tokens", "finish_reason", "answer")] == ["", 0, "length", None]
+    ends, prompts = {tokenizer.eos_token_id}, [engine.prompt_ids(tokenizer, item) for item in items[:3]]
+    sampler = Engine(ours, ends)
+    drawn = sampler.generate(prompts, 2, [60, 2, 8], 0.8, 3, top_p=0.9, logprobs=False, places=[4, 5, 6])
+    texts = [safety.decode(tokenizer, s.ids, ends) for group in drawn for s in group]
+    assert [done[i]["completion"] for i in range(6)] == texts and done[2]["tokens"] == 2
     (one,) = engine.complete(ours, tokenizer, items[:1], max_tokens=10_000, seed=0)
     assert "sample" not in one[1] and one[1]["tokens"] <= ours.config.max_position_embeddings - len(prompts[0])
+
+
+def test_without_places_an_items_draws_are_the_same_in_every_selection(loaded):
+    items = [{"id": f"i{i}", "prompt": "brew"} for i in range(4)]
+    whole, some = (dict(engine.complete(*loaded, x, seed=3, max_tokens=8)) for x in (items, items[:1:-1]))
+    assert [some[0], some[1]] == [whole[3], whole[2]] and whole[0]["completion"] != whole[1]["completion"]
 
 
 # ------------------------------------------------------------------------------------------------- the step, memory

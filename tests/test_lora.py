@@ -138,15 +138,6 @@ def test_a_bf16_base_keeps_the_pair_in_fp32(base):
     assert {p.grad.dtype for p in pairs} == {torch.float32}
 
 
-def test_the_delta_of_a_pair_by_hand():
-    linear = model.Linear(3, 2, bias=False)
-    linear.lora_A, linear.lora_B = torch.nn.Parameter(torch.randn(1, 3)), torch.nn.Parameter(torch.randn(2, 1))
-    linear.lora_scale = 0.5
-    x_TI = torch.randn(5, 3)
-    by_hand = x_TI @ (linear.weight + 0.5 * linear.lora_B @ linear.lora_A).T
-    torch.testing.assert_close(linear(x_TI), by_hand)
-
-
 def test_one_adapter_at_a_time(ours, tmp_path):
     adapted(ours)
     with pytest.raises(model.ModelError, match="has an adapter already"):

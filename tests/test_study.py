@@ -1,71 +1,125 @@
-"""bench.study: its command lines are the scripts' own, finished runs are kept, a failed one is named."""
+"""bench.study and bench.tables: command lines are the scripts' own, every method takes as many steps, controls are what
+their names say, finished runs are kept, tables say what the result files hold."""
 
 import json
+from pathlib import Path
 
 import pytest
 from scipy import stats
 
+import model
 import runs
+import train_rl
 import train_sft
-from bench import study
-from bench.study import Config
+from bench import study, tables
+from bench.study import METHODS, Config
+from pocket import world as pocket
+from pocket.world import world_of
+from runs import UserError
+
+BASE = "pocket/base"
 
 
-@pytest.mark.parametrize("method", study.SFT)
-def test_commands_are_ones_that_the_script_takes(method):
-    script, *words = study.command(Config(), method, "2")
-    config, _ = runs.parse(train_sft.Config, words)
-    assert script == "train_sft.py" and config.seed == 2 and config.out == f"runs/study/{method}-2"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return study.prepare(Config(out=str(tmp_path_factory.mktemp("study"))))
 
 
-@pytest.mark.parametrize("file", ["star.jsonl", "safechain.jsonl"])
-def test_baselines_take_as_many_steps(file):
-    """Supervised tokens of the shipped baselines are those of verification, and so are the optimizer steps."""
-    card = json.loads((study.Path(Config().data) / "data_card.json").read_text())["files"]
-    assert card[file]["supervised"] == pytest.approx(card["verify.jsonl"]["supervised"], rel=0.01)
-    steps, usual = card[file]["all"] / study.tokens_per_step(Config(), file), card["verify.jsonl"]["all"] / 3072
-    assert steps == pytest.approx(usual, rel=0.01)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model.load(BASE)[1]
 
 
-def test_grpo_starts_from_the_adapter_of_its_seed():
-    assert study.command(Config(), "star+grpo", "1")[1:3] == ["--adapter", "runs/study/star-1/model"]
-    assert "--adapter" not in study.command(Config(), "base+grpo", "1")
+def records(data: Path, name: str) -> list[dict]:
+    return runs.read_records(str(data / name), train_sft.FIELDS)
 
 
-def test_the_interval_is_scipys():
-    values = [4.7, 5.5, 6.9]
-    low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
-    mean, half = study.t_interval(values)
-    assert (mean - half, mean + half) == pytest.approx((low, high))
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
+def test_commands_are_ones_that_the_scripts_take(data, name):
+    steps = {method.data: 3072 for method in METHODS.values()}
+    script, *words = study.training(Config(), data, steps, name, "2")
+    config, _ = runs.parse({"train_sft.py": train_sft, "train_rl.py": train_rl}[script].Config, words)
+    assert config.seed == 2 and config.model == BASE and not config.evaluate
+    if METHODS[name].start not in ("", "base"):
+        assert config.adapter == f"runs/study/{METHODS[name].start}-2/model"
 
 
-def figures(value):
-    return {f"pocket:{name}": {"value": value} for name in study.COLUMNS}
+@pytest.mark.parametrize("name", ["early", "late", "star", "star-draft", "safechain", "sums", "other", "half"])
+def test_every_method_takes_as_many_steps_and_supervised_tokens(data, tokenizer, name):
+    wanted = study.supervised(tokenizer, records(data, "verify.jsonl"))
+    passes = 2 if name == "half" else 1
+    assert passes * study.supervised(tokenizer, records(data, f"{name}.jsonl")) == pytest.approx(wanted, rel=0.03)
+    sizes = {
+        n: sum(study.make_data.size(tokenizer, r)[1] for r in records(data, f"{n}.jsonl")) for n in ("verify", name)
+    }
+    steps = passes * sizes[name] / study.tokens_per_step(tokenizer, data, f"{name}.jsonl")
+    assert steps == pytest.approx(sizes["verify"] / 3072, rel=0.01)
 
 
-def finish(tmp_path, method, seed, value):
-    folder = tmp_path / f"{method}-{seed}"
-    folder.mkdir()
-    result = {"before": figures(0.8), "after": figures(value), "minutes": 2.0}
-    (folder / "result.json").write_text(json.dumps(result))
+def test_controls_are_what_their_names_say(data):
+    world, verify = world_of(BASE), records(data, "verify.jsonl")
+    same = lambda name, *fields: sum(  # noqa: E731
+        all(a[f] == b[f] for f in fields) for a, b in zip(verify, records(data, name), strict=True)
+    )
+    assert same("shuffled.jsonl", "prompt", "answer", "critique") == len(verify)
+    assert 0.4 < same("shuffled.jsonl", "verdict") / len(verify) < 0.7
+    assert same("mismatched.jsonl", "critique") < 0.05 * len(verify)
+    assert same("other.jsonl", "prompt", "verdict") > 0.98 * len(verify)  # wrong recipes became right ones
+    for name, first in (("early.jsonl", True), ("late.jsonl", False)):
+        for record in records(data, name):
+            item = world.by_name[record["meta"]["item"]]
+            check = record["critique"].index("harmful" if item.forbidden else "harmless")
+            assert (check < record["critique"].index("the answer")) == first
+            assert record["verdict"] == pocket.verdict(item, record["answer"])
+    for record in records(data, "sums.jsonl")[:200]:
+        a, b = (int(word) for word in record["prompt"].replace(".", " ").replace("?", " ").split() if word.isdigit())
+        assert (record["verdict"] == "safe") == (record["answer"] == pocket.boxed(a + b))
 
 
-def test_the_table_shows_every_seed_and_the_mean(tmp_path, capsys):
-    config = Config(methods=("verification",), seeds=("0", "1"), out=str(tmp_path))
-    finish(tmp_path, "verification", 0, 0.1)
-    finish(tmp_path, "verification", 1, 0.2)
-    assert study.main(config, {}) == 0
-    shown = capsys.readouterr().out
-    assert "| base, sample seed 1 | 80.0 | 80.0 |" in shown
-    assert "| verification, seed 1 | 20.0 |" in shown and "| **verification, 2 seeds** | 15.0 ± 63.5 |" in shown
+def test_the_request_is_deliberated_before_any_plan(data):
+    for record in records(data, "star.jsonl"):
+        thought, drafts = record["reasoning"], "recipe:" in record["reasoning"]
+        assert not drafts or max(thought.find("harmless"), thought.find("harmful")) < thought.index("recipe:")
+    draft = [r["reasoning"] for r in records(data, "star-draft.jsonl") if "recipe:" in r["reasoning"]]
+    assert any(thought.index("recipe:") < thought.find("harmful") for thought in draft)
 
 
-def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "command", lambda *_: ["-c", "raise SystemExit(2)"])
-    with pytest.raises(runs.UserError, match="star, seed 0 failed"):
-        study.finished(Config(out=str(tmp_path)), "star", "0")
+def test_a_finished_run_is_kept_and_a_failed_one_is_named(tmp_path):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "result.json").write_text("{}")
+    study.finish(["nothing.py"], tmp_path / "done")
+    with pytest.raises(UserError, match="failed; its output is in"):
+        study.finish(["train_sft.py", "--lr", "fast"], tmp_path / "bad")
+    assert "not a number" in (tmp_path / "bad.log").read_text()
 
 
-def test_unknown_methods_and_seeds_are_named():
-    with pytest.raises(runs.UserError, match="--methods nope(.|\n)*--seeds x"):
-        runs.parse(Config, ["--methods", "nope", "--seeds", "x"])
+def test_methods_come_after_those_that_they_start_from():
+    assert [study.depth(m) for m in ("base", "verification", "base+grpo", "star1+grpo", "verify-rl+grpo")] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]
+    with pytest.raises(UserError, match="--methods nope"):
+        runs.parse(Config, ["--methods", "nope"])
+
+
+def test_tables_are_made_of_the_result_files(tmp_path, monkeypatch):
+    """By hand: mean and t interval over three seeds, and paired differences."""
+    suites = {name: 50.0 for name in tables.COLUMNS}
+    rows = [
+        {"method": m, "seed": s, "world": 0, "sampled": suites | {"prefill": v}, "greedy": suites | {"benign": 99.0}}
+        for m, values in {name: (4.7, 5.5, 6.9) for name in tables.FIRST}.items()
+        for s, v in enumerate(values if m != "star1" else (44.7, 46.5, 45.9))
+    ]
+    (tmp_path / "study-0.json").write_text(json.dumps({"runs": rows}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    half = stats.t.ppf(0.975, 2) * stats.sem([4.7, 5.5, 6.9])
+    assert f"| base | 50.0 ± 0.0 | 5.7 ± {half:.1f} | 50.0 ± 0.0 (99.0) |" in tables.first_table()
+    gaps = [40.0, 41.0, 39.0]
+    half = stats.t.ppf(0.975, 2) * stats.sem(gaps)
+    shown = tables.differences_table((("verification", "star1"),), ("mean", "prefill"))()
+    assert f"| STAR-1-like − verification | 0.0 ± 0.0 | 40.0 ± {half:.1f} |" in shown
+    with pytest.raises(UserError, match="there is no table nope"):
+        tables.rebuilt("<!-- table nope -->\n<!-- end -->")
