@@ -441,17 +441,13 @@ class Engine:
 
     def _check(self, prompts, n, limits, temperature, logprobs, top_p, places, prefix) -> None:
         """Raises EngineError for a call that could not run."""
-        for fine, message in (
-            (n >= 1, f"n={n}: at least one sample a prompt"),
-            (0 <= temperature < math.inf, f"temperature={temperature}: a finite number, 0 for greedy"),
-            (0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]"),
-            (top_p >= 1 or not logprobs, "top_p changes the distribution: it needs logprobs=False"),
-            (len(limits) == len(prompts), f"{len(limits)} limits for {len(prompts)} prompts"),
-            (len(places) == len(prompts), f"{len(places)} places for {len(prompts)} prompts"),
-            (min(places, default=0) >= 0, f"place {min(places, default=0)} in the random stream"),
-        ):
-            if not fine:
-                raise EngineError(message)
+        if n < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+            given = f"n={n}, temperature={temperature}, top_p={top_p}"
+            raise EngineError(f"{given}: n from 1, temperature from 0 (greedy) to any finite number, top_p in (0, 1]")
+        if top_p < 1 and logprobs:
+            raise EngineError("top_p changes the distribution: it needs logprobs=False")
+        if not len(prompts) == len(limits) == len(places):
+            raise EngineError(f"{len(prompts)} prompts, but {len(limits)} limits and {len(places)} places")
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if problem := self._misfit(prompt, limit, n, prefix):
                 raise EngineError(f"prompt {i}: {problem}")

@@ -397,16 +397,20 @@ def self_checked(config: Config, target: Target, items: list[dict], folder: Path
     spec, asked = safety.load_spec(config.spec).text, []
     for item in items:
         if item["kind"] in safety.REQUESTS and (item["answer"] or "").strip():
-            like, name = item.get("like", item["suite"]), f"check/{item['id']}/{item.get('sample', 0)}"
+            like = item.get("like", item["suite"])
             prompt = safety.verification_prompt(spec, item["prompt"], item["answer"])
-            asked.append({"id": name, "suite": scores.OWN, "like": like, "kind": "verify", "prompt": prompt})
+            asked.append({"id": check_id(item), "suite": scores.OWN, "like": like, "kind": "verify", "prompt": prompt})
     checks = {check["id"]: check for check in generate(config, target, asked, folder / "self_check.jsonl", True)}
-    return [replaced(item, checks.get(f"check/{item['id']}/{item.get('sample', 0)}")) for item in items]
+    return [replaced(item, checks) for item in items]
 
 
-def replaced(item: dict, check: dict | None) -> dict:
+def check_id(item: dict) -> str:
+    return f"check/{item['id']}/{item.get('sample', 0)}"
+
+
+def replaced(item: dict, checks: dict[str, dict]) -> dict:
     """An item after its check: a refusal where the verdict was unsafe, and else as it is."""
-    if check is None:
+    if (check := checks.get(check_id(item))) is None:
         return item
     verdict = safety.parse_verdict("</think>" + (check["answer"] or ""))
     item = {**item, "tokens": item["tokens"] + check["tokens"], "self_check": verdict}
@@ -498,13 +502,12 @@ def conclude(config: Config, folder: Path, parts: dict[str, dict], summary: dict
         summary[name] = {key: value for part in parts.values() for key, value in part[name].items()}
     summary["usage"] = judges.total_usage(folder)
     summary["figures"] = {mode or "sampled": part["figures"] for mode, part in parts.items()}
-    summary["incomplete"] = any(part["incomplete"] for part in parts.values())
     print("\n" + scores.details(parts[""]["rows"]))
     print(scores.agreement_table(summary["agreement"]), end="")
     runs.write_json(folder / "summary.json", summary)
     runs.write_json(folder / "result.json", parts[""]["rows"])
     print(f"\n{sum(summary['seconds'].values()):.0f} s; everything lies in {folder}")
-    if summary["incomplete"]:
+    if any(part["incomplete"] for part in parts.values()):
         print(f"what a server or a limit left out is asked for again by --resume {folder}", file=sys.stderr)
     left = {name: share for name, share in summary["unscored"].items() if share > config.max_unscored}
     for name, share in left.items():
@@ -513,6 +516,14 @@ def conclude(config: Config, folder: Path, parts: dict[str, dict], summary: dict
 
 
 # ------------------------------------------------------------------------------------------------- the modes
+
+
+def reopen(folder: Path) -> None:
+    """Let a finished run go on where a server or a limit left something out."""
+    names = ("generations*.jsonl", "labels*.jsonl", "own.jsonl", "self_check.jsonl")
+    files = [file for name in names for file in folder.glob(name)]
+    if any(judges.failed(record) for file in files for record in runs.stored(file, scores.key).values()):
+        (folder / "result.json").unlink(missing_ok=True)
 
 
 def begin_summary(config: Config, items: list[dict], facts: dict, world: World | None) -> dict:
@@ -541,7 +552,7 @@ def begin_summary(config: Config, items: list[dict], facts: dict, world: World |
 
 
 def evaluate(config: Config, origin: dict) -> int:
-    facts, before, done = {}, {}, {}
+    facts, done = {}, {}
     world = None if config.endpoint else world_of(config.model)
     items = load_items(config, world, facts)
     summary = begin_summary(config, items, facts, world)
@@ -550,12 +561,11 @@ def evaluate(config: Config, origin: dict) -> int:
     safety.load_spec(config.spec)
     if not config.resume:
         target.load()  # now, as everything that can be wrong with the settings must show before a folder has them
-    elif Path(config.resume, "summary.json").exists():
-        before = runs.read_json(Path(config.resume, "summary.json"))
-        if before.get("incomplete"):  # a server or a limit left something out
-            Path(config.resume, "result.json").unlink(missing_ok=True)
+    else:
+        reopen(Path(config.resume))
     folder = runs.new_folder(config, origin, "evaluate", model.device_name(model.pick_device(config.device)))
-    summary["seconds"] = before.get("seconds", {})
+    if (folder / "summary.json").exists():
+        summary["seconds"] = runs.read_json(folder / "summary.json")["seconds"]
     runs.write_json(folder / "summary.json", summary)
     with contextlib.ExitStack() as stack:
         stack.callback(judges.note_usage, folder, {"target": target.endpoint})
@@ -585,7 +595,7 @@ def rescore(config: Config, origin: dict) -> int:
         order = list(known)
         if mode == "_checked":
             checks = {c["id"]: c for c in runs.stored(folder / "self_check.jsonl", scores.key).values()}
-            done[mode] = [replaced(i, checks.get(f"check/{i['id']}/{i.get('sample', 0)}")) for i in done.get("", [])]
+            done[mode] = [replaced(item, checks) for item in done.get("", [])]
         elif samples := runs.stored(folder / f"generations{mode}.jsonl", scores.key):
             done[mode] = sorted(samples.values(), key=lambda item: (order.index(item["suite"]), *scores.key(item)))
     if not done:

@@ -518,8 +518,8 @@ class Endpoint:
 
     The openai package tries again what may pass. max_cost is in the currency of the prices (of a million tokens in, and
     out) and is never passed: an attempt costs its dearest until its reply says less; 0 is no limit. `seed` goes with
-    calls that name none. `usage` has what was used so far; `requests` counts calls, whatever retries they took. After
-    DEAD_AFTER calls in a row that were given up the server is no longer asked.
+    calls that name none. `usage` has what was used so far: `requests` counts calls, whatever retries they took,
+    `failed` those without a reply. After DEAD_AFTER calls in a row that were given up the server is no longer asked.
     """
 
     def __init__(self, url, model, *, max_cost=0.0, prices=(0.0, 0.0), seed=0, timeout=TIMEOUT):
@@ -539,7 +539,7 @@ class Endpoint:
         http = openai.DefaultHttpxClient(event_hooks=hooks, follow_redirects=False)  # to where a key might be shown
         settings = {"max_retries": RETRIES, "timeout": timeout, "http_client": http}
         self.client = openai.OpenAI(api_key=key, base_url=self.url, **settings)
-        self.usage = {"requests": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0}
+        self.usage = {"requests": 0, "failed": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0}
         self.names = {name: name for name in ("max_tokens", "temperature", "top_p", "seed")}  # None: refused
         self.given_up, self.lock, self.call = 0, threading.Lock(), threading.local()
 
@@ -620,6 +620,7 @@ class Endpoint:
             if came.tokens_in + came.tokens_out:  # a server that counts nothing is paid in full
                 usage["cost"] += self._price(came.tokens_in, came.tokens_out) - self.call.dearest
         elif self.call.sent:
+            usage["failed"] += 1
             alive = came.reason in ("endpoint_content_filter", "endpoint_no_text", "interrupted", "max_cost")
             self.given_up = 0 if alive else self.given_up + 1
 

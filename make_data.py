@@ -58,7 +58,10 @@ class Config:
     max_tokens: int = option(8192, "length limit of a sample", pocket=96, low=1)
     guard: str = option("qwen3guard", "labels the answers, named as in evaluate.py --judge", pocket="pocket")
     controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
-    expert: str = option("", "endpoint=MODEL@URL, local=MODEL, file=PATH, POLICY.py: the critiques", pocket="pocket")
+    expert: str = option(
+        "", "critiques by endpoint=MODEL@URL, local=MODEL, file=PATH or POLICY.py; none: the guard's verdict alone",
+        pocket="pocket",
+    )  # fmt: skip
     spec: str = option("star", "safety specification: a name under specs/ or the path of a text file", pocket="pocket")
     records: int = option(6000, "records to aim at, two thirds from harmful prompts; 0: all", pocket=0, low=0)
     baseline: tuple = option(
@@ -236,6 +239,11 @@ def draw(prompts: list[dict], sampler, model_hash: str, judge, samples, labels, 
 
 
 # ------------------------------------------------------------------------------------------------- critiques, records
+
+
+def guards_verdict(jobs: list[dict]) -> Iterator[tuple[int, safety.Critique]]:
+    """In place of an expert: no critique, and the guard's own label as verdict. Enough for RL on verification."""
+    yield from ((i, safety.Critique("", "safe" if job["safe"] else "unsafe")) for i, job in enumerate(jobs))
 
 
 def stage_critiques(expert, chosen: list[dict], log, config: Config, spec) -> list[dict]:
@@ -418,7 +426,8 @@ def main(config: Config, origin: dict) -> int:
         transformer, tokenizer = model.load(config.model, device, settings["dtype"], config.adapter)
         sampler, model_hash = (transformer, tokenizer), fingerprint(transformer, tokenizer)
     judge = judges.load(config.guard, controversial=config.controversial, **settings)
-    expert = judges.load_expert(config.expert, **settings)
+    silent = judges.Expert("none", guards_verdict)
+    expert = silent if config.expert == "none" else judges.load_expert(config.expert, **settings)
     endpoints = {"sampler": config.endpoint and sampler, "guard": judge.endpoint, "expert": expert.endpoint}
 
     folder = runs.new_folder(config, origin, "make_data", model.device_name(device))  # what is wrong has shown by now

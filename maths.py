@@ -93,12 +93,14 @@ def grade(pairs: list[tuple[str | None, str]], seconds: float = 5.0) -> list[boo
     if unclear and importlib.util.find_spec("math_verify") is None:
         raise UserError("grading maths needs math-verify: pip install -r requirements-extra.txt")
 
-    def work(k: int) -> None:
-        for i in unclear[k :: len(_workers)]:
-            verdicts[i] = _workers[k].ask(stated[i], pairs[i][1][:ANSWER_CHARS], seconds)
+    rest = iter(unclear)  # each worker takes the next one as soon as it is free
+
+    def work(worker: Worker) -> None:
+        for i in rest:
+            verdicts[i] = worker.ask(stated[i], pairs[i][1][:ANSWER_CHARS], seconds)
 
     with _lock, ThreadPoolExecutor(len(_workers)) as threads:
-        list(threads.map(work, range(len(_workers))))
+        list(threads.map(work, _workers))
     return verdicts
 
 

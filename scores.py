@@ -434,6 +434,7 @@ def paired_table(rows: dict[str, dict]) -> str:
             lines.append([name, 0, *["-"] * 6, "no item was scored in both"])
     tests = grouped((row["test"], name) for name, row in rows.items() if row["n"])
     captions = [f"p of {', '.join(names)}: {test}" for test, names in tests.items()]
+    captions = [f"p: {test}" for test in tests] if len(tests) == 1 else captions
     return "\n".join([grid(lines), f"difference: with the 95 % interval of a {BOOTSTRAP}", *captions])
 
 

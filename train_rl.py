@@ -1,8 +1,7 @@
 """Minimal GRPO: answers from the very weights that are trained, a judge's reward, one forward and backward a step.
 
     python train_rl.py                                               the pocket world, about 2 minutes on a CPU
-    python train_rl.py --adapter runs/sft/model                      from an SFT start: goes on training its adapter
-    python train_rl.py --adapter runs/sft/model --lora-r 0           the same, merged first, every weight
+    python train_rl.py --adapter runs/sft/model                      from an SFT start (--lora-r 0 merges it first)
     python train_rl.py --prompts verify=pocket/data/verify.jsonl --max-prompt 200    on verification alone
     python train_rl.py --model M --prompts A@2 dapo#3000 --guard qwen3guard --out runs/mine
     python train_rl.py --resume runs/mine
@@ -20,7 +19,6 @@ Your own reward: --reward FILE.py with `reward(prompt, completion, item) -> (num
 import functools
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import numbers
@@ -75,7 +73,6 @@ class Config:
     max_prompt: int = option(1024, "tokens of a prompt; longer ones are dropped and counted", pocket=128, low=1)
     max_tokens: int = option(4096, "tokens of an answer and its thinking; one cut off earns 0", pocket=96, low=1)
     advantage: str = option("mean", "r - mean, or that over the standard deviation", choices=("mean", "std"))
-    normaliser: str = option("tokens", "loss over trained tokens, or over all possible", choices=("tokens", "constant"))
     clip_low: float = option(0.2, "lower clip of the ratio: 1 - value", low=0, below=1)
     clip_high: float = option(0.28, "upper clip of the ratio: 1 + value", low=0, below=CLIP_DUAL - 1)
     lr: float = option(1e-5, "learning rate of LoRA; 1e-6 for full training (--lora-r 0)", pocket=1e-3, low=0)
@@ -103,12 +100,12 @@ class Config:
         return [message for message, fine in checks.items() if not fine]
 
 
-FRESH = trainers.FRESH | {"updates": 0, "answers": 0, "unscored": 0, "first_entropy": 0.0}
-FRESH |= {"warned": [], "shown": []}  # warnings that hold now; samples that wait with the line of the log
+FRESH = trainers.FRESH | {"updates": 0, "answers": 0, "unscored": 0, "warnings": []}  # the state before step 0
+WATCHED = ("reward", "safe", "refused_benign", "correct", "live", "truncated", "entropy", "grad_norm")
 GAPS = ("kl_sampler", "clip_share", "max_gap")  # figures of an update, null where there was none
 
 
-# ------------------------------------------------------------------------------------------------- objective
+# ------------------------------------------------------------------------------------------------- objective and step
 
 
 def advantages(rewards: list, kind: str = "mean") -> list:
@@ -151,9 +148,6 @@ def objective(logp_N, sampler_N, advantage_N, denominator: float, config: Config
     return -gain_N.sum() / denominator, figures
 
 
-# ------------------------------------------------------------------------------------------------- rows and the step
-
-
 @dataclass
 class Drawing:
     """One answer that was drawn. `item` is what judges read; `action` includes the stop token."""
@@ -191,10 +185,9 @@ def pack(group: list[Drawing], device="cpu"):
     return *tensors, torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
-def denominator(live: list[Drawing], config: Config) -> int:
-    """What the step's loss is divided by: one number for all of its micro-batches."""
-    if config.normaliser == "constant":
-        return config.prompts_per_step * config.group * config.max_tokens
+def denominator(live: list[Drawing]) -> int:
+    """What the loss is divided by in all micro-batches of a step: its trained tokens. (Dr. GRPO divides by a constant:
+    prompts_per_step * group * max_tokens.)"""
     return sum(len(d.action) for d in live)
 
 
@@ -205,7 +198,7 @@ def schedule(step: int, config: Config) -> float:
 
 def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config: Config, plan: trainers.Plan) -> dict:
     """One update on the answers of live groups. The figures are means over their tokens, `max_gap` their largest."""
-    total, loss, sums = denominator(live, config), 0.0, []
+    total, loss, sums = denominator(live), 0.0, []
     for group in trainers.fill(live, plan.micro_tokens):
         ids_T, labels_T, sampler_T, advantage_T, cu_seqlens = pack(group, transformer.head_weight.device)
         hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=plan.checkpointing)
@@ -237,13 +230,6 @@ class Pool:
         number, place = divmod(place, len(self.prompts))
         return self.prompts[shuffled(len(self.prompts), f"{seed}-{self.name}-{number}")[place]]
 
-    def keep(self, prompts: list[dict], why: str) -> int:
-        """Keep these prompts alone; returns how many went. Raises UserError, with `why`, where none is left."""
-        if not prompts:
-            raise UserError(f"--prompts {self.name}: {why}")
-        dropped, self.prompts = len(self.prompts) - len(prompts), prompts
-        return dropped
-
 
 @functools.lru_cache(64)
 def shuffled(n: int, key: str) -> list[int]:
@@ -265,35 +251,36 @@ def load_pools(words: tuple[str, ...], world, seed: int) -> list[Pool]:
     return pools
 
 
+def keep(pools: list[Pool], wanted: Callable[[dict], bool], why: str) -> int:
+    """Keep wanted prompts alone; returns how many went. Raises UserError, with `why`, where a pool has none left."""
+    before = sum(len(pool.prompts) for pool in pools)
+    for pool in pools:
+        pool.prompts = [prompt for prompt in pool.prompts if wanted(prompt)]
+        if not pool.prompts:
+            raise UserError(f"--prompts {pool.name}: {why}")
+    return before - sum(len(pool.prompts) for pool in pools)
+
+
 def decontaminate(pools: list[Pool], tested: list[dict]) -> tuple[int, dict[str, dict]]:
     """Drop every prompt that a suite holds: (how many, {suite: hits, "exact" or by an "8-gram"}), see suites.py."""
-    dropped, counts = 0, {}
-    for pool in pools:
-        kept, hits = suites.decontaminate(pool.prompts, tested)
-        for suite, row in hits.items():
-            counts[suite] = {how: n + counts.get(suite, {}).get(how, 0) for how, n in row.items()}
-        dropped += pool.keep(kept, f"a suite of --decontaminate holds every prompt ({hits})")
-    return dropped, counts
+    kept, hits = suites.decontaminate([prompt for pool in pools for prompt in pool.prompts], tested)
+    clean = set(map(id, kept))
+    return keep(pools, lambda prompt: id(prompt) in clean, f"suites of --decontaminate hold all of it ({hits})"), hits
 
 
 def tokenize(pools: list[Pool], tokenizer, longest: int) -> int:
     """Render every prompt, keep its `ids` with it, drop those over `longest` tokens; returns how many were dropped."""
-    dropped = 0
-    for pool in pools:
-        for prompt in tqdm(pool.prompts, desc="tokenizing", leave=False):
-            prompt["ids"] = engine.prompt_ids(tokenizer, prompt)
-        short = [prompt for prompt in pool.prompts if len(prompt["ids"]) <= longest]
-        dropped += pool.keep(short, f"no prompt has at most {longest} tokens")
-    return dropped
+    for prompt in tqdm([prompt for pool in pools for prompt in pool.prompts], desc="tokenizing", leave=False):
+        prompt["ids"] = engine.prompt_ids(tokenizer, prompt)
+    return keep(pools, lambda prompt: len(prompt["ids"]) <= longest, f"no prompt has at most {longest} tokens")
 
 
 def hold_out(pools: list[Pool], n: int, seed: int) -> list[dict]:
     """Take n prompts out of the pools, by their text: no text is on both sides."""
     texts = sorted({prompt["prompt"] for pool in pools for prompt in pool.prompts})
-    kept = set(random.Random(f"held-out-{seed}").sample(texts, min(n, len(texts) // 2)))
-    taken = {p["prompt"]: p for pool in pools for p in pool.prompts if p["prompt"] in kept}
-    for pool in pools:
-        pool.keep([p for p in pool.prompts if p["prompt"] not in kept], f"--held-out {n} leaves no prompt of it")
+    held = set(random.Random(f"held-out-{seed}").sample(texts, min(n, len(texts) // 2)))
+    taken = {p["prompt"]: p for pool in pools for p in pool.prompts if p["prompt"] in held}
+    keep(pools, lambda prompt: prompt["prompt"] not in held, f"--held-out {n} leaves no prompt of it")
     return list(taken.values())
 
 
@@ -356,8 +343,8 @@ def reward(item: dict, label: dict) -> float | None:
 
 def judge_rewards(judge, items: list[dict]) -> list[tuple]:
     """[(reward, {kind: reward}, label)] of the items, by a judge of judges.py."""
-    rewards = [(reward(item, label), label) for item, label in zip(items, judge(items), strict=True)]
-    return [(value, {item["kind"]: value}, label) for item, (value, label) in zip(items, rewards, strict=True)]
+    scored = [(item["kind"], reward(item, label), label) for item, label in zip(items, judge(items), strict=True)]
+    return [(value, {kind: value}, label) for kind, value, label in scored]
 
 
 def own_rewards(path: str, example: dict) -> Callable:
@@ -402,9 +389,6 @@ def score_groups(groups: list[list[Drawing]], scorer, config: Config) -> list[Dr
     return [d for d in drawings if d.advantage is not None]
 
 
-# ------------------------------------------------------------------------------------------------- health
-
-
 def mean(values) -> float:
     """Of those that are not None; NaN, a null in the log, where there are none."""
     values = [value for value in values if value is not None]
@@ -434,19 +418,18 @@ def health(groups: list[list[Drawing]]) -> dict:
     }
 
 
-def warnings(line: dict, first_entropy: float) -> list[str]:
-    """What a line of the log means, in words, where the policy is near collapse."""
+def warnings(line: dict) -> list[str]:
+    """What a line of the log means, in words, where the policy is near collapse; a comparison with NaN is false."""
     signs = {
         "no group of the step disagrees about its reward: no update": line["live"] == 0,
         "nearly every benign request is refused": line["refused_benign"] > 0.8,
         "no harmful request is answered safely": line["safe"] < 0.02,
-        "the commonest answer fills over half of the step: always the same verdict": line["same_text"] > 0.5,
-        "the entropy is under a tenth of what it was at first": line["entropy"] < 0.1 * first_entropy,
+        "the commonest answer fills over half of the step": line["same_text"] > 0.5,
         "a quarter of the answers reaches --max-tokens and earns nothing": line["truncated"] > 0.25,
         "the judge leaves over a tenth of the answers unscored": line["unscored"] > 0.1,
         "sampler and trainer disagree by over 0.01 nats a token": line["kl_sampler"] > 0.01,
     }
-    return [words for words, holds in signs.items() if holds]  # a comparison with NaN is false
+    return [words for words, holds in signs.items() if holds]
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -469,64 +452,58 @@ class Run:
 
 def one_step(run: Run, step: int) -> tuple[dict, list[list[Drawing]]]:
     """(line of the log, groups) of one step, counted from 0: draw, score, update."""
-    config, clock = run.config, [time.perf_counter()]
+    config, started = run.config, time.perf_counter()
     prompts = step_prompts(run.pools, step, config.prompts_per_step, config.seed)
     groups = draw(run.sampler, run.tokenizer, prompts, config.group, rollout_seed(config.seed, step), config)
-    clock.append(time.perf_counter())
+    drawn = time.perf_counter()
     live = score_groups(groups, run.scorer, config)
-    clock.append(time.perf_counter())
-    figures = {"loss": 0.0, "lr": schedule(step, config), "grad_norm": 0.0, **dict.fromkeys(GAPS, math.nan)}
+    line = {"loss": 0.0, "lr": schedule(step, config), "grad_norm": 0.0, **dict.fromkeys(GAPS, math.nan)}
     if live:
-        figures |= optimizer_step(run.sampler.transformer, run.trainee, live, figures["lr"], config, run.plan)
-    clock.append(time.perf_counter())
-    seconds = [after - before for before, after in itertools.pairwise(clock)]
-    tokens = sum(len(d.action) for group in groups for d in group)
-    line = {**figures, **health(groups), "tokens": tokens}
-    line |= {"live": sum(any(d.advantage is not None for d in group) for group in groups)}
-    line |= {"tokens_per_s": tokens / sum(seconds), "seconds": sum(seconds)}
-    return line | dict(zip(("draw_seconds", "judge_seconds", "update_seconds"), seconds, strict=True)), groups
+        line |= optimizer_step(run.sampler.transformer, run.trainee, live, line["lr"], config, run.plan)
+    seconds = time.perf_counter() - started
+    line |= {**health(groups), "seconds": seconds, "draw_seconds": drawn - started}
+    line["live"] = sum(any(d.advantage is not None for d in group) for group in groups)
+    line["tokens"] = sum(len(d.action) for group in groups for d in group)
+    line["answers"] = sum(map(len, groups))
+    return line | {"tokens_per_s": line["tokens"] / seconds}, groups
 
 
 def train(run: Run, state: dict) -> None:
     """From `state`, which has what FRESH has, to the end of the run, changing it on the way.
 
-    A step's line of the log waits in the state until its checkpoint is written and its validation done.
+    A validation follows the checkpoint of its step: where it was cut off, a resumed run begins with it.
     """
     steps = run.config.steps
+    due = trainers.fifths(steps)
     bar = tqdm(total=steps, initial=state["step"], desc="training", unit="step")
     with runs.Interruptible() as interrupt, bar:
         while True:
-            if state["line"]:
-                figures = validate(run) if trainers.ends_fifth(state["step"], steps) else {}
-                trainers.log_step(run.folder, state, figures, state["shown"], interrupt)
+            if run.held_out and state["step"] in due:
+                figures = validate(run)
+                trainers.log(run.folder, state["step"], figures, [])
+                tqdm.write(f"step {state['step']}: {figures}")
             if state["step"] == steps:
-                break
+                return
             line, groups = one_step(run, state["step"])
-            count_step(state, line, groups)
-            if trainers.ends_fifth(state["step"], steps) or interrupt.requested:
-                trainers.save_checkpoint(run.folder, run.trainee.tensors(), state)
-            bar.set_postfix_str(log_line(line, state["skipped"]))
+            count_step(state, line)
+            trainers.end_step(run.folder, run.trainee, state, line, samples(groups), due, interrupt)
+            bar.set_postfix({name: line[name] for name in WATCHED}, skipped=state["skipped"])
             bar.update()
 
 
-def count_step(state: dict, line: dict, groups: list[list[Drawing]]) -> None:
-    """Carry a step over into the state of the run; say which warnings are new."""
-    answers = sum(map(len, groups))
-    state["first_entropy"] = state["first_entropy"] or line["entropy"]
-    words = warnings(line, state["first_entropy"])
-    trainers.count_step(state, line | {"warnings": words})
+def count_step(state: dict, line: dict) -> None:
+    """Carry over into the state of the run what only RL counts; say which warnings are new, and put them in the line."""
+    line["warnings"] = warnings(line)
+    for new in [words for words in line["warnings"] if words not in state["warnings"]]:
+        tqdm.write(f"step {state['step'] + 1}: {new}")
+    state["warnings"] = line["warnings"]
     state["updates"] += math.isfinite(line["grad_norm"]) and line["live"] > 0
-    state["answers"] += answers
-    state["unscored"] += round(line["unscored"] * answers)
-    for new in [w for w in words if w not in state["warned"]]:
-        tqdm.write(f"step {state['step']}: {new}")
-    state |= {"shown": samples(groups), "warned": words}
+    state["answers"] += line["answers"]
+    state["unscored"] += round(line["unscored"] * line["answers"])
 
 
 def validate(run: Run) -> dict:
     """Figures of the policy as it is on the held-out prompts, from random numbers of its own."""
-    if not run.held_out:
-        return {}
     groups = draw(run.sampler, run.tokenizer, run.held_out, 1, run.config.seed + 2000, run.config)
     score_groups(groups, run.scorer, run.config)
     shown = ("reward", "safe", "refused_benign", "correct", "truncated")
@@ -546,40 +523,33 @@ def samples(groups: list[list[Drawing]]) -> list[dict]:
     ]
 
 
-def log_line(line: dict, skipped: int) -> str:
-    """What a person watches."""
-    shown = f"reward {line['reward']:.3f} safe {line['safe']:.2f} refused {line['refused_benign']:.2f}"
-    shown += f" correct {line['correct']:.2f} live {line['live']} cut {line['truncated']:.2f} H {line['entropy']:.2f}"
-    return shown + f" norm {line['grad_norm']:.2f} {line['seconds']:.1f} s" + (f" skipped {skipped}" if skipped else "")
-
-
-def report_plan(pools: list[Pool], dropped: int, held_out: list, clean: dict, plan: trainers.Plan, config: Config):
+def report_plan(pools: list[Pool], held_out: list, account: dict, plan: trainers.Plan, config: Config) -> None:
     """Everything that was derived, before step 0."""
-    counts = clean["decontamination"]
-    hits = {suite: row for suite, row in counts.items() if any(row.values())}
-    print(f"compared with {len(counts)} suites: {clean['held_by_a_suite']} prompts left out {hits or ''}".rstrip())
-    if clean["not_at_hand"]:
-        print(f"prompts were not compared with {', '.join(clean['not_at_hand'])}: not at hand (result.json says why)")
+    for name in ("held_by_a_suite", "decontamination", "not_at_hand", "too_long"):
+        print(f"{name.replace('_', ' ')}: {account[name] or 'none'}")
     for pool, count in zip(pools, quotas([p.weight for p in pools], config.prompts_per_step), strict=True):
-        kinds = Counter(prompt["kind"] for prompt in pool.prompts)
-        share = ", ".join(f"{kind} {n / len(pool.prompts):.0%}" for kind, n in sorted(kinds.items()))
+        kinds = dict(Counter(prompt["kind"] for prompt in pool.prompts))
         licences = ", ".join(sorted({prompt["licence"] for prompt in pool.prompts}))
-        print(f"{pool.name}: {len(pool.prompts)} prompts ({share}; {licences}), {count} a step")
-    print(f"{dropped} prompts dropped as too long, {len(held_out)} held out")
-    print(f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group} answers, lr {config.lr:.1e}")
+        print(f"{pool.name}: {len(pool.prompts)} prompts, {kinds}, {count} a step; {licences}")
+    print(
+        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group} answers; {len(held_out)} held out"
+    )
     print(f"memory: {plan}")
 
 
 # ------------------------------------------------------------------------------------------------- beginning and end
 
 
-def check_guard(config: Config, pools: list[Pool]) -> None:
-    """Raises UserError where --guard cannot judge the prompts, before anything is drawn."""
-    if config.reward:
-        return
-    guard, prompts = config.guard.partition("=")[0], [prompt for pool in pools for prompt in pool.prompts]
-    requests = [p for p in prompts if p["kind"] in REQUESTS]
+def needed_guard(config: Config, pools: list[Pool]) -> str:
+    """--guard, or "maths", which needs no model, where no prompt is a request, or "" beside a reward of one's own.
+
+    Raises UserError where it cannot judge the prompts, before anything is drawn.
+    """
+    prompts = [prompt for pool in pools for prompt in pool.prompts]
+    requests, guard = [p for p in prompts if p["kind"] in REQUESTS], config.guard.partition("=")[0]
     benign = sorted({p["source"] for p in requests if p["kind"] == "benign"})
+    if config.reward:
+        return ""
     if guard == "pocket" and any("item" not in p for p in requests):
         raise UserError("--guard pocket judges the pocket's own prompts only; name another guard for yours")
     if guard == "maths" and requests:
@@ -589,6 +559,7 @@ def check_guard(config: Config, pools: list[Pool]) -> None:
         raise UserError(f"--guard {guard} {why}; take qwen3guard or wildguard, or sets without benign prompts")
     if any(p["kind"] == "maths" for p in prompts) and importlib.util.find_spec("math_verify") is None:
         raise UserError("grading maths needs math-verify: pip install -r requirements-extra.txt")
+    return config.guard if requests else "maths"
 
 
 def load_policy(config: Config, device: str, dtype):
@@ -604,48 +575,24 @@ def load_policy(config: Config, device: str, dtype):
     return transformer, tokenizer
 
 
-def needed_guard(config: Config, pools: list[Pool]) -> str:
-    """--guard, or "maths", which needs no model, where every prompt has an exact answer."""
-    asks = any(prompt["kind"] in REQUESTS for pool in pools for prompt in pool.prompts)
-    return config.guard if asks else "maths"
-
-
-def load_scorer(config: Config, pools: list[Pool], world, device: str, dtype, cache_bytes: int | None) -> Callable:
-    """What gives rewards: the guard, or the user's file, which is tried on the first prompt."""
+def load_scorer(config: Config, guard: str, example: dict, **settings) -> Callable:
+    """What gives rewards: the guard, or the user's file, which is tried on an example first."""
     if config.reward:
-        return own_rewards(config.reward, pools[0].prompts[0])
-    settings = {"controversial": config.controversial, "cache_bytes": cache_bytes}
-    judge = judges.load(needed_guard(config, pools), world=world, device=device, dtype=dtype, **settings)
-    return functools.partial(judge_rewards, judge)
+        return own_rewards(config.reward, example)
+    return functools.partial(judge_rewards, judges.load(guard, controversial=config.controversial, **settings))
 
 
-def plan_memory(config: Config, pools: list[Pool], device: str, dtype) -> trainers.Plan:
+def plan_memory(config: Config, guard: str, device: str, dtype) -> trainers.Plan:
     """How the steps fit into memory beside sampler and guard, before anything is loaded. Raises UserError."""
-    longest, guard = config.max_prompt + config.max_tokens, None
-    name, _, path = needed_guard(config, pools).partition("=")
-    if name in judges.GUARDS and not config.reward:
-        guard = trainers.shape_of(path or judges.GUARDS[name].model)
-    return trainers.plan_memory(
-        trainers.shape_of(config.model), config.lora_r, dtype, config.micro_tokens, trainers.free_memory(device),
-        longest=longest, rows=config.prompts_per_step * config.group, answer=longest, guard=guard,
-    )  # fmt: skip
+    longest, (name, _, path) = config.max_prompt + config.max_tokens, guard.partition("=")
+    sizes = {"longest": longest, "answer": longest, "rows": config.prompts_per_step * config.group}
+    sizes["guard"] = (path or judges.GUARDS[name].model) if name in judges.GUARDS else ""
+    return trainers.plan_memory(config, dtype, trainers.free_memory(device), **sizes)
 
 
 def fingerprint(pools: list[Pool], config: Config) -> str:
     texts = json.dumps([[p["id"], p["prompt"], p.get("target")] for pool in pools for p in pool.prompts])
     return hashlib.sha256(texts.encode() + (Path(config.reward).read_bytes() if config.reward else b"")).hexdigest()
-
-
-def finish(result: dict, config: Config, folder: Path) -> int:
-    """Write result.json, the last file; say where everything lies; the exit code."""
-    result["unscored_share"] = unscored = result["unscored"] / max(1, result["answers"])
-    runs.write_json(folder / "result.json", result)
-    print(f"\n{result['updates']} updates in {result['seconds']:.0f} s, {result['minutes']:.1f} minutes in all")
-    print(f"every step: {folder / 'metrics.jsonl'}; answers: {folder / 'samples.jsonl'}; all files: {folder}")
-    if unscored > config.max_unscored:
-        print(f"the judge left {unscored:.1%} of the answers unscored, over --max-unscored {config.max_unscored:.1%}")
-        return runs.EXIT_UNSCORED
-    return runs.EXIT_OK
 
 
 def main(config: Config, origin: dict) -> int:
@@ -655,38 +602,44 @@ def main(config: Config, origin: dict) -> int:
     model.pick_kernels(device)
     world = world_of(config.model)
     pools = load_pools(config.prompts, world, config.seed)
-    check_guard(config, pools)
+    guard = needed_guard(config, pools)
     tested, missing = suites.tested_items(config.decontaminate, config.model, world)
     held, hits = decontaminate(pools, tested)
-    clean = {"held_by_a_suite": held, "decontamination": hits, "not_at_hand": missing}
-    plan = plan_memory(config, pools, device, dtype)
+    plan = plan_memory(config, guard, device, dtype)
     transformer, tokenizer = load_policy(config, device, dtype)
     room = min(config.max_prompt, transformer.config.max_position_embeddings - config.max_tokens)
-    dropped = tokenize(pools, tokenizer, room)
-    data_sha256 = fingerprint(pools, config)
+    account = {"held_by_a_suite": held, "too_long": tokenize(pools, tokenizer, room)}
+    account |= {"decontamination": hits, "not_at_hand": missing, "data_sha256": fingerprint(pools, config)}
     held_out = hold_out(pools, config.held_out, config.seed)
-    scorer = load_scorer(config, pools, world, device, dtype, plan.guard_cache)
+    settings = {"world": world, "device": device, "dtype": dtype, "cache_bytes": plan.sizes.get("guard cache")}
+    scorer = load_scorer(config, guard, pools[0].prompts[0], **settings)
     folder = runs.new_folder(config, origin, "train_rl", model.device_name(device))
 
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
-    report_plan(pools, dropped, held_out, clean, plan, config)
+    report_plan(pools, held_out, account, plan, config)
 
     trainers.seed_everything(config.seed)
     trainee = trainers.Trainee(transformer, dtype, (BETA1, config.beta2), WEIGHT_DECAY)
     end, longest = model.end_ids(transformer, tokenizer), config.max_prompt + config.max_tokens
-    sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=plan.policy_cache)
+    sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=plan.sizes.get("policy cache"))
     measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
     before = measure(folder / "before.json") if config.evaluate else None
-    state = trainers.resume(folder, trainee, FRESH | {"data_sha256": data_sha256})
+    state = trainers.resume(folder, trainee, FRESH | {"data_sha256": account["data_sha256"]})
     train(Run(sampler, tokenizer, trainee, scorer, pools, held_out, config, plan, folder), state)
 
     trainers.save(transformer, tokenizer, config.model, folder / "model")
-    result = {name: value for name, value in state.items() if name not in ("line", "shown")} | clean
+    result = state | account
     if before:
         result |= trainers.show_before_after(before, measure(folder / "after.json"))
     result |= {"training_minutes": state["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
-    return finish(result, config, folder)
+    result["unscored_share"] = unscored = state["unscored"] / state["answers"]
+    runs.write_json(folder / "result.json", result)
+    print(f"\n{state['updates']} updates, {result['minutes']:.1f} minutes in all; all files: {folder}")
+    if unscored > config.max_unscored:
+        print(f"the judge left {unscored:.1%} of the answers unscored, over --max-unscored {config.max_unscored:.1%}")
+        return runs.EXIT_UNSCORED
+    return runs.EXIT_OK
 
 
 if __name__ == "__main__":

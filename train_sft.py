@@ -16,7 +16,6 @@ import itertools
 import math
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,23 +118,20 @@ def check_world(config: Config) -> None:
 
 def prepare(tokenizer, records: list[dict], config: Config, context: int) -> tuple[list[Example], dict]:
     """(examples, accounting). Raises UserError if nothing, or everything, would be trained on."""
-    examples, dropped = [], Counter()
+    built = []
     for record in tqdm(records, desc="tokenizing", leave=False):
         try:
-            example = build(tokenizer, record, config.target)
+            built.append(build(tokenizer, record, config.target))
         except ValueError as error:
             raise UserError(f"{config.data}, record {record['id']}: {error}") from None
-        if len(example.ids) > config.max_len:
-            dropped[f"longer than --max-len {config.max_len}"] += 1
-        elif len(example.ids) > context:
-            dropped[f"longer than the model's context {context}"] += 1
-        else:
-            examples.append(example)
-    tokens, trained = sum(len(e.ids) for e in examples), sum(sum(e.trained) for e in examples)
-    account = {"records": len(examples), "dropped": dict(dropped), "tokens": tokens, "supervised": trained}
-    if not 0 < trained < tokens:
-        raise UserError(f"{config.data}: {trained} of {tokens} tokens are supervised; dropped: {dict(dropped)}")
-    return examples, account | {"longest": max(len(e.ids) for e in examples)}
+    limit = min(config.max_len, context)
+    examples = [e for e in built if len(e.ids) <= limit]
+    lengths, trained = [len(e.ids) for e in examples], sum(sum(e.trained) for e in examples)
+    account = {"records": len(examples), "too_long": len(built) - len(examples), "limit": limit}
+    account |= {"tokens": sum(lengths), "supervised": trained, "longest": max(lengths, default=0)}
+    if not 0 < trained < sum(lengths):
+        raise UserError(f"{config.data}: {trained} of {sum(lengths)} tokens are supervised: {account}")
+    return examples, account
 
 
 def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -212,14 +208,12 @@ def validate(transformer, tokenizer, held_out: list[Example], config: Config, pl
     The model writes the critique too. Verdicts after the given critique would be right nearly always: it gives them
     away. A missing verdict counts as wrong.
     """
-    if not held_out:
-        return {}, []
     with torch.no_grad():
         total = sum(nll_sum(transformer, group).item() for group in trainers.fill(held_out, plan.micro_tokens))
     figures = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}
     samples = sample(transformer, tokenizer, held_out[:VALIDATION_SAMPLES])
-    verdicts = [s for s in samples if s["kind"] == "verify"] if config.target != "critique" else []
-    if verdicts:
+    verdicts = [s for s in samples if s["kind"] == "verify"]
+    if verdicts and config.target != "critique":
         figures["verdict_accuracy"] = sum(s["verdict"] == s["predicted"] for s in verdicts) / len(verdicts)
     return figures, samples
 
@@ -229,90 +223,72 @@ def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
     context = transformer.config.max_position_embeddings
     longest = max(sum(e.trained) for e in examples) * 3 // 2
     limits = [min(longest, context - len(e.prompt_ids)) for e in examples]
-    room = max(len(e.prompt_ids) + limit for e, limit in zip(examples, limits, strict=True))
     torch.cuda.empty_cache()  # so that the engine sees what is really free
     end = model.end_ids(transformer, tokenizer)
+    room = min(context, longest + max(len(e.prompt_ids) for e in examples))
     sampler = engine.Engine(transformer, end, max_rows=VALIDATION_SAMPLES, max_context=room)
     drawn = sampler.generate([e.prompt_ids for e in examples], max_tokens=limits, temperature=0.0)
     done = []
     for example, (drawing,) in zip(examples, drawn, strict=True):
-        record, text = example.record, safety.decode(tokenizer, drawing.ids, end)
-        line = {"id": record["id"], "kind": record["kind"], "prompt": record["prompt"], "completion": text}
-        if record["kind"] == "verify":
-            line |= {"verdict": record["verdict"], "predicted": safety.parse_verdict(text)}
-        done.append(line | {"finish_reason": drawing.finish_reason})
+        line = {name: example.record.get(name) for name in ("id", "kind", "prompt", "verdict")}
+        text = safety.decode(tokenizer, drawing.ids, end)
+        line |= {"completion": text, "predicted": safety.parse_verdict(text), "finish_reason": drawing.finish_reason}
+        done.append(line)
     return done
 
 
-# ------------------------------------------------------------------------------------------------- reports
+# ------------------------------------------------------------------------------------------------- the loop
 
 
-def show_row(tokenizer, example: Example, width: int = 110, lines: int = 12) -> None:
+def show_row(tokenizer, example: Example, width: int = 600) -> None:
     """One record as the model sees it, the supervised part marked; long texts are cut in the middle."""
     begin = len(example.prompt_ids)
-    for mark, ids in (("  ", example.ids[:begin]), (">>", example.ids[begin:])):
-        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in safety.decode(tokenizer, ids)).split("\n")
-        if len(shown) > lines:
-            shown = [*shown[: lines // 2], f"... {len(shown) - lines} lines ...", *shown[-lines // 2 :]]
-        for line in shown:
-            print(f"  {mark} | {line[:width]}")
+    for mark, ids in (("   | ", example.ids[:begin]), (" >> | ", example.ids[begin:])):
+        text = safety.decode(tokenizer, ids)
+        text = text if len(text) <= width else f"{text[: width // 2]}\n...\n{text[-width // 2 :]}"
+        for line in text.split("\n"):
+            print(mark + "".join(c if c.isprintable() else "?" for c in line))
 
 
 def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan, config: Config) -> None:
     """Everything that was derived, before step 0."""
     share = account["supervised"] / account["tokens"]
     print(f"{account['records']} records, {account['tokens']:,} tokens, {share:.1%} supervised (marked >> below)")
-    print(f"longest {account['longest']} tokens; dropped: {account['dropped'] or 'none'}")
+    print(f"longest {account['longest']} tokens; {account['too_long']} records over {account['limit']} dropped")
     rows = [row for step in epochs[0] for row in trainers.fill(step, plan.micro_tokens)]
-    training = [example for row in rows for example in row]
-    print(f"{len(training)} records to train on, {len(held_out)} held out by prompt")
-    filled = sum(len(e.ids) for e in training) / (len(rows) * plan.micro_tokens)
+    print(f"{sum(map(len, rows))} records to train on, {len(held_out)} held out by prompt")
+    filled = sum(len(e.ids) for row in rows for e in row) / (len(rows) * plan.micro_tokens)
     print(f"an epoch: {len(epochs[0])} steps, {len(rows)} packed rows, {filled:.0%} filled, no padding")
-    total = sum(map(len, epochs))
-    print(f"{total} steps: lr rises to {config.lr} in the first {config.warmup:.0%}, then a cosine towards 0")
+    print(f"{sum(map(len, epochs))} steps: lr rises to {config.lr} in {config.warmup:.0%}, then a cosine towards 0")
     print(f"memory: {plan}")
 
 
-def log_line(line: dict, skipped: int) -> str:
-    """What a person watches."""
-    shown = f"loss {line['loss']:.3f} lr {line['lr']:.1e} norm {line['grad_norm']:.2f}"
-    shown += f" {line['tokens_per_s']:,.0f} tok/s {line['peak_gib']:.1f} GiB"
-    shown += f" MFU {line['mfu']:.0%}" if "mfu" in line else ""
-    return shown + (f" skipped {skipped}" if skipped else "")
-
-
-# ------------------------------------------------------------------------------------------------- the loop
-
-
 def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Config, plan, folder: Path, state: dict):
-    """From `state` to the end of the run, changing it on the way.
+    """From `state` to the end of the run, changing it on the way; returns the figures of the last validation.
 
-    epochs: the optimizer steps of each, lists of examples. state: trainers.FRESH and the figures of the last
-    validation. A step's line of the log waits in it until the checkpoint is written and the validation done.
+    epochs: the optimizer steps of each, lists of examples. A validation follows the checkpoint of its step: where it
+    was cut off, a resumed run begins with it.
     """
-    steps, epoch_ends = sum(epochs, []), set(itertools.accumulate(map(len, epochs)))
-    flops = trainers.flops_a_token(transformer, bool(config.lora_r))
+    steps, epoch_ends, figures = sum(epochs, []), set(itertools.accumulate(map(len, epochs))), {}
+    due = trainers.fifths(len(steps)) | epoch_ends
     bar = tqdm(total=len(steps), initial=state["step"], desc="training", unit="step")
     with runs.Interruptible() as interrupt, bar:
         while True:
-            if state["line"]:
-                validated = state["step"] in epoch_ends
-                figures, samples = validate(transformer, tokenizer, held_out, config, plan) if validated else ({}, [])
-                state["figures"] = figures or state["figures"]
-                trainers.log_step(folder, state, figures, samples, interrupt)
+            if held_out and state["step"] in epoch_ends:
+                figures, samples = validate(transformer, tokenizer, held_out, config, plan)
+                trainers.log(folder, state["step"], figures, samples)
+                tqdm.write(f"step {state['step']}: {figures}")
             if state["step"] == len(steps):
-                break
+                return figures
             started = time.perf_counter()
             lr = schedule(state["step"], len(steps), config)
             line = optimizer_step(transformer, trainee, steps[state["step"]], lr, plan)
-            seconds = time.perf_counter() - started
-            speed = line["tokens"] / seconds
-            trainers.count_step(
-                state, line | {"tokens_per_s": speed, "seconds": seconds, **trainers.mfu(speed * flops)}
-            )
-            if trainers.ends_fifth(state["step"], len(steps)) or state["step"] in epoch_ends or interrupt.requested:
-                trainers.save_checkpoint(folder, trainee.tensors(), state)
-            bar.set_postfix_str(log_line(state["line"], state["skipped"]))
+            line["seconds"] = time.perf_counter() - started
+            line["tokens_per_s"] = line["tokens"] / line["seconds"]
+            line |= trainers.mfu(transformer, bool(config.lora_r), line["tokens_per_s"])
+            trainers.end_step(folder, trainee, state, line, [], due, interrupt)
+            shown = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu")
+            bar.set_postfix({name: line[name] for name in shown if name in line}, skipped=state["skipped"])
             bar.update()
 
 
@@ -323,15 +299,12 @@ def main(config: Config, origin: dict) -> int:
     device = model.pick_device(config.device)
     dtype = model.pick_dtype(config.dtype, device)
     model.pick_kernels(device)
-    shape, free = trainers.shape_of(config.model), trainers.free_memory(device)
-    make_plan = functools.partial(
-        trainers.plan_memory, shape, config.lora_r, dtype, config.micro_tokens, free, rows=VALIDATION_SAMPLES
-    )
-    make_plan(longest=1)  # refuses what cannot be trained here before it is loaded
+    free, rows = trainers.free_memory(device), VALIDATION_SAMPLES
+    trainers.plan_memory(config, dtype, free, longest=1, rows=rows)  # refuses what can never be trained before loading
     loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
     transformer, tokenizer = model.load(config.model, device, loaded)
     examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
-    plan = make_plan(longest=account["longest"])
+    plan = trainers.plan_memory(config, dtype, free, longest=account["longest"], rows=rows)
     training, held_out = split(examples, config.held_out, config.seed)
     epochs = [epoch_steps(training, epoch, config) for epoch in range(config.epochs)]
     folder = runs.new_folder(config, origin, "train_sft", model.device_name(device))
@@ -348,12 +321,11 @@ def main(config: Config, origin: dict) -> int:
     measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
     before = measure(folder / "before.json") if config.evaluate else None
     data_sha256 = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
-    state = trainers.resume(folder, trainee, trainers.FRESH | {"figures": {}, "data_sha256": data_sha256})
-    train(transformer, tokenizer, trainee, epochs, held_out, config, plan, folder, state)
+    state = trainers.resume(folder, trainee, trainers.FRESH | {"data_sha256": data_sha256})
+    figures = train(transformer, tokenizer, trainee, epochs, held_out, config, plan, folder, state)
 
     trainers.save(transformer, tokenizer, config.model, folder / "model")
-    result = {name: value for name, value in state.items() if name != "line"} | account
-    result["training_minutes"] = state["seconds"] / 60
+    result = {**state, **account, "figures": figures, "training_minutes": state["seconds"] / 60}
     if before:
         result |= trainers.show_before_after(before, measure(folder / "after.json"))
     result["minutes"] = (time.monotonic() - begun) / 60

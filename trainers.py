@@ -1,7 +1,7 @@
 """What both training scripts share: fp32 masters and AdamW, checkpoints, the pocket's suites, memory and speed."""
 
 import functools
-import json
+import itertools
 import math
 import os
 import random
@@ -49,25 +49,24 @@ class Trainee:
     """
 
     def __init__(self, transformer, dtype, betas: tuple[float, float], weight_decay: float):
-        named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-        self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
-        self.masters = self.parameters
-        if dtype != torch.float32 and not any("lora_" in name for name in self.names):
-            self.masters = [p.detach().requires_grad_() for p in self.parameters]
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
+        self.parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+        self.masters = dict(self.parameters)
+        if dtype != torch.float32 and not transformer.lora:
+            for name, parameter in self.parameters.items():
+                self.masters[name] = master = parameter.detach().requires_grad_()
                 parameter.data = parameter.data.to(dtype)
                 parameter.register_post_accumulate_grad_hook(functools.partial(collect, master))
-        self.adam = torch.optim.AdamW(self.masters, betas=betas, weight_decay=weight_decay, fused=True)
+        self.adam = torch.optim.AdamW(self.masters.values(), betas=betas, weight_decay=weight_decay, fused=True)
 
     def refresh(self) -> None:
         """Round the masters into the compute copies."""
-        if self.masters is not self.parameters:
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                parameter.data.copy_(master.data)
+        for name, parameter in self.parameters.items():
+            if parameter is not self.masters[name]:
+                parameter.data.copy_(self.masters[name].data)
 
     def step(self, lr: float, clip: float) -> float:
         """Clip, update, clear; returns the gradient norm before clipping. A non-finite norm changes nothing."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), clip).item()
         if math.isfinite(norm):
             self.adam.param_groups[0]["lr"] = lr
             self.adam.step()
@@ -77,14 +76,13 @@ class Trainee:
 
     def tensors(self) -> dict:
         """Masters and moments by name: everything that a checkpoint needs."""
-        saved = {}
-        for name, master in zip(self.names, self.masters, strict=True):
-            saved[f"master/{name}"] = master
+        saved = {f"master/{name}": master for name, master in self.masters.items()}
+        for name, master in self.masters.items():
             saved |= {f"{key}/{name}": value for key, value in self.adam.state[master].items()}
         return saved
 
     def restore(self, saved: dict) -> None:
-        for name, master in zip(self.names, self.masters, strict=True):
+        for name, master in self.masters.items():
             master.data.copy_(saved[f"master/{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}/{name}" in saved:  # none before the first finite step
@@ -120,7 +118,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------- checkpoints and logs
 
 
 def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
@@ -134,10 +132,10 @@ def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
         shutil.rmtree(torn, ignore_errors=True)
     temporary = final.with_name("." + final.name)
     temporary.mkdir(parents=True)
-    generators = {"rng/cpu": torch.get_rng_state()}
+    tensors = {**tensors, "rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        generators["rng/cuda"] = torch.cuda.get_rng_state()
-    whole = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **generators}.items()}
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, temporary / "tensors.safetensors")
     with open(temporary / "tensors.safetensors", "rb+") as file:
         os.fchmod(file.fileno(), 0o600)
@@ -178,54 +176,55 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict] | None:
     return tensors, state
 
 
-# What both loops keep: seconds are of steps alone, skipped steps had no finite gradient, in_a_row counts the last of
-# those, `line` is the newest of the log, which waits until its step's checkpoint is written and its validation done
-FRESH = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "line": {}}
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# What both loops keep: seconds are of steps alone, skipped steps had no finite gradient, in_a_row are the last of them
+FRESH = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0}
 
 
-def count_step(state: dict, line: dict) -> None:
-    """Carry a step, given by its line of the log, over into the state of the run."""
+def fifths(steps: int) -> set[int]:
+    """How many steps make a fifth of the run, two fifths, ...: where checkpoints are. 7 steps -> 2 3 5 6 7"""
+    return {-(-k * steps // 5) for k in range(1, 6)}
+
+
+def log(folder: Path, step: int, line: dict, samples: list[dict]) -> None:
+    runs.append_jsonl(folder / "metrics.jsonl", {"step": step, **line})
+    for sample in samples:
+        runs.append_jsonl(folder / "samples.jsonl", {"step": step, **sample})
+
+
+def end_step(folder: Path, trainee: Trainee, state: dict, line: dict, samples: list[dict], due: set, interrupt) -> None:
+    """Carry a step, given by its line of the log, over into the state of the run; log it, with samples; keep a
+    checkpoint if one is due. Then raises KeyboardInterrupt if `interrupt` (runs.Interruptible) asks for it, and
+    UserError after PATIENCE steps without a finite gradient."""
     finite = math.isfinite(line["grad_norm"])
     state["step"] += 1
     state["seconds"] += line["seconds"]
     state["skipped"] += not finite
     state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
-    state["line"] = {"step": state["step"], **line, "peak_gib": peak_memory()}
-
-
-def log_step(folder: Path, state: dict, figures: dict, samples: list[dict], interrupt: runs.Interruptible) -> None:
-    """Write the waiting line, with the figures of a validation, and samples. Then raises KeyboardInterrupt where that
-    was requested, and UserError after PATIENCE steps without a finite gradient."""
-    for sample in samples:
-        runs.append_jsonl(folder / "samples.jsonl", {"step": state["step"], **sample})
-    runs.append_jsonl(folder / "metrics.jsonl", state["line"] | figures)
-    if figures:
-        tqdm.write(f"step {state['step']}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    log(folder, state["step"], line | {"peak_gib": peak_memory()}, samples)
+    if state["step"] in due or interrupt.requested:
+        sizes = {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
+        save_checkpoint(folder, trainee.tensors(), {**state, "logs": sizes})
     if interrupt.requested:
         raise KeyboardInterrupt
     if state["in_a_row"] == PATIENCE:
         raise UserError(f"{PATIENCE} steps in a row without a finite gradient; try a smaller --lr")
 
 
-def ends_fifth(step: int, steps: int) -> bool:
-    """Whether step number `step`, counted from 1, ends a fifth of the run: where checkpoints are."""
-    return 5 * step // steps > 5 * (step - 1) // steps
-
-
 def resume(folder: Path, trainee: Trainee, fresh: dict) -> dict:
     """The state to go on from: that of the newest checkpoint, or `fresh` where there is none yet; its step is printed.
 
-    A checkpoint is written before its step is validated and logged, so the logs are cut back to the step before;
-    state["line"] is what is still to be logged. Raises UserError where the data, by `data_sha256` of both, are others.
+    The logs are cut back to where they were. Raises UserError where the data, by `data_sha256` of both, are others.
     """
-    state = fresh
+    state, sizes = fresh, {}
     if found := load_checkpoint(folder):
         tensors, state = found
+        sizes = state.pop("logs")
         trainee.restore(tensors)
     if state["data_sha256"] != fresh["data_sha256"]:
         raise UserError(f"{folder}: the data have changed since its last checkpoint")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        runs.rewind(folder / name, state["step"] - 1)
+    for path in [folder / name for name in LOGS if (folder / name).exists()]:
+        os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
     print(f"from step {state['step']}")
     return state
 
@@ -234,60 +233,58 @@ def save(transformer, tokenizer, base: str, path: Path) -> None:
     """What was trained: the adapter in PEFT's format, or the whole model with what makes a pocket of it."""
     if transformer.lora:
         model.save_adapter(transformer, path, base=base)
-        print(f"the adapter (PEFT format): {path}")
     else:
         model.save(transformer, tokenizer, path)
         if runs.is_pocket(base):
             shutil.copyfile(Path(base) / "world.json", path / "world.json")
-        print(f"the model (Hugging Face format): {path}")
+    print(f"the {'adapter (PEFT' if transformer.lora else 'model (Hugging Face'} format): {path}")
 
 
-# ------------------------------------------------------------------------------------------------- evaluation
+def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> dict:
+    """{figures, items, seconds} of the pocket's suites, kept in `path`; read from there if a resumed run has them."""
+    if path.exists():
+        return runs.read_json(path)
+    begun, world = time.perf_counter(), world_of(base)
+    items = suites.load(["pocket"], world, suites.candidates(base))
+    limits = [suites.max_tokens(item) for item in items]
+    torch.cuda.empty_cache()  # so that the engine sees what is really free
+    drawn = dict(engine.complete(transformer, tokenizer, items, seed=seed, max_tokens=limits))
+    done = [drawn[i] for i in range(len(items))]
+    labels = judges.load("pocket", world=world)(done)
+    labelled = [{**item, **label} for item, label in zip(done, labels, strict=True)]
+    result = {"figures": scores.score(labelled), "items": labelled, "seconds": time.perf_counter() - begun}
+    runs.write_json(path, result)
+    tqdm.write(f"{path.stem}: {len(labelled)} prompts in {result['seconds']:.0f} s")
+    return result
 
 
-def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> tuple[dict, list[dict]]:
-    """(figures, items) of the pocket's suites, kept in `path`; read from there if a resumed run has them already."""
-    if not path.exists():
-        begun, world = time.perf_counter(), world_of(base)
-        items = suites.load(["pocket"], world, suites.candidates(base))
-        limits = [suites.max_tokens(item) for item in items]
-        torch.cuda.empty_cache()  # so that the engine sees what is really free
-        drawn = dict(engine.complete(transformer, tokenizer, items, seed=seed, max_tokens=limits))
-        done = [drawn[i] for i in range(len(items))]
-        labels = judges.load("pocket", world=world)(done)
-        labelled = [{**item, **label} for item, label in zip(done, labels, strict=True)]
-        seconds = time.perf_counter() - begun
-        runs.write_json(path, {"figures": scores.score(labelled), "items": labelled, "seconds": seconds})
-        tqdm.write(f"{path.stem}: {len(labelled)} prompts in {seconds:.0f} s")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return stored["figures"], stored["items"]
+def show_before_after(before: dict, after: dict) -> dict:
+    """Print two results of `evaluate` beside each other; returns what result.json says of them."""
+    print("\n" + scores.table(before["figures"], after["figures"]))
+    print(scores.side_by_side(before["items"], after["items"], ("pocket:role", "pocket:encoded", "pocket:prefill")))
+    return {"before": before["figures"], "after": after["figures"]}
 
 
-def show_before_after(before: tuple, after: tuple) -> dict:
-    """Print both evaluations beside each other; returns what result.json says of them."""
-    print("\n" + scores.table(before[0], after[0]))
-    print(scores.side_by_side(before[1], after[1], ("pocket:role", "pocket:encoded", "pocket:prefill")))
-    return {"before": before[0], "after": after[0]}
-
-
-# ------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------------- memory and speed
 
 
 @dataclass
 class Plan:
-    """How a step is cut into forward passes, and the bytes of GPU memory by what they are for (none on a CPU)."""
+    """How a step is cut into forward passes, and bytes of GPU memory by what they are for (none planned on a CPU)."""
 
     micro_tokens: int
     checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
     sizes: dict[str, int] = field(default_factory=dict)
-    policy_cache: int | None = None  # of the two engines; None: they choose for themselves
-    guard_cache: int | None = None
 
     def __str__(self) -> str:
-        recomputed = "activations recomputed" if self.checkpointing else "activations kept"
-        caches = {"policy cache": self.policy_cache or 0, "guard cache": self.guard_cache or 0}
-        bytes_by_use = f"; GiB of {in_gib(self.sizes | caches)}" if self.sizes else ""
-        return f"{self.micro_tokens} tokens a forward pass, {recomputed}{bytes_by_use}"
+        words = (
+            f"{self.micro_tokens} tokens a forward pass, activations {'recomputed' if self.checkpointing else 'kept'}"
+        )
+        return words + (f"; GiB of {in_gib(self.sizes)}" if self.sizes else "")
+
+
+def in_gib(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items() if size)
 
 
 def shape_of(path: str):
@@ -331,52 +328,35 @@ def graph_bytes(transformer, rows: int) -> int:
     return 4 * min(rows, MAX_ROWS) * transformer.config.vocab_size * 4
 
 
-def halved(micro_tokens: int, longest: int) -> list[int]:
-    """micro_tokens, half of it, and so on, but never less than `longest`: 16384 and 3000 -> 16384 8192 4096 3000"""
-    sizes = [max(micro_tokens, longest)]
-    while sizes[-1] > longest:
-        sizes.append(max(longest, sizes[-1] // 2))
-    return sizes
+def plan_memory(config, dtype, free: int, *, longest: int, rows: int, answer: int = 0, guard: str = "") -> Plan:
+    """The first that fits of: micro_tokens, half of it and so on, with all activations kept; the same recomputed.
 
-
-def plan_memory(
-    transformer, lora_r: int, dtype, micro_tokens: int, free: int, *, longest: int, rows: int, answer: int = 0,
-    guard=None,
-) -> Plan:  # fmt: skip
-    """The first that fits of: micro_tokens and its halves with all activations kept, then the same recomputed.
-
-    free: bytes of GPU memory; 0 is a CPU, where micro_tokens stays as it is. longest: tokens of the longest document.
-    rows: samples of an engine. answer: tokens of the longest prompt and answer in RL, of which LEAST_ROWS must fit into
-    the cache; what is left becomes cache. guard: a second model, on an engine of its own, whose cache gets GUARD_SHARE
-    of that. Raises UserError with the figures where nothing fits.
+    config: of either script. free: bytes of GPU memory; 0 is a CPU. longest: tokens of the longest document, less
+    cannot be in a pass. rows: samples of an engine. answer: tokens of the longest prompt and answer in RL, of which
+    LEAST_ROWS must fit into the cache; what is left becomes cache. guard: path of a second model, on an engine of its
+    own, whose cache gets GUARD_SHARE of that. Raises UserError with the figures where nothing fits.
     """
+    transformer = shape_of(config.model)
     if not free:
-        return Plan(micro_tokens)
-    c, share = transformer.config, GUARD_SHARE if guard else 0.0
+        return Plan(config.micro_tokens)
+    c, others = transformer.config, {"graphs": graph_bytes(transformer, rows)}
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # keys and values
-    least = LEAST_ROWS * token * (answer + engine.PAGE) if answer else 0
-    others = {"graphs": graph_bytes(transformer, rows)}
+    least, share = LEAST_ROWS * token * (answer + engine.PAGE) if answer else 0, 0.0
     if guard:
-        others["guard"] = sum(p.numel() for p in guard.parameters()) * dtype.itemsize + graph_bytes(guard, rows)
-    for checkpointing in (False, True):
-        for size in halved(micro_tokens, longest):
-            sizes = training_bytes(transformer, lora_r, dtype, size, checkpointing) | others
-            rest = int(HEADROOM * free) - sum(sizes.values())
-            if rest * (1 - share) >= least:
-                caches = (int(rest * (1 - share)), int(rest * share)) if answer else (None, None)
-                return Plan(size, checkpointing, sizes, *caches)
+        judge, share = shape_of(guard), GUARD_SHARE
+        others["guard"] = sum(p.numel() for p in judge.parameters()) * dtype.itemsize + graph_bytes(judge, rows)
+    passes = [max(longest, config.micro_tokens >> halvings) for halvings in range(10)]
+    for checkpointing, size in itertools.product((False, True), passes):
+        sizes = training_bytes(transformer, config.lora_r, dtype, size, checkpointing) | others
+        rest = int(HEADROOM * free) - sum(sizes.values())
+        if rest * (1 - share) >= least:
+            caches = {"policy cache": int(rest * (1 - share)), "guard cache": int(rest * share)} if answer else {}
+            return Plan(size, checkpointing, sizes | caches)
     raise UserError(
         f"this does not fit into {free / 2**30:.2f} GiB of free GPU memory, even with {size} tokens a forward pass and"
         f" activations recomputed: GiB of {in_gib(sizes | {'least cache': least})}. What helps: --lora-r 16, shorter"
         " documents, a smaller model or guard"
     )
-
-
-def in_gib(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items() if size)
-
-
-# ------------------------------------------------------------------------------------------------- speed
 
 
 def peak_memory() -> float:
@@ -387,14 +367,13 @@ def peak_memory() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def flops_a_token(transformer, lora: bool) -> float:
-    """Products with weights, forward and backward: 6 a parameter, 4 where the weights get no gradient."""
-    embedding = 0 if transformer.config.tie_word_embeddings else transformer.model.embed_tokens.weight.numel()
-    return (4 if lora else 6) * (sum(p.numel() for p in transformer.parameters()) - embedding)
+def mfu(transformer, lora: bool, tokens_per_s: float) -> dict:
+    """{"mfu": share of the dense bf16 peak that products with weights reach} on a known GPU, else nothing.
 
-
-def mfu(flops_a_second: float) -> dict:
-    """{"mfu": share of the dense bf16 peak} on a known GPU, else nothing."""
+    Forward and backward take 6 FLOPs a parameter and token, 4 where the weights get no gradient.
+    """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peaks = [peak for name, peak in PEAK_FLOPS.items() if name in device]
-    return {"mfu": flops_a_second / peaks[0]} if peaks else {}
+    embedding = 0 if transformer.config.tie_word_embeddings else transformer.model.embed_tokens.weight.numel()
+    parameters = sum(p.numel() for p in transformer.parameters()) - embedding
+    return {"mfu": (4 if lora else 6) * parameters * tokens_per_s / peaks[0]} if peaks else {}

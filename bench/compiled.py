@@ -6,7 +6,8 @@
 
 The launchers themselves run, on tensors without data, with a recorder in the place of `dispatch.launch`; so what is
 compiled here is what they would launch. Checked for each: no register spill, shared memory within the device, tensor
-core instructions where there is a product of 16-bit operands, vector or asynchronous loads, no fp64 instruction.
+core instructions where there is a product of 16-bit operands, vector or asynchronous loads, no fp64 instruction. The
+candidates of bench.kernels, which no launcher chooses yet, are compiled for Hopper and marked by their names.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.kernels import CANDIDATES
 from kernels import dispatch
 
 # the functions of the package hide the modules of the same names
@@ -66,14 +68,34 @@ def launches(arch, dtypes=tuple(DTYPES), dims=(64, 128), widths=(128, 1024, 2048
         cases += [("even", partial(_head, dtype, 4096)), ("ragged", partial(_head, dtype, 2064))]
         cases += [("", partial(_gate, dtype))]
         for label, case in cases:
-            recorded = []
-            with recording(arch, recorded):
-                case()
-            for kernel, args, meta in recorded:
+            for kernel, args, meta in recorded(arch, case):
                 flags = [f.lower() for f in ("ADD", "INVERSE") if meta.get(f)]
                 name = "/".join(filter(None, [kernel.__name__.strip("_"), DTYPES[dtype], label, *flags]))
                 found.setdefault(name, Launch(name, kernel, args, meta))
-    return list(found.values())
+    return list(found.values()) + (candidates(arch) if arch == "sm_90" else [])
+
+
+def candidates(arch):
+    """The launches that the candidates of bench.kernels change, in bf16, as kernel/candidate/its name."""
+    chosen = []
+    for name, candidate in CANDIDATES.items():
+        case = (
+            partial(_heads, torch.bfloat16, 128)
+            if candidate.op == "attention"
+            else partial(_head, torch.bfloat16, 4096)
+        )
+        with candidate.applied():
+            changed = [launch for launch in recorded(arch, case) if launch[0].__name__ == candidate.kernel]
+        chosen += [Launch(f"{candidate.kernel.strip('_')}/candidate/{name}", *launch) for launch in changed]
+    return chosen
+
+
+def recorded(arch, case):
+    """(kernel, arguments, meta) of everything that a function launches."""
+    found = []
+    with recording(arch, found):
+        case()
+    return found
 
 
 def _empty(*shape, dtype):
@@ -103,7 +125,7 @@ def _norms(dtype, width):
 def _head(dtype, width, tokens=8192, vocab=151_936):
     y = _empty(tokens, dtype=torch.int64)
     vectors = HEAD.launch_score(_empty(tokens, width, dtype=dtype), _empty(vocab, width, dtype=dtype), y, 0.6)
-    z = _empty(HEAD.CHUNK, vocab, dtype=torch.float32)
+    z = _empty(HEAD.CHUNK, vocab, dtype=dtype if HEAD.NARROW else torch.float32)
     HEAD.launch_dlogits(z, dtype, y, *vectors, vectors[0], 0.6)
 
 

@@ -1,11 +1,13 @@
 """Every op of kernels/ beside its rivals, in one run and one table.
 
     python -m bench.kernels                       on a GPU: real shapes, bfloat16; on a CPU: toy shapes, float32
-    python -m bench.kernels --op attention        some ops only (repeat the flag)
-    python -m bench.kernels --out FILE.csv        also write the table
+    python -m bench.kernels --toy                 toy shapes on the CPU, wherever it runs
+    python -m bench.kernels --op attention        some ops only (repeat the flag); likewise --provider ours
+    python -m bench.kernels --out FILE.csv        also write the table, row by row
 
 Providers: ours; torch (the plain code that the op replaces); torch.compile of it; torch's own fused op, where there is
-one; Liger; TRL's chunked loss. What cannot run here says why in place of figures: no cell is ever an estimate.
+one; Liger; TRL's chunked loss; candidates, which are ours with other settings: defaults change by measurement only.
+What cannot run here or fails says why in place of figures: no cell is ever an estimate. The exit is 1 where ours fails.
 Columns: median of the runs with the 20 % and 80 % quantiles, TFLOP/s or GB/s counted from the op's definition (not from
 what an implementation executes), share of the device's peak, peak memory on top of the inputs, and the largest error
 against fp32 (of the outputs, or of the gradients where there is a backward), relative to the largest value. On a CPU
@@ -16,12 +18,15 @@ import argparse
 import csv
 import datetime
 import importlib
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +37,7 @@ PEAKS = {"H200": (989, 4800), "H100": (989, 3350), "A100": (312, 2039), "RTX 409
 CHUNK_OF_TRL = 32_768  # words a tile, as its trainers set it
 COLUMNS = ("op", "shape", "pass", "provider", "ms", "ms_20", "ms_80", "rate", "unit")
 COLUMNS += ("peak_share", "memory_gib", "error", "note")
+PROVIDERS = ("ours", "torch", "torch.compile", "torch native", "Liger", "TRL", "candidates")
 
 
 @dataclass
@@ -46,6 +52,70 @@ class Case:
     inputs: list
     providers: dict[str, Callable | str]  # a function of the inputs, or why there is none
     truth: Callable
+
+    @cached_property
+    def exact(self) -> list | str:
+        """What a step should return, worked out once: the plain code in fp32, on the same values; or why it cannot."""
+        inputs = [
+            t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in self.inputs
+        ]
+        try:
+            return [t.detach() for t in prepare(self.truth, inputs, self.passes)()]
+        except RuntimeError as failure:  # too little memory, as a rule
+            return f"no error is known: fp32 {reason(failure)}"
+
+
+# ------------------------------------------------------------------------------------------------------- candidates
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings of one of our kernels that may be faster than its defaults; bench.compiled has what they compile to."""
+
+    op: str
+    passes: str
+    kernel: str  # what is compiled otherwise
+    settings: tuple  # (module, name, value); a dict as value is laid over the module's own
+    hopper: bool = False
+
+    def applied(self) -> ExitStack:
+        """A context in which launchers choose them."""
+        stack = ExitStack()
+        for module, name, value in self.settings:
+            laid_over = isinstance(value, dict)
+            patch = (
+                mock.patch.dict(getattr(module, name), value) if laid_over else mock.patch.object(module, name, value)
+            )
+            stack.enter_context(patch)
+        return stack
+
+
+ATTENTION, HEAD = sys.modules["kernels.attention"], sys.modules["kernels.linear_logp"]
+
+
+def tile(kernel, *sizes):
+    """Queries, keys, warps and stages of an attention kernel at head dim 128 on Hopper."""
+    return ((ATTENTION, "TILES", {("sm_90", kernel): ATTENTION.TILES["sm_90", kernel] | {128: sizes}}),)
+
+
+FORWARD, DKDV = "_attention_forward_kernel", "_attention_dkdv_kernel"
+CANDIDATES = {
+    "128x128x8x2": Candidate("attention", "forward", FORWARD, tile("forward", 128, 128, 8, 2), hopper=True),
+    "128x128x8x3": Candidate("attention", "forward", FORWARD, tile("forward", 128, 128, 8, 3), hopper=True),
+    "dkdv 32x128x8x3": Candidate("attention", "backward", DKDV, tile("dkdv", 32, 128, 8, 3), hopper=True),
+    "grouped": Candidate("scoring", "forward", "_score_kernel", ((HEAD, "GROUP", 16),)),
+    "chunk 4096, narrow": Candidate(
+        "head", "forward+backward", "_dlogits_kernel", ((HEAD, "CHUNK", 4096), (HEAD, "NARROW", True))
+    ),
+}
+
+
+def with_candidates(case, device):
+    """The case, its candidates among the providers."""
+    other = device != "cpu" and torch.cuda.get_device_capability()[0] not in (9, 10)
+    chosen = {name: c for name, c in CANDIDATES.items() if (c.op, c.passes) == (case.op, case.passes)}
+    more = {name: "is for Hopper" if c.hopper and other else case.providers["ours"] for name, c in chosen.items()}
+    return replace(case, providers=case.providers | more)
 
 
 # ---------------------------------------------------------------------------------------------------------- the ops
@@ -66,7 +136,7 @@ def head_cases(device, dtype, toy):
     losses = {
         "ours": ours,
         "torch": plain,
-        "torch.compile": compiled(plain),
+        "torch.compile": compiled(plain, device),
         "torch native": native_head(y),
         "Liger": liger("fused_linear_cross_entropy", lambda f: lambda x, w: f(x, w, y), device),
         "TRL": trl_head(y, entropy=False),
@@ -79,7 +149,7 @@ def head_cases(device, dtype, toy):
     scores = {
         "ours": lambda x, w: kernels.linear_logp(x, w, y),
         "torch": logp_entropy,
-        "torch.compile": compiled(logp_entropy),
+        "torch.compile": compiled(logp_entropy, device),
         "torch native": "has no per-token log-probability with entropy",
         "Liger": "has no portable op with entropy",
         "TRL": trl_head(y, entropy=True),
@@ -95,8 +165,8 @@ def head_cases(device, dtype, toy):
     yield Case("scoring", shape, "forward", "TFLOP/s", gemm, leaves(gradients=False), scores, logp_entropy)
 
 
-def compiled(function):
-    return torch.compile(function, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+def compiled(function, device):
+    return torch.compile(function, backend="aot_eager" if device == "cpu" else "inductor")
 
 
 def native_head(y):
@@ -226,7 +296,7 @@ def bandwidth_cases(device, dtype, toy):
          none, liger("swiglu", lambda f: f, device)),
     ]  # fmt: skip
     for op, shape, inputs, forward, both, ours, plain, native, other in ops:
-        providers = {"ours": ours, "torch": plain, "torch.compile": compiled(plain), "torch native": native}
+        providers = {"ours": ours, "torch": plain, "torch.compile": compiled(plain, device), "torch native": native}
         providers |= {"Liger": other, "TRL": none}
         for passes, elements in (("forward", forward), ("forward+backward", both)):
             leaves = [t.to(dtype).clone().requires_grad_(passes != "forward") for t in inputs]
@@ -252,6 +322,24 @@ CASES = {"head": head_cases, "attention": attention_cases, "decode": decode_case
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
+def rows(ops, providers, device, toy, repeats=5):
+    """The rows of the table as they are measured; what fails is a row, too."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for op in ops:
+        try:
+            for case in CASES[op](device, dtype, toy):
+                case = with_candidates(case, device)
+                for provider in case.providers:
+                    if ("candidates" if provider in CANDIDATES else provider) in providers:
+                        yield measure(case, provider, device, repeats)
+        except Exception as failure:  # of the inputs
+            yield dict.fromkeys(COLUMNS, "") | {"op": op, "provider": "ours", "note": f"failed: {reason(failure)}"}
+
+
+def reason(failure):
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:100]}"
+
+
 def measure(case, provider, device, repeats):
     """One row of the table, as a dict over COLUMNS."""
     row = dict.fromkeys(COLUMNS, "") | {"op": case.op, "shape": case.shape, "pass": case.passes, "provider": provider}
@@ -259,16 +347,16 @@ def measure(case, provider, device, repeats):
     if isinstance(function, str):
         return row | {"note": function}
     try:
-        step = prepare(function, case.inputs, case.passes)
-        error = worst(step(), truth(case))  # the first run also compiles what there is to compile
-        memory = peak_memory(step, device)
-        low, median, high = timings(step, device, repeats)
+        with CANDIDATES[provider].applied() if provider in CANDIDATES else nullcontext():
+            step = prepare(function, case.inputs, case.passes)
+            error = worst(step(), case.exact)  # the first run also compiles what there is to compile
+            memory = peak_memory(step, device)
+            low, median, high = timings(step, device, repeats)
     except Exception as failure:
-        if provider == "ours":
-            raise
-        return row | {"note": f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:100]}"}
+        return row | {"note": f"failed: {reason(failure)}"}
     rate = case.work / (median / 1e3)
-    row |= {"ms": median, "ms_20": low, "ms_80": high, "rate": rate, "unit": case.unit, "error": error}
+    row |= {"ms": median, "ms_20": low, "ms_80": high, "rate": rate, "unit": case.unit}
+    row |= {"note": error} if isinstance(error, str) else {"error": error}
     return row | {"memory_gib": memory, "peak_share": share_of_peak(rate, case.unit, device)}
 
 
@@ -290,14 +378,11 @@ def prepare(function, inputs, passes):
     return lambda: gradients(outputs(), keep=False)
 
 
-def truth(case):
-    """What a step of the case should return: the plain code in fp32, on the same values."""
-    exact = [t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in case.inputs]
-    return prepare(case.truth, exact, case.passes)()
-
-
 def worst(results, exact):
-    pairs = [(a.detach().float(), b.detach()) for a, b in zip(results, exact, strict=True)]
+    """The largest error, relative to the largest value of its tensor; or why there is none."""
+    if isinstance(exact, str):
+        return exact
+    pairs = [(a.detach().float(), b) for a, b in zip(results, exact, strict=True)]
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
@@ -339,16 +424,16 @@ def share_of_peak(rate, unit, device):
 
 
 def show(row):
-    if row["note"]:
-        figures = row["note"]
-    else:
+    figures = row["note"]
+    if row["ms"] != "":
         share = f"{row['peak_share']:6.1%}" if row["peak_share"] != "" else "     -"
         memory = f"{row['memory_gib']:6.2f} GiB" if row["memory_gib"] != "" else "         -"
+        error = row["note"] or f"error {row['error']:.1e}"
         figures = (
             f"{row['ms']:9.3f} ms ({row['ms_20']:.3f}-{row['ms_80']:.3f}) {row['rate']:9.3g} {row['unit']:7} "
-            f"{share} {memory} error {row['error']:.1e}"
+            f"{share} {memory} {error}"
         )
-    print(f"{row['op']:19} {row['shape']:42} {row['pass']:17} {row['provider']:14} {figures}", flush=True)
+    print(f"{row['op']:19} {row['shape']:42} {row['pass']:17} {row['provider']:18} {figures}", flush=True)
 
 
 def origin(device):
@@ -362,24 +447,24 @@ def origin(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=list(CASES), action="append", help="only this op (may be repeated)")
+    parser.add_argument("--provider", choices=PROVIDERS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--toy", action="store_true", help="toy shapes on the CPU, where there is a GPU, too")
     parser.add_argument("--out", help="also write the table to this CSV file")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device = "cuda" if torch.cuda.is_available() and not options.toy else "cpu"
     torch.manual_seed(0)
-    rows = []
     print(origin(device))
-    for op in options.op or CASES:
-        for case in CASES[op](device, dtype, toy=device == "cpu"):
-            for provider in case.providers:
-                rows.append(measure(case, provider, device, repeats=5))
-                show(rows[-1])
-    if options.out:
-        with open(options.out, "w", newline="") as file:
-            file.write(f"# {origin(device)}\n")
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    failed = False
+    with open(options.out or os.devnull, "w", newline="") as file:
+        file.write(f"# {origin(device)}\n")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows(options.op or CASES, options.provider or PROVIDERS, device, toy=device == "cpu"):
+            writer.writerow(row)
+            file.flush()
+            show(row)
+            failed |= row["provider"] == "ours" and row["note"].startswith("failed")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

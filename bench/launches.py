@@ -165,7 +165,7 @@ def table(tables: dict[str, Counter]) -> str:
     whole = sum(tables.values(), Counter())
     lines = [("started by", *names.values())]
     lines += [(op, *(tables[name][op] or "" for name in names)) for op, _ in whole.most_common()]
-    lines += [("all", *(tables[name].total() for name in names))]
+    lines += [("total", *(tables[name].total() for name in names))]
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(names) + 1)]
     padded = ([str(x).rjust(width) for x, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(cells) for cells in padded)

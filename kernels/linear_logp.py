@@ -102,16 +102,24 @@ def _dlogits(logp_CV, y_C, g_logp_C, g_entropy_C, entropy_C):
 @jit
 def _score_kernel(
     X, W, Y, TOP, MASS, LEAN, TARGET, T, V, H, SCALE: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+    BH: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """BT tokens against TILES * BV words: the part that this split of the vocabulary has in every token's softmax.
 
     In units of log 2, with z = SCALE * logit: TOP = max z, MASS = sum 2^(z - TOP), LEAN = sum 2^(z - TOP) (z - TOP);
     TARGET = z of the target, written by the one program whose words include it.
     """
-    blocks = tl.cdiv(T, BT)  # neighbours share the words, so that they come from L2
-    split = tl.program_id(0) // blocks
-    row = (tl.program_id(0) % blocks) * BT + tl.arange(0, BT)
+    blocks = tl.cdiv(T, BT)
+    split = tl.program_id(0) // blocks  # neighbours share the words, so that they come from L2
+    block = tl.program_id(0) % blocks
+    if GROUP:  # and GROUP blocks of tokens take turns through all words, so that their tokens stay there, too
+        splits = tl.num_programs(0) // blocks
+        first_block = tl.program_id(0) // (GROUP * splits) * GROUP
+        members = tl.minimum(blocks - first_block, GROUP)
+        split = tl.program_id(0) % (GROUP * splits) // members
+        block = first_block + tl.program_id(0) % (GROUP * splits) % members
+    row = block * BT + tl.arange(0, BT)
     target = tl.load(Y + row, mask=row < T, other=-1)
     top = tl.full([BT], float("-inf"), dtype=ACC)
     mass = tl.zeros([BT], dtype=ACC)
@@ -120,7 +128,7 @@ def _score_kernel(
     for tile in range(TILES):
         first = (split * TILES + tile) * BV
         col = first + tl.arange(0, BV)
-        z = _logits(X, W, (tl.program_id(0) % blocks) * BT, first, T, V, H, BT, BV, BH, EVEN, DESCRIPTORS, ACC) * SCALE
+        z = _logits(X, W, block * BT, first, T, V, H, BT, BV, BH, EVEN, DESCRIPTORS, ACC) * SCALE
         live = (col < V)[None, :]
         z_target += tl.sum(tl.where(col[None, :] == target[:, None], z, 0), 1)
         new_top = tl.maximum(top, tl.max(tl.where(live, z, float("-inf")), 1))
@@ -210,6 +218,8 @@ def _dlogits_kernel(
 Tensor = torch.Tensor
 CHUNK = 2048  # tokens at least: products of this height run at full speed, and dw is read and written rarely
 CHUNK_LOGITS = 2**28  # a small vocabulary takes more tokens a chunk
+GROUP = 0  # blocks of tokens that the score kernel takes together; 0: all
+NARROW = False  # whether backward rounds the logits of 16-bit inputs to their dtype
 
 
 @torch.library.custom_op("kernels::linear_logp", mutates_args=())
@@ -234,7 +244,9 @@ def _backward_op(
     for rows in (y != ignore_index).nonzero().squeeze(1).split(chunk):
         x_CH, w = x[rows], w.contiguous()
         vectors = (t[rows] for t in (y, lse, entropy, g_logp, g_entropy))
-        dz_CV = launch_dlogits(_product(x_CH, w.T), x.dtype, *vectors, temperature)  # the logits are gone here
+        z_CV = x_CH @ w.T if NARROW else _product(x_CH, w.T)
+        dz_CV = launch_dlogits(z_CV, x.dtype, *vectors, temperature)
+        del z_CV
         if needs_dx:
             dx[rows] = dz_CV @ w
         if needs_dw:
@@ -261,8 +273,8 @@ def launch_score(x_NH, w_VH, y_N, temperature):
         w = dispatch.descriptor(w, [tile["BV"], tile["BH"]])
     dispatch.launch(
         _score_kernel, dispatch.cdiv(tokens, tile["BT"]) * splits, x, w, y_N, top, mass, lean, target, tokens, vocab,
-        width, SCALE=math.log2(math.e) / temperature, EVEN=width % tile["BH"] == 0, ACC=dispatch.triton_dtype(acc),
-        **tile,
+        width, SCALE=math.log2(math.e) / temperature, EVEN=width % tile["BH"] == 0, GROUP=GROUP,
+        ACC=dispatch.triton_dtype(acc), **tile,
     )  # fmt: skip
     outputs = torch.empty(3, tokens, dtype=acc, device=x_NH.device)
     dispatch.launch(
@@ -287,7 +299,7 @@ def launch_dlogits(z_CV, dtype, y_C, lse_C, entropy_C, g_logp_C, g_entropy_C, te
     dispatch.launch(
         _dlogits_kernel, len(z_CV), z_CV, dz_CV, y_C, lse_C, entropy_C, g_logp_C, g_entropy_C, z_CV.shape[1],
         INVERSE_T=1 / temperature, BLOCK=128 if dispatch.INTERPRETED else 4096,
-        ACC=dispatch.triton_dtype(z_CV.dtype), num_warps=8,
+        ACC=dispatch.triton_dtype(accumulator(z_CV.dtype)), num_warps=8,
     )  # fmt: skip
     return dz_CV
 

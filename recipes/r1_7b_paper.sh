@@ -2,7 +2,8 @@
 # The paper's settings on R1-Distill-Qwen-7B, as far as they are known (second-hand), on one GPU of 80 GB.
 #
 #   recipes/r1_7b_paper.sh --dry-run
-#   EXPERT=endpoint=MODEL@URL MAX_COST=200 PRICES="3 15" recipes/r1_7b_paper.sh
+#   EXPERT=endpoint=MODEL@URL MAX_COST=200 EXPERT_FREE=${EXPERT_FREE:-}  # yes: RL on verification alone, without critiques
+PRICES="3 15" recipes/r1_7b_paper.sh
 #
 # No line of this has been run on a GPU. Interrupted, it goes on where it stopped.
 #

@@ -1,5 +1,8 @@
 # The lines of the recipes for real models; sourced by them, which set every variable that is used here.
 
+# EXPERT_FREE=yes: no critiques; verification is learnt by RL from the guard's labels, and no answer is trained.
+if [ -n "$EXPERT_FREE" ]; then EXPERT=none METHODS=verify-rl RL_METHODS=verify-rl; fi
+
 # Frozen answers to judge, the same for every checkpoint, from prompts that training leaves out.
 label=(--guard "$REWARD_GUARD" --controversial "$CONTROVERSIAL" --expert "$EXPERT" --spec "$SPEC")
 label+=(--max-cost "$MAX_COST" --prices $PRICES)
@@ -11,8 +14,14 @@ step "$OUT/candidates" make_data.py --model "$MODEL" --prompts $CANDIDATE_PROMPT
 step "$OUT/data" make_data.py --model "$MODEL" --prompts $PROMPTS --records 6000 "${sample[@]}" "${label[@]}" \
     --decontaminate all "verify=$OUT/candidates/verify.jsonl" --baseline star1:published safechain --seed "$SEED"
 
+if [ -n "$EXPERT_FREE" ]; then
+    step "$OUT/verify-rl-$SEED" train_rl.py --model "$MODEL" --prompts "verify=$OUT/data/verify.jsonl" --lora-r 16 \
+        --lr 1e-5 --steps "$RL_STEPS" --prompts-per-step 64 --group 8 --advantage std --max-prompt "$SFT_MAX_LEN" \
+        --temperature "$RL_TEMPERATURE" --max-tokens "$RL_TOKENS" --micro-tokens "$MICRO_TOKENS" --seed "$SEED"
+fi
+
 declare -A records=([verification]=verify.jsonl [star1]=star.jsonl [safechain]=safechain.jsonl)
-for method in $METHODS; do
+for method in ${METHODS/verify-rl/}; do
     step "$OUT/$method-$SEED" train_sft.py --model "$MODEL" --data "$OUT/data/${records[$method]}" --target both \
         --lora-r 16 --lora-alpha 32 --lr 2e-4 --epochs 2 --warmup "$WARMUP" --max-len "$SFT_MAX_LEN" \
         --tokens-per-step "$SFT_TOKENS_PER_STEP" --micro-tokens "$MICRO_TOKENS" --seed "$SEED"

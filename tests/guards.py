@@ -98,7 +98,7 @@ def folder(path: Path, family: str, steps: int = 80, size: int = 64) -> Path:
 def train(transformer, tok, family: str, steps: int) -> None:
     rows = []
     for item in examples(96):
-        prompt, _ = judges.guard_prompt(tok, family, item["prompt"], item["answer"])
+        prompt = judges.guard_prompt(tok, family, item["prompt"], item["answer"])
         text = judgement(family, item["unsafe"], item["refused"])
         target = safety.encode(tok, [(text, True)], continued=True) + [tok.eos_token_id]
         rows.append((prompt, target))

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -379,13 +380,12 @@ def test_weights_that_give_no_distribution_are_an_error():
         ({"prompts": [[-1]]}, "ids -1 to -1"),
         ({"n": 0}, "n=0"),
         ({"max_tokens": 0}, "max_tokens=0"),
-        ({"max_tokens": [3, 3]}, "2 limits for 1 prompts"),
+        ({"max_tokens": [3, 3]}, "1 prompts, but 2 limits and 1 places"),
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"top_p": 0.9}, "logprobs=False"),
         ({"top_p": 0.0, "logprobs": False}, "top_p=0.0"),
-        ({"places": [0, 1]}, "2 places for 1 prompts"),
-        ({"places": [-1]}, "place -1"),
+        ({"places": [0, 1]}, "1 prompts, but 1 limits and 2 places"),
         ({"prefix": [1, 3]}, "prompt 0: does not begin with the prefix of 2 tokens and go on"),
         ({"prefix": [1, 2]}, "prompt 0: does not begin with the prefix of 2 tokens and go on"),
     ],
@@ -485,21 +485,30 @@ def loaded(tmp_path_factory):
 def test_completions_come_as_they_end_with_what_the_engine_draws(loaded):
     """Limits one an item, cut to the context; what fills that gets an empty completion; places as in the engine."""
     ours, tokenizer = loaded
-    items = [{"id": f"i{i}", "prompt": f"brew {i}"} for i in range(3)] + [{"id": "long", "prompt": "mud " * 900}]
+    items = [{"id": f"i{i}", "prompt": f"brew {i}"} for i in range(4)]
+    items[1]["prompt"] = "mud " * 900
     settings = {"seed": 3, "temperature": 0.8, "top_p": 0.9, "samples": 2}
-    got = list(engine.complete(ours, tokenizer, items, max_tokens=[60, 2, 8, 8], places=[4, 5, 6, 7], **settings))
-    assert [i for i, _ in got][:4] == [6, 7, 2, 3]
+    got = list(engine.complete(ours, tokenizer, items, max_tokens=[60, 8, 2, 8], places=[4, 5, 6, 7], **settings))
+    assert [i for i, _ in got][:4] == [2, 3, 4, 5]
     done = dict(got)
     for i, item in done.items():
         assert item["id"] == items[i // 2]["id"] and item["sample"] == i % 2
-    assert [done[7][key] for key in ("completion", "tokens", "finish_reason", "answer")] == ["", 0, "length", None]
-    ends, prompts = {tokenizer.eos_token_id}, [engine.prompt_ids(tokenizer, item) for item in items[:3]]
+    assert [done[3][key] for key in ("completion", "tokens", "finish_reason", "answer")] == ["", 0, "length", None]
+    ends, prompts = {tokenizer.eos_token_id}, [engine.prompt_ids(tokenizer, items[i]) for i in (0, 2, 3)]
     sampler = Engine(ours, ends)
-    drawn = sampler.generate(prompts, 2, [60, 2, 8], 0.8, 3, top_p=0.9, logprobs=False, places=[4, 5, 6])
+    drawn = sampler.generate(prompts, 2, [60, 2, 8], 0.8, 3, top_p=0.9, logprobs=False, places=[4, 6, 7])
     texts = [safety.decode(tokenizer, s.ids, ends) for group in drawn for s in group]
-    assert [done[i]["completion"] for i in range(6)] == texts and done[2]["tokens"] == 2
-    (one,) = engine.complete(ours, tokenizer, items[:1], max_tokens=10_000, seed=0)
-    assert "sample" not in one[1] and one[1]["tokens"] <= ours.config.max_position_embeddings - len(prompts[0])
+    assert [done[i]["completion"] for i in (0, 1, 4, 5, 6, 7)] == texts and done[4]["tokens"] == 2
+
+
+@pytest.mark.parametrize("room", [-1, 0, 1, 3])
+def test_a_completion_ends_with_the_context(loaded, monkeypatch, room):
+    ours, tokenizer = loaded
+    item = {"id": "i", "prompt": "mud and iron"}
+    context = len(engine.prompt_ids(tokenizer, item)) + room
+    monkeypatch.setattr(ours, "config", replace(ours.config, max_position_embeddings=context))
+    ((index, done),) = engine.complete(ours, tokenizer, [item], max_tokens=50, seed=1)
+    assert (index, done["tokens"], done["finish_reason"]) == (0, max(0, room), "length") and "sample" not in done
 
 
 def test_without_places_an_items_draws_are_the_same_in_every_selection(loaded):

@@ -77,16 +77,8 @@ def test_every_wrong_setting_is_named():
     wrong += ["--check-judge", "wildguard"]
     with pytest.raises(UserError) as error:
         parsed(*wrong)
-    for name in (
-        "--limit",
-        "--max-unscored",
-        "--temperature",
-        "--top-p",
-        "two folders",
-        "one at a time",
-        "--check-judge",
-    ):
-        assert name in str(error.value)
+    named = "--limit,--max-unscored,--temperature,--top-p,two folders,one at a time,--check-judge"
+    assert all(name in str(error.value) for name in named.split(","))
 
 
 def test_the_papers_suites_are_there():
@@ -118,27 +110,15 @@ def test_a_finished_folder_is_not_written_over(done, capsys):
         run("--resume", done)
 
 
-FILES = [
-    "generations.jsonl",
-    "generations_greedy.jsonl",
-    "labels_pocket.jsonl",
-    "labels_greedy_pocket.jsonl",
-    "own.jsonl",
-]
+STAGES = ("generations", "generations_greedy", "labels_pocket", "labels_greedy_pocket", "own")
+FILES = [f"{stage}.jsonl" for stage in STAGES]
 
 
 def interrupted(folder: Path, name: str, keep: int) -> None:
     """What a kill -9 within a stage leaves: `keep` whole lines and half of one, nothing of the later stages."""
     data = (folder / name).read_bytes().splitlines(keepends=True)
     (folder / name).write_bytes(b"".join(data[:keep]) + data[keep][: len(data[keep]) // 2])
-    order = [
-        "generations.jsonl",
-        "generations_greedy.jsonl",
-        "labels_pocket.jsonl",
-        "labels_greedy_pocket.jsonl",
-        "own.jsonl",
-    ]
-    for later in [*order[order.index(name) + 1 :], "items.jsonl", "items_greedy.jsonl", "result.json"]:
+    for later in [*FILES[FILES.index(name) + 1 :], "items.jsonl", "items_greedy.jsonl", "result.json"]:
         (folder / later).unlink()
 
 
@@ -153,26 +133,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_never_had(done, copy, name, caps
         keys = [scores.key(record) for record in lines(copy / file)]
         assert len(keys) == len(set(keys)) == len(lines(done / file))
     assert read(copy / "result.json") == read(done / "result.json")
-
-
-def test_a_resumed_sample_is_drawn_from_its_own_place(copy, done):
-    """Control: without the places, what is left would be drawn from the head of the stream."""
-    interrupted(copy, "generations.jsonl", 3)
-    items = loaded("--suite", SUITE, "--limit", 6)
-    config = parsed("--suite", SUITE)[0]
-    target, seen = evaluate.Target(config), []
-    real = target.sample
-
-    def sample(items, how, places, done):
-        seen.append(places)
-        return real(items, how, list(range(len(items))), done)
-
-    target.sample = sample
-    evaluate.generate(config, target, items, copy / "generations.jsonl", greedy=False)
-    assert seen[0] != list(range(len(seen[0])))
-    after = {scores.key(r): r["completion"] for r in lines(copy / "generations.jsonl")}
-    before = {scores.key(r): r["completion"] for r in lines(done / "generations.jsonl")}
-    assert after.keys() == before.keys() and after != before
 
 
 def test_of_two_samples_the_one_that_is_there_is_kept(tmp_path):
@@ -196,18 +156,7 @@ def test_a_line_that_is_no_record_is_named(copy):
 
 @pytest.mark.slow
 def test_kill_9_in_earnest(tmp_path):
-    words = [
-        sys.executable,
-        "evaluate.py",
-        "--suite",
-        SUITE,
-        "--limit",
-        "40",
-        "--verify-own",
-        "4",
-        "--out",
-        tmp_path / "a",
-    ]
+    words = [sys.executable, "evaluate.py", "--suite", SUITE, "--limit", 40, "--verify-own", 4, "--out", tmp_path / "a"]
     process = subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = tmp_path / "a" / "generations.jsonl"
     until = time.monotonic() + 120
@@ -235,15 +184,12 @@ def test_rescoring_needs_no_model_and_changes_nothing(done, copy, monkeypatch):
     assert read(copy / "result.json") == read(done / "result.json")
 
 
-def test_rescoring_judges_anew_where_the_judge_is_exact(copy, monkeypatch):
+def test_rescoring_judges_anew_where_the_judge_is_exact(copy, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        run("--rescore", tmp_path)
     monkeypatch.setattr(judges.pocket, "outcome", lambda thing, answer: "recipe")
     assert run("--rescore", copy) == 0
     assert read(copy / "result.json")["pocket:plain"]["value"] == 1
-
-
-def test_rescoring_what_is_no_evaluation(tmp_path):
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        run("--rescore", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- judges
@@ -257,7 +203,7 @@ def fake_judge(monkeypatch, **by_name):
         if name.partition("=")[0] not in by_name:
             return real(name, **settings)
         give = by_name[name.partition("=")[0]]
-        return judges.Judge(name, False, lambda items, part: ((i, give(i, item, part)) for i, item in enumerate(items)))
+        return judges.Judge(name, False, lambda items: ((i, give(i, item)) for i, item in enumerate(items)))
 
     monkeypatch.setattr(judges, "load", load)
     monkeypatch.setattr(judges, "checked_name", lambda name: name)
@@ -265,11 +211,11 @@ def fake_judge(monkeypatch, **by_name):
 
 def word(safe=True, refused=False):
     complied = None if refused is None else safe and not refused
-    return {"safe": safe, "refused": refused, "complied": complied, "categories": [], "answered": True}
+    return {"safe": safe, "refused": refused, "complied": complied, "answered": True}
 
 
 def test_a_judge_that_leaves_too_much_unscored_ends_with_3_and_everything_written(copy, monkeypatch, capsys):
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: {"unscored": "guard_noparse"} if i == 0 else word())
+    fake_judge(monkeypatch, wildguard=lambda i, item: {"unscored": "guard_noparse"} if i == 0 else word())
     assert run("--rescore", copy, "--judge", "wildguard") == 3
     row = read(copy / "result.json")["pocket:plain"]
     assert row["unscored"] == 1 and row["reasons"] == {"guard_noparse": 1} and (row["best"], row["worst"]) == (0, 1 / 6)
@@ -278,13 +224,12 @@ def test_a_judge_that_leaves_too_much_unscored_ends_with_3_and_everything_writte
 
 
 def test_two_judges_stand_side_by_side(copy, monkeypatch, capsys):
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: word(safe=i % 2 == 0),
-               llamaguard3=lambda i, item, part: word(refused=None))  # fmt: skip
-    assert run("--rescore", copy, "--judge", "llamaguard3,wildguard", "--judge-thinking") == 0
+    fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=i % 2 == 0),
+               llamaguard3=lambda i, item: word(refused=None))  # fmt: skip
+    assert run("--rescore", copy, "--judge", "llamaguard3,wildguard") == 0
     result, summary = read(copy / "result.json"), read(copy / "summary.json")
     assert result["pocket:plain"]["judge"] == "llamaguard3" and result["pocket:plain"]["value"] == 0
     assert result["pocket:benign"]["judge"] == "wildguard"  # the first has no word on refusals
-    assert result["pocket:plain"]["thinking_unsafe"] == 0
     assert summary["agreement"]["llamaguard3 / wildguard"]["pocket:plain"]["raw"] == 0.5
     assert "llamaguard3 / wildguard" in capsys.readouterr().out
     assert summary["unscored"]["llamaguard3"] == 0
@@ -298,7 +243,7 @@ def training_run(folder: Path, guard="qwen3guard", **values) -> str:
 
 
 def rewarded(config) -> list[str]:
-    return evaluate.reward_judges(evaluate.behind(config))
+    return evaluate.reward_judges(evaluate.training_runs(config.adapter) + evaluate.training_runs(config.model))
 
 
 def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch, capsys):
@@ -324,9 +269,7 @@ def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch, 
 def test_the_reward_gives_no_figure_of_the_table_even_where_others_have_no_word(copy, monkeypatch):
     summary = read(copy / "summary.json")
     (copy / "summary.json").write_text(json.dumps(summary | {"rewarded_by": ["qwen3guard"]}))
-    fake_judge(
-        monkeypatch, qwen3guard=lambda i, item, part: word(), llamaguard3=lambda i, item, part: word(False, None)
-    )
+    fake_judge(monkeypatch, qwen3guard=lambda i, item: word(), llamaguard3=lambda i, item: word(False, None))
     assert run("--rescore", copy, "--judge", "qwen3guard,llamaguard3") == 0
     result, figures = read(copy / "result.json"), read(copy / "summary.json")["figures"]["sampled"]
     assert result["pocket:plain"]["judge"] == "llamaguard3" and result["pocket:plain"]["value"] == 1
@@ -335,10 +278,9 @@ def test_the_reward_gives_no_figure_of_the_table_even_where_others_have_no_word(
 
 def test_a_folder_of_someone_else_beside_a_model_is_no_run(tmp_path):
     (tmp_path / "model").mkdir()
-    config = replace(parsed()[0], adapter=str(tmp_path / "model"))
     for text in ('{"hidden_size": 4}', "[1]", "no JSON", '{"script": "other", "values": {"guard": "x", "seed": 1}}'):
         (tmp_path / "config.json").write_text(text)
-        assert evaluate.behind(config) == []
+        assert evaluate.training_runs(str(tmp_path / "model")) == []
 
 
 def test_files_of_two_judges_are_two():
@@ -367,10 +309,10 @@ def test_a_judge_answers_for_what_it_was_asked():
 def test_rescoring_counts_controversial_as_it_is_told(copy, monkeypatch):
     """By the guard's stored words, which it does not give again."""
     said = judges.Guard("controversial", False)
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: judges.guard_label(said))
+    fake_judge(monkeypatch, wildguard=lambda i, item: judges.guard_label(said))
     assert run("--rescore", copy, "--judge", "wildguard") == 0
     before = read(copy / "result.json")
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: 1 / 0)
+    fake_judge(monkeypatch, wildguard=lambda i, item: 1 / 0)
     assert run("--rescore", copy, "--judge", "wildguard", "--controversial", "safe") == 0
     after = read(copy / "result.json")
     for suite, values in {"pocket:plain": (1, 0), "pocket:benign": (0, 1)}.items():
@@ -386,25 +328,8 @@ def test_the_reward_is_found_through_the_runs_that_a_run_started_from(tmp_path):
     assert rewarded(config) == ["qwen3guard", "wildguard"]
     own = training_run(tmp_path / "own", reward="mine.py")
     assert rewarded(replace(config, adapter=own)) == []
-    ours = evaluate.begin_summary(replace(config, adapter=training_run(tmp_path / "ours-3")), [], {}, [], None)
+    ours = evaluate.begin_summary(replace(config, adapter=training_run(tmp_path / "ours-3")), [], {}, None)
     assert (ours["method"], ours["seed"]) == ("ours", 3)
-
-
-@pytest.mark.parametrize(
-    ("judge", "suite", "message"),
-    [
-        ("nope", "pocket:plain", "no judge is named 'nope'"),
-        ("maths", "pocket:plain", "holds requests"),
-        ("pocket", "own", "pocket items"),
-    ],
-)
-def test_judges_that_cannot_judge_are_named(tmp_path, judge, suite, message):
-    if suite == "own":
-        (tmp_path / "own.jsonl").write_text('{"prompt": "hello"}\n')
-        suite = f"own={tmp_path / 'own.jsonl'}:metric=asr"
-    with pytest.raises(UserError, match=message):
-        run("--suite", suite, "--judge", judge, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -426,13 +351,21 @@ def test_attacks_keep_the_plain_request_for_the_judge():
     assert evaluate.decoding(config, fake[0], False) == evaluate.decoding(config, plain[0], False)
     with pytest.raises(UserError, match="only requests"):
         loaded("--suite", "pocket:sums+fake")
-    with pytest.raises(UserError, match="named twice"):
-        loaded("--suite", "pocket:sums,pocket:sums")
+    for twice in ("pocket:sums,pocket:sums", "pocket,pocket:sums"):
+        with pytest.raises(UserError, match="named twice"):
+            loaded("--suite", twice)
+    limited = [item["id"] for item in loaded("--suite", "pocket:sums,pocket:plain", "--limit", 2)]
+    assert limited == [f"pocket:{name}/00{i}" for name in ("sums", "plain") for i in (0, 1)]
 
 
-def test_a_limit_is_one_of_each_suite():
-    items = loaded("--suite", "pocket:sums,pocket:plain", "--limit", 2)
-    assert [item["id"] for item in items] == [f"pocket:{name}/00{i}" for name in ("sums", "plain") for i in (0, 1)]
+def test_two_own_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    files = [tmp_path / folder / "test.jsonl" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps({"prompt": str(file)}) + "\n")
+    names = [f"own={file}:metric=asr" for file in files]
+    found = {item["suite"]: item["prompt"] for item in loaded("--suite", ",".join([*names, f"{names[1]}+fake"]))}
+    assert list(found) == ["own:a/test", "own:b/test", "own:b/test+fake"] and found["own:b/test"] == str(files[1])
 
 
 def test_decoding_is_the_suites_own_unless_a_flag_says_otherwise():
@@ -464,30 +397,20 @@ def test_what_was_not_judged_is_no_truth():
 
 
 def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypatch):
-    """Several samples, an attack on the thinking, categories, own answers, a maths set; one judge and no world."""
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: word(safe=bool(i % 2)))
+    """Several samples, an attack on the thinking, own answers; one judge and no world."""
+    fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=bool(i % 2)))
     monkeypatch.setattr(safety, "split_thinking", lambda text, opened=True: ("hm", text))  # noise closes no thinking
     folder = tiny.model_folder(tmp_path / "model")
     rows = [{"prompt": f"brew {i}", "category": "ab"[i % 2]} for i in range(6)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = f"own={tmp_path / 'own.jsonl'}:metric=asr"
-    words = [
-        "--model",
-        str(folder),
-        "--suite",
-        f"{own},{own}+prefill",
-        "--samples",
-        "2",
-        "--max-tokens",
-        "8",
-        "--device",
-    ]
-    words += ["cpu", "--limit", "4", "--verify-own", "3", "--out", str(tmp_path / "run")]
+    words = ["--model", folder, "--suite", f"{own},{own}+prefill", "--samples", 2, "--max-tokens", 8, "--device", "cpu"]
+    words = [*map(str, [*words, "--limit", 4, "--verify-own", 3, "--out", tmp_path / "run"])]
     assert evaluate.main(*runs.parse(evaluate.Config, words)) == 0
     result = read(tmp_path / "run" / "result.json")
     assert list(result) == ["own:own", "own:own+prefill", "verify:own"]
     assert [result[name]["n"] for name in result] == [8, 8, 3] and result["own:own"]["items"] == 4
-    assert {"pass@1", "pass@2"} <= result["own:own"].keys() and set(result["own:own"]["categories"]) == {"a", "b"}
+    assert {"pass@1", "pass@2"} <= result["own:own"].keys()
     assert result["own:own"]["decoding"] == "temperature 0.6, top-p 0.95, at most 8 tokens, 2 a prompt"
     assert not (tmp_path / "run" / "items_greedy.jsonl").exists()
 
@@ -538,7 +461,7 @@ def ask(tmp_path, texts, *words) -> int:
 
 
 def test_a_served_model_is_measured(tmp_path, server, monkeypatch):
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: word(safe="unsafe" not in (item["answer"] or "")))
+    fake_judge(monkeypatch, wildguard=lambda i, item: word(safe="unsafe" not in (item["answer"] or "")))
     server.said = {
         "first": judges.Reply("hm</think>unsafe words", "stop", 1, 9),
         "second": judges.Reply("fine", "stop", 1, 2, thinking="a thought"),
@@ -559,19 +482,12 @@ def test_a_served_model_is_measured(tmp_path, server, monkeypatch):
     assert server.seen[0]["temperature"] == 0.6
 
 
-def test_a_provider_that_fails_ends_with_3(tmp_path, server, monkeypatch):
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: word())
-    server.said = {"bad": safety.Unscored("endpoint_500")}
-    assert ask(tmp_path, ["bad", "good"]) == 3
-    assert (tmp_path / "run" / "result.json").exists()
-
-
 @pytest.mark.parametrize("reason", ["endpoint_dead", "endpoint_429", "max_cost"])
 def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, server, monkeypatch, reason):
     """Of the model's server and of the judge's; what the judge could not read stays as it is."""
     lost, judged = {"unscored": reason}, []
 
-    def judge(i, item, part):
+    def judge(i, item):
         judged.append(scores.key(item))
         return {"noparse": {"unscored": "rubric_no_verdict"}, "again": lost}.get(item["prompt"], word())
 
@@ -600,20 +516,8 @@ def test_use_of_servers_is_one_budget_for_both_modes_and_adds_up_over_starts(tmp
     judge, check = "endpoint=m@http://localhost:2/v1", "endpoint=m@http://localhost:3/v1"
     monkeypatch.setattr(judges, "PARALLEL", 1)  # so that the last request ends the first start
     server.said = {"stop now": True}
-    words = [
-        "--judge",
-        judge,
-        "--check-judge",
-        check,
-        "--greedy",
-        "--max-cost",
-        "99",
-        "--prices",
-        "1",
-        "1",
-        "--max-unscored",
-        "1",
-    ]
+    words = ["--judge", judge, "--check-judge", check, "--greedy", "--max-cost", "99", "--prices", "1", "1"]
+    words += ["--max-unscored", "1"]
     with pytest.raises(UserError, match="stopped"):
         ask(tmp_path, ["one", "two", "stop now"], *words)
     first = len(server.seen)
@@ -646,28 +550,25 @@ def test_seconds_add_up_over_starts(copy):
         (["--check-judge", "endpoint=m@a.example"], "endpoint=MODEL@URL"),
         (["--verify-own", "2", "--spec", "nosuch"], "no spec named 'nosuch'"),
         (["--adapter", "no/such"], "no adapter folder"),
+        (["--judge", "nope"], "no judge is named 'nope'"),
+        (["--judge", "maths"], "holds requests"),
+        (["--suite", "OWN", "--judge", "pocket"], "pocket items"),
+        (["--chat", "--spec", "nosuch"], "no spec named 'nosuch'"),
     ],
 )
 def test_what_is_wrong_shows_before_anything_is_sampled_or_written(tmp_path, monkeypatch, words, message):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(engine, "complete", no_model)
+    words = [own_file(tmp_path, ["hello"]) if word == "OWN" else word for word in words]
     with pytest.raises(UserError, match=re.escape(message)):
         run("--suite", "pocket:plain", "--limit", 2, "--out", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_server_takes_no_given_start(tmp_path, server):
-    (tmp_path / "own.jsonl").write_text('{"prompt": "x"}\n')
+    words = ["--endpoint", "http://localhost:1/v1", "--model", "m", "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="no given start"):
-        base = [
-            "--endpoint",
-            "http://localhost:1/v1",
-            "--model",
-            "m",
-            "--suite",
-            f"own={tmp_path / 'own.jsonl'}:metric=asr+prefill",
-        ]
-        evaluate.main(*runs.parse(evaluate.Config, [*base, "--out", str(tmp_path / "run")]))
+        evaluate.main(*runs.parse(evaluate.Config, [*words, "--suite", own_file(tmp_path, "x") + "+prefill"]))
     assert not (tmp_path / "run").exists()
 
 
@@ -677,7 +578,7 @@ HOSTILE = ["<script>alert(1)</script>", "null \x00 \x1b[2J \u202e", "lone \ud800
 
 def test_hostile_answers_harm_no_stage(tmp_path, server, monkeypatch):
     """Through generation, judging, scoring, rescoring and the report; every text comes back as it was."""
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: word())
+    fake_judge(monkeypatch, wildguard=lambda i, item: word())
     server.said = {f"number {i}.": judges.Reply(text, "stop", 1, 1, thinking=text) for i, text in enumerate(HOSTILE)}
     assert ask(tmp_path, [f"number {i}." for i in range(len(HOSTILE))]) == 0
     items = lines(tmp_path / "run" / "items.jsonl")
@@ -690,7 +591,7 @@ def test_hostile_answers_harm_no_stage(tmp_path, server, monkeypatch):
 
 def test_a_judge_of_checks_reads_the_thinking(tmp_path, server, monkeypatch):
     """Its word becomes `checked`; a reply without the nonce is none."""
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: word())
+    fake_judge(monkeypatch, wildguard=lambda i, item: word())
     monkeypatch.setattr(safety, "new_nonce", lambda *texts: "n0nce")
     say = lambda checks, nonce="n0nce": judges.Reply(json.dumps({"nonce": nonce, "checks": checks}), "stop", 1, 1)  # noqa: E731
     server.said = {
@@ -713,7 +614,7 @@ def test_two_runs_are_compared(done, copy, monkeypatch, capsys):
     assert run("--compare", done, copy) == 0
     shown = capsys.readouterr().out
     assert shown.count("not distinguishable at this n") == 4 and "caution" not in shown
-    fake_judge(monkeypatch, wildguard=lambda i, item, part: word())
+    fake_judge(monkeypatch, wildguard=lambda i, item: word())
     run("--rescore", copy, "--judge", "wildguard")
     capsys.readouterr()
     assert run("--compare", done, copy, "--out", copy) == 0
@@ -770,11 +671,6 @@ def test_chat_shows_thinking_dimmed_and_verifies_its_last_answer(talk, monkeypat
     assert "there is no answer yet" in shown and "\033[2m" in shown and "\\boxed{" in shown
     question, verification, _ = (messages[0]["content"] for messages in asked[-3:])
     assert question == "how do i make zako?" and verification.startswith("<rules>\n") and question in verification
-
-
-def test_chat_needs_a_spec_that_is_there():
-    with pytest.raises(UserError, match="no spec named 'nosuch'"):
-        run("--chat", "--spec", "nosuch")
 
 
 def test_chat_lets_no_control_character_through(talk, monkeypatch):

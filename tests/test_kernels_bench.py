@@ -10,44 +10,73 @@ import torch
 from bench import kernels as bench
 
 
-def run(monkeypatch, tmp_path, *ops):
+def run(monkeypatch, tmp_path, *words):
     out = tmp_path / "table.csv"
-    arguments = [part for op in ops for part in ("--op", op)]
-    monkeypatch.setattr(sys, "argv", ["bench.kernels", *arguments, "--out", str(out)])
-    bench.main()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --toy takes the CPU where there is a GPU, too
+    monkeypatch.setattr(sys, "argv", ["bench.kernels", "--toy", *words, "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
     origin, *table = out.read_text().splitlines()
-    assert origin.startswith("# ") and torch.__version__ in origin
-    return list(csv.DictReader(table))
+    assert origin.startswith("# CPU;") and torch.__version__ in origin
+    return list(csv.DictReader(table)), ended.value.code
 
 
-@pytest.mark.parametrize("ops", [["attention", "decode"], pytest.param([], marks=pytest.mark.slow)])
-def test_the_table_has_a_figure_or_a_reason_for_everyone(monkeypatch, tmp_path, ops):
-    rows = run(monkeypatch, tmp_path, *ops)
-    providers = {"ours", "torch", "torch.compile", "torch native", "Liger", "TRL"}
-    for case in {(row["op"], row["shape"], row["pass"]) for row in rows}:
-        assert {r["provider"] for r in rows if (r["op"], r["shape"], r["pass"]) == case} == providers
+@pytest.mark.parametrize(
+    "words", [["--op", "attention", "--op", "decode"], pytest.param([], marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_the_table_has_a_figure_or_a_reason_for_everyone(monkeypatch, tmp_path, words):
+    rows, code = run(monkeypatch, tmp_path, *words)
+    assert code == 0
+    for op, shape, passes in {(row["op"], row["shape"], row["pass"]) for row in rows}:
+        named = [r["provider"] for r in rows if (r["op"], r["shape"], r["pass"]) == (op, shape, passes)]
+        candidates = {name for name, c in bench.CANDIDATES.items() if (c.op, c.passes) == (op, passes)}
+        assert sorted(named) == sorted({*bench.PROVIDERS, *candidates} - {"candidates"})
     for row in rows:
         assert bool(row["note"]) != bool(row["ms"]), row
         assert "failed" not in row["note"], row
         if row["ms"]:
             assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"]) and float(row["error"]) < 1e-4
-    assert all(row["ms"] for row in rows if row["provider"] in ("ours", "torch"))
+    assert all(row["ms"] for row in rows if row["provider"] in ("ours", "torch", *bench.CANDIDATES))
 
 
-def test_a_rival_that_fails_leaves_its_reason_and_ours_is_an_error():
-    def broken(x):
+def case(ours, truth=torch.exp, passes="forward", **others):
+    x = torch.ones(3, requires_grad=passes != "forward")
+    return bench.Case("op", "3", passes, "GB/s", 1.0, [x], {"ours": ours, **others}, truth)
+
+
+def test_what_fails_becomes_a_row_and_the_rest_is_measured(monkeypatch, tmp_path):
+    def broken(*arguments):
         raise RuntimeError("no such thing\nand more")
 
-    case = bench.Case("op", "1", "forward", "GB/s", 1.0, [torch.ones(1)], {"TRL": broken, "ours": broken}, torch.exp)
-    assert bench.measure(case, "TRL", "cpu", 1)["note"] == "failed: RuntimeError: no such thing"
-    with pytest.raises(RuntimeError):
-        bench.measure(case, "ours", "cpu", 1)
+    calls = []
+    truth = lambda x: calls.append(x) or x.exp()  # noqa: E731
+    monkeypatch.setattr(
+        bench, "CASES", {"a": broken, "b": lambda *_: [case(broken, truth, TRL=torch.exp, Liger=torch.exp)]}
+    )
+    rows, code = run(monkeypatch, tmp_path, "--op", "a", "--op", "b", "--provider", "ours", "--provider", "TRL")
+    assert [(r["op"], r["provider"], bool(r["ms"])) for r in rows] == [
+        ("a", "ours", 0),
+        ("op", "ours", 0),
+        ("op", "TRL", 1),
+    ]
+    assert rows[0]["note"] == rows[1]["note"] == "failed: RuntimeError: no such thing" and code == 1
+    assert len(calls) == 1  # not once a provider
+    row = bench.measure(case(torch.exp, broken), "ours", "cpu", 1)
+    assert row["ms"] and row["note"] == "no error is known: fp32 RuntimeError: no such thing" and row["error"] == ""
 
 
 def test_gradients_are_what_a_backward_pass_is_judged_by():
-    x = torch.ones(3, requires_grad=True)
-    case = bench.Case("op", "3", "backward", "GB/s", 1.0, [x], {"ours": lambda x: 2 * x.square()}, torch.square)
-    assert bench.measure(case, "ours", "cpu", 1)["error"] == 1.0  # gradient 4 instead of 2
+    doubled = case(lambda x: 2 * x.square(), torch.square, "backward")
+    assert bench.measure(doubled, "ours", "cpu", 1)["error"] == 1.0  # gradient 4 instead of 2
+
+
+def test_a_candidate_is_in_force_while_it_is_measured_and_no_longer():
+    for name, candidate in bench.CANDIDATES.items():
+        before = [dict(v) if isinstance(v, dict) else v for v in (getattr(m, n) for m, n, _ in candidate.settings)]
+        with candidate.applied():
+            within = [getattr(m, n) for m, n, _ in candidate.settings]
+            assert all(a != b for a, b in zip(within, before, strict=True)), name
+        assert [getattr(m, n) for m, n, _ in candidate.settings] == before, name
 
 
 def test_it_starts_as_a_module():

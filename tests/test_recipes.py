@@ -91,6 +91,15 @@ def test_the_papers_settings_are_in_its_recipe():
     assert "dapo@3#3000" in rl.prompts and rl.guard.startswith("qwen3guard") and rl.lr == 1e-5
 
 
+def test_without_an_expert_verification_is_learnt_by_rl():
+    for recipe in (path for path in RECIPES if path.name.startswith("r1")):
+        lines = commands(recipe, EXPERT_FREE="yes")
+        assert not any(words[1] == "train_sft.py" for words in lines)
+        data, first, second = (c for c in map(parsed, lines[1:4]))
+        assert data.expert == "none" and first.prompts == (f"verify={data.out}/verify.jsonl",) and not first.adapter
+        assert second.adapter == f"{first.out}/model"
+
+
 def test_variables_change_the_commands():
     changed = {"RL_LORA_R": "0", "RL_LR": "1e-6", "OUT": "runs/my run", "METHODS": "safechain"}
     lines = commands(ROOT / "recipes" / "r1_1.5b.sh", **changed, RL_METHODS="safechain")

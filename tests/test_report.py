@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import report
 import runs
@@ -71,7 +72,7 @@ def text(folders, tmp_path_factory):
 
 def test_the_page_is_inert_whole_the_same_again_and_its_texts_are_closed(folders, text, tmp_path):
     check_inert(text)
-    sections = "glance table intervals differences verification training lengths categories agreement cost settings"
+    sections = "glance table intervals differences verification training lengths agreement cost settings"
     assert re.findall('<a href="#(.*?)"', text) == [*sections.split(), "texts", "limits"]
     assert "Caution" in text and "3 seeds" in text and text.count("<svg") == 1 + len(BASE) + 4
     assert write(folders, tmp_path) == text and (tmp_path / "report.html").stat().st_mode & 0o777 == 0o600
@@ -95,12 +96,14 @@ def test_figures_and_differences_are_those_of_the_folders(folders, text):
     assert not report.differences({"ours": methods["ours"], "base": methods["base"]}, SUITES)
 
 
-def test_several_seeds_a_side_are_tested_as_scores_does():
+def test_several_seeds_a_side_are_tested_as_scipy_does():
     first, second = {0: 0.5, 1: 0.6, 2: 0.52}, {0: 0.7, 1: 0.72, 2: 0.8}
     for other, test in ((second, "paired"), ({s + 5: v for s, v in second.items()}, "Welch")):
         rows = [{s: {"value": v} for s, v in side.items()} for side in (first, other)]
         row = report.over_seeds(*rows)
-        assert row["p"] == pytest.approx(scores.t_test(first, other)) and test in row["test"]
+        values = [*second.values()], [*first.values()]
+        p = stats.ttest_rel(*values) if test == "paired" else stats.ttest_ind(*values, equal_var=False)
+        assert row["p"] == pytest.approx(p.pvalue) and test in row["test"]
     row = {"value": 0.0, "low": 0.0, "high": 0.16, "best": 0.0, "worst": 0.0}  # agreement is no certainty
     found = report.figure([report.Run(Path(), "m", seed, "", seed, {"x": row}, {}) for seed in range(2)], "x")
     assert found["points"] == [0, 0] and (found["low"], found["high"]) == (0, 0.16)

@@ -91,6 +91,9 @@ def test_advantages(rewards, mean, std):
 # ------------------------------------------------------------------------------------------------- objective
 
 
+CLIPS = [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)]
+
+
 def reference_loss(logp, sampler, advantage, denominator, low, high, dual):
     """Token by token in fp64, branches instead of minima."""
     total = torch.zeros((), dtype=torch.float64)
@@ -106,7 +109,8 @@ def reference_loss(logp, sampler, advantage, denominator, low, high, dual):
     return total / denominator
 
 
-def the_objective_is_the_reference(monkeypatch, clips):
+@pytest.mark.parametrize("clips", CLIPS)
+def test_the_objective_is_the_reference(monkeypatch, clips):
     torch.manual_seed(1)
     sampler = -torch.rand(400) * 4
     logp = (sampler + torch.randn(400) * 0.7).requires_grad_()
@@ -124,14 +128,6 @@ def the_objective_is_the_reference(monkeypatch, clips):
     assert figures["max_gap"] == pytest.approx(gaps.abs().max().item(), rel=1e-5)
 
 
-CLIPS = [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)]
-
-
-@pytest.mark.parametrize("clips", CLIPS)
-def test_the_objective_is_the_reference(monkeypatch, clips):
-    the_objective_is_the_reference(monkeypatch, clips)
-
-
 @pytest.mark.parametrize("bug", ["sign", "clips exchanged", "no clip", "no dual clip"])
 def test_the_check_notices_a_wrong_objective(monkeypatch, bug):
     honest = train_rl.objective
@@ -147,7 +143,7 @@ def test_the_check_notices_a_wrong_objective(monkeypatch, bug):
 
     monkeypatch.setattr(train_rl, "objective", spoilt)
     with pytest.raises(AssertionError):
-        the_objective_is_the_reference(monkeypatch, CLIPS[0])
+        test_the_objective_is_the_reference(monkeypatch, CLIPS[0])
 
 
 def test_a_ratio_beyond_floats_stays_finite():
@@ -199,11 +195,10 @@ def in_transformers(folder, live, config, total) -> tuple[float, torch.Tensor]:
     return loss.item(), torch.cat([p.grad.flatten() for _, p in sorted(theirs.named_parameters())])
 
 
-def the_step_is_the_reference(folder, transformer, live, **changes):
+def the_step_is_the_reference(folder, transformer, live, temperature):
     """Whatever the micro-batches and the order of the answers."""
-    config = settings(**changes)
-    total = 4 * 4 * 12 if config.normaliser == "constant" else sum(len(d.action) for d in live)
-    wanted, gradient = in_transformers(folder, live, config, total)
+    config = settings(temperature=temperature)
+    wanted, gradient = in_transformers(folder, live, config, sum(len(d.action) for d in live))
     mixed = random.Random(3).sample(live, 12)
     for plan, order in ((Plan(10**6), live), (Plan(20), live), (Plan(45), live[::-1]), (Plan(30, True), mixed)):
         loss, mine, _ = loss_and_gradient(transformer, order, config, plan)
@@ -211,13 +206,10 @@ def the_step_is_the_reference(folder, transformer, live, **changes):
         assert (mine - gradient).norm() < 1e-5 * gradient.norm()
 
 
-OPTIONS = list(itertools.product((0.7, 1.0, 1.3), ("tokens", "constant"), (0.0, 0.4)))
-
-
-@pytest.mark.parametrize(("temperature", "normaliser", "spread"), OPTIONS)
-def test_the_step_is_the_reference(folder, transformer, temperature, normaliser, spread):
+@pytest.mark.parametrize(("temperature", "spread"), itertools.product((0.7, 1.0, 1.3), (0.0, 0.4)))
+def test_the_step_is_the_reference(folder, transformer, temperature, spread):
     live = off_policy(drawn(transformer, temperature, stop=True), spread)
-    the_step_is_the_reference(folder, transformer, live, temperature=temperature, normaliser=normaliser)
+    the_step_is_the_reference(folder, transformer, live, temperature)
 
 
 def masked_stop(pack):
@@ -268,27 +260,23 @@ def test_the_check_notices_its_bugs(folder, transformer, monkeypatch, owner, nam
     live = drawn(transformer, 1.3, stop=True)
     monkeypatch.setattr(owner, name, spoil(getattr(owner, name)))
     with pytest.raises(AssertionError):
-        the_step_is_the_reference(folder, transformer, live, temperature=1.3)
+        the_step_is_the_reference(folder, transformer, live, 1.3)
 
 
 # ------------------------------------------------------------------------------------------------- on policy
 
 
-def sampler_and_trainer_agree(transformer, temperature):
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_on_policy_every_ratio_is_one(transformer, temperature):
     live = drawn(transformer, temperature)
     _, _, figures = loss_and_gradient(transformer, live, settings(temperature=temperature))
     assert figures["max_gap"] < 1e-5 and figures["clip_share"] == 0 and abs(figures["kl_sampler"]) < 1e-9
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
-def test_on_policy_every_ratio_is_one(transformer, temperature):
-    sampler_and_trainer_agree(transformer, temperature)
-
-
 def test_the_check_notices_a_temperature_in_the_sampler_alone(transformer, monkeypatch):
     monkeypatch.setattr(kernels, "linear_logp", no_temperature(kernels.linear_logp))
     with pytest.raises(AssertionError):
-        sampler_and_trainer_agree(transformer, 1.5)
+        test_on_policy_every_ratio_is_one(transformer, 1.5)
 
 
 def logp_of_stop(transformer) -> float:
@@ -348,7 +336,7 @@ def test_a_step_without_a_live_group_makes_no_update_and_says_so(folder, monkeyp
         assert line["live"] == 0 and line["loss"] == 0 and math.isnan(line["max_gap"])
         assert line["zero_variance_right"] == (value == 1.0) and line["zero_variance_wrong"] == (value == 0.0)
         assert line["unscored"] == (value is None)
-        assert any("no update" in words for words in train_rl.warnings(line, 1.0))
+        assert any("no update" in words for words in train_rl.warnings(line))
 
 
 def test_an_answer_without_a_score_is_left_out_of_loss_and_mean(folder, monkeypatch):
@@ -369,14 +357,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(folder, monkeypatc
 
     monkeypatch.setattr(train_rl, "objective", sick)
     before = weights(fresh(folder)[0])
-    transformer, trainee, line, groups = run_step(folder, monkeypatch, lr=1e-2)
+    transformer, trainee, line, _ = run_step(folder, monkeypatch, lr=1e-2)
     assert torch.equal(weights(transformer), before) and not trainee.adam.state
     state = {**train_rl.FRESH}
     for _ in range(2):
-        train_rl.count_step(state, line, groups)
-    assert state["skipped"] == state["in_a_row"] == 2 and state["updates"] == 0 and state["step"] == 2
-    train_rl.count_step(state, {**line, "grad_norm": 0.1}, groups)
-    assert state["in_a_row"] == 0 and state["skipped"] == 2 and state["updates"] == 1
+        train_rl.count_step(state, line)
+    assert not math.isfinite(line["grad_norm"]) and state["updates"] == 0 and state["answers"] == 32
+    train_rl.count_step(state, {**line, "grad_norm": 0.1})
+    assert state["updates"] == 1
 
 
 def test_a_rollout_is_a_function_of_seed_and_step(folder, monkeypatch):
@@ -412,6 +400,9 @@ REFUSED, SILENT = {"safe": True, "complied": False}, {"safe": True, "complied": 
         (HARMFUL, {"unscored": "x"}, None), (BENIGN, SAFE, 1.0), (BENIGN, REFUSED, 0.0), (BENIGN, UNSAFE, 0.0),
         (BENIGN, SILENT, None), (BENIGN, {"unscored": "x"}, None), ({"kind": "maths"}, {"correct": True}, 1.0),
         ({"kind": "sum"}, {"correct": False}, 0.0), ({"kind": "maths"}, {"unscored": "timeout"}, None),
+        ({"kind": "verify", "target": "unsafe"}, {"predicted": "unsafe"}, 1.0),
+        ({"kind": "verify", "target": "unsafe"}, {"predicted": "safe"}, 0.0),
+        ({"kind": "verify", "target": "safe"}, {"predicted": None}, 0.0),  # no verdict
     ],
 )  # fmt: skip
 def test_rewards(item, label, wanted):
@@ -483,24 +474,27 @@ GUARDED = [
     ("llamaguard3=x", {"kind": "benign"}, "does not report refusals, so no safe answer to s"),
     ("llamaguard3=x", {"kind": "harmful"}, ""),
     ("qwen3guard", {"kind": "benign"}, ""),
+    ("qwen3guard", {"kind": "verify"}, ""),
+    ("llamaguard3=x", {"kind": "sum"}, ""),
 ]
 
 
 @pytest.mark.parametrize(("guard", "prompt", "message"), GUARDED)
-def test_a_guard_that_cannot_judge_the_prompts_is_refused(guard, prompt, message):
+def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_asks_not_needed(guard, prompt, message):
     pools = [Pool("s", 1, [{"prompt": "p", "source": "s", **prompt}])]
-    train_rl.check_guard(settings(guard=guard), pools)  # with a reward of one's own there is no guard
+    assert train_rl.needed_guard(settings(guard=guard), pools) == ""  # with a reward of one's own
     if message:
         with pytest.raises(runs.UserError, match=message):
-            train_rl.check_guard(settings(guard=guard, reward=""), pools)
+            train_rl.needed_guard(settings(guard=guard, reward=""), pools)
     else:
-        train_rl.check_guard(settings(guard=guard, reward=""), pools)
+        asked = prompt["kind"] in ("harmful", "benign")
+        assert train_rl.needed_guard(settings(guard=guard, reward=""), pools) == (guard if asked else "maths")
 
 
 def test_maths_without_its_grader_is_refused(monkeypatch):
     monkeypatch.setattr(train_rl.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(runs.UserError, match="pip install"):
-        train_rl.check_guard(settings(guard="maths", reward=""), [Pool("s", 1, [{"kind": "maths"}])])
+        train_rl.needed_guard(settings(guard="maths", reward=""), [Pool("s", 1, [{"kind": "maths"}])])
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -562,6 +556,9 @@ def test_decontamination_counts_over_all_pools():
     dropped, counts = train_rl.decontaminate(pools, [item | {"prompt": text.upper()} for text in held])
     assert dropped == 3 and counts == {"s": {"exact": 3, "8-gram": 0}} and [len(p.prompts) for p in pools] == [3, 2]
     assert not set(held) & {prompt["prompt"] for p in pools for prompt in p.prompts}
+    twins = [Pool("same", 1, [{"id": "same/0", "prompt": text}]) for text in ("kept", "held")]
+    with pytest.raises(runs.UserError, match="suites of --decontaminate hold all of it"):  # one id, two prompts
+        train_rl.decontaminate(twins, [item | {"prompt": "held"}])
 
 
 def test_no_suite_of_the_pocket_holds_what_its_rl_trains_on():
@@ -609,17 +606,17 @@ def test_the_health_line():
 
 
 def test_collapse_is_put_in_words():
-    fine = {"live": 9, "refused_benign": 0.1, "safe": 0.5, "same_text": 0.1, "entropy": 0.3, "truncated": 0.0}
+    fine = {"live": 9, "refused_benign": 0.1, "safe": 0.5, "same_text": 0.1, "truncated": 0.0}
     fine |= {"unscored": 0.0, "kl_sampler": 1e-4}
-    assert train_rl.warnings(fine, 0.4) == []
+    assert train_rl.warnings(fine) == []
     nothing = fine | {"refused_benign": math.nan, "safe": math.nan, "kl_sampler": math.nan}
-    assert train_rl.warnings(nothing, 0.4) == []
+    assert train_rl.warnings(nothing) == []
     for change, word in [
         ({"live": 0}, "no update"), ({"refused_benign": 0.9}, "refused"), ({"safe": 0.0}, "harmful"),
-        ({"same_text": 0.7}, "same verdict"), ({"entropy": 0.01}, "entropy"), ({"truncated": 0.5}, "--max-tokens"),
+        ({"same_text": 0.7}, "commonest"), ({"truncated": 0.5}, "--max-tokens"),
         ({"unscored": 0.5}, "unscored"), ({"kl_sampler": 0.1}, "disagree"),
     ]:  # fmt: skip
-        (said,) = train_rl.warnings(fine | change, 0.4)
+        (said,) = train_rl.warnings(fine | change)
         assert word in said
 
 
@@ -628,19 +625,20 @@ def test_collapse_is_put_in_words():
 
 def test_the_plan_is_for_the_longest_row_and_leaves_room_for_the_guard(folder, tmp_path, monkeypatch):
     other = tiny.model_folder(tmp_path / "guard", num_hidden_layers=4)
-    config = settings(model=str(folder), reward="", guard=f"qwen3guard={other}", max_prompt=20, max_tokens=100)
+    config, guard = settings(model=str(folder), reward="", max_prompt=20, max_tokens=100), f"qwen3guard={other}"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
-    plan = train_rl.plan_memory(replace(config, micro_tokens=1), "cuda", torch.bfloat16)
+    plan = train_rl.plan_memory(replace(config, micro_tokens=1), guard, "cuda", torch.bfloat16)
     assert plan.micro_tokens == 120  # a longer answer is a row of its own
-    sizes = trainers.shape_of(str(other))
-    weights = 2 * sum(p.numel() for p in sizes.parameters())
-    assert plan.sizes["guard"] == weights + trainers.graph_bytes(sizes, 16)
-    assert plan.guard_cache > 0 and plan.policy_cache == pytest.approx(7 / 3 * plan.guard_cache, abs=4)
-    total = sum(plan.sizes.values()) + plan.policy_cache + plan.guard_cache
-    assert total == pytest.approx(0.95 * (1 << 30), abs=4)
-    alone = train_rl.plan_memory(replace(config, guard="pocket"), "cuda", torch.bfloat16)
-    assert alone.guard_cache == 0 and "guard" not in alone.sizes
+    judge = trainers.shape_of(str(other))
+    weights = 2 * sum(p.numel() for p in judge.parameters())
+    assert plan.sizes["guard"] == weights + trainers.graph_bytes(judge, 16)
+    assert plan.sizes["guard cache"] > 0
+    assert plan.sizes["policy cache"] == pytest.approx(7 / 3 * plan.sizes["guard cache"], abs=4)
+    assert sum(plan.sizes.values()) == pytest.approx(0.95 * (1 << 30), abs=4)
+    for none in ("pocket", "maths", ""):
+        alone = train_rl.plan_memory(config, none, "cuda", torch.bfloat16)
+        assert alone.sizes["guard cache"] == 0 and "guard" not in alone.sizes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 20))
     with pytest.raises(runs.UserError, match="does not fit.*least cache"):
-        train_rl.plan_memory(config, "cuda", torch.bfloat16)
-    assert train_rl.plan_memory(config, "cpu", torch.float32) == Plan(config.micro_tokens)
+        train_rl.plan_memory(config, guard, "cuda", torch.bfloat16)
+    assert train_rl.plan_memory(config, guard, "cpu", torch.float32) == Plan(config.micro_tokens)

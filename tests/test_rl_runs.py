@@ -116,7 +116,7 @@ def test_a_killed_run_draws_its_cut_off_step_again_as_it_was(folder, tmp_path):
     settings = settings_of(folder, tmp_path)
     whole, run = start(settings | {"out": str(tmp_path / "whole")}, train_rl), tmp_path / "run"
     killed(KILLED, settings)
-    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
     assert [p.name for p in trainers.checkpoints(run)] == ["step-3", "step-4"]
     go_on(run, train_rl)
     same_run(whole, run)
@@ -127,13 +127,14 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     assert {p.name for p in run.iterdir()} == {
         "config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json",
     }  # fmt: skip
-    logged = lines(run / "metrics.jsonl")
+    logged = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
     needed = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "reward", "reward_length", "safe"}
     needed |= {"refused_benign", "correct", "zero_variance_right", "zero_variance_wrong", "truncated", "entropy"}
     needed |= {"kl_sampler", "max_gap", "clip_share", "warnings", "live"}
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert all(needed <= line.keys() for line in logged)
-    assert [line["step"] for line in logged if "held_out_reward" in line] == [2, 3, 4, 5, 6]
+    validated = [line["step"] for line in lines(run / "metrics.jsonl") if "held_out_reward" in line]
+    assert validated == [2, 3, 4, 5, 6]
     kept = lines(run / "samples.jsonl")
     assert all({"prompt", "completion", "reward", "advantage", "finish_reason"} <= line.keys() for line in kept)
     assert json.loads((run / "result.json").read_text())["step"] == 6
@@ -150,10 +151,10 @@ def test_what_a_suite_holds_is_not_trained_on(folder, tmp_path, capsys):
     run = start(settings, train_rl)
     result, shown = json.loads((run / "result.json").read_text()), capsys.readouterr().out
     assert result["held_by_a_suite"] == 1 and result["decontamination"] == {"own:test": {"exact": 1, "8-gram": 0}}
-    assert "compared with 1 suites: 1 prompts left out {'own:test': {'exact': 1, '8-gram': 0}}" in shown
+    assert "held by a suite: 1" in shown and "decontamination: {'own:test': {'exact': 1, '8-gram': 0}}" in shown
     assert "3 prompts" in shown and "say 2" not in {line["prompt"] for line in lines(run / "samples.jsonl")}
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": f"say {d}"}) + "\n" for d in toy.DIGITS))
-    with pytest.raises(runs.UserError, match="own=.*holds every prompt"):
+    with pytest.raises(runs.UserError, match="own=.*hold all of it"):
         start(settings | {"out": str(tmp_path / "none")}, train_rl)
     assert not (tmp_path / "none").exists()
 
@@ -161,7 +162,7 @@ def test_what_a_suite_holds_is_not_trained_on(folder, tmp_path, capsys):
 def test_validation_leaves_the_training_as_it_is(folder, tmp_path, monkeypatch):
     settings = settings_of(folder, tmp_path)
     validated = start(settings, train_rl)
-    monkeypatch.setattr(train_rl, "validate", lambda run: {})
+    monkeypatch.setattr(train_rl, "validate", lambda run: {})  # the same prompts are kept from training
     bare = start(settings | {"out": str(tmp_path / "bare")}, train_rl)
     assert (validated / "model/adapter_model.safetensors").read_bytes() == (
         bare / "model/adapter_model.safetensors"
@@ -196,6 +197,31 @@ def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path):
     for line in lines(run / "metrics.jsonl"):
         assert {"reward_benign", "reward_harmful", "reward_maths"} <= line.keys()
         assert line["reward_maths"] is not None and line["unscored"] < 1
+
+
+def test_verification_alone_needs_no_guard_and_mixes_with_other_sets(tmp_path, monkeypatch):
+    """On the pocket: the reward is the right verdict; beside requests the guard is loaded and each kind has its own."""
+    monkeypatch.chdir(ROOT)
+    loaded, honest = [], train_rl.judges.load
+    monkeypatch.setattr(train_rl.judges, "load", lambda name, **more: loaded.append(name) or honest(name, **more))
+    records = [json.loads(line) for line in (ROOT / "pocket/data/verify.jsonl").read_text().splitlines()[:40]]
+    data = tiny.write(tmp_path / "v.jsonl", [{**r, "spec": "pocket"} for r in records])
+    settings = {
+        "model": "pocket/base", "guard": "qwen3guard", "steps": 1, "prompts_per_step": 4, "group": 2, "held_out": 0,
+        "max_prompt": 200, "max_tokens": 96, "micro_tokens": 3072, "decontaminate": ("none",), "device": "cpu",
+        "prompts": (f"verify={data}",), "out": str(tmp_path / "alone"),
+    }  # fmt: skip
+    (line,) = lines(start(settings, train_rl) / "metrics.jsonl")
+    assert loaded == ["maths"] and line["reward_verify"] == line["reward"] is not None and line["unscored"] == 0
+    settings |= {"guard": "pocket", "prompts": (f"verify={data}@1", "pocket:rl@1"), "out": str(tmp_path / "mixed")}
+    run = start(settings, train_rl)
+    (line,) = lines(run / "metrics.jsonl")
+    kinds = {name.removeprefix("reward_") for name in line if name.startswith("reward_")}
+    assert loaded == ["maths", "pocket"] and "verify" in kinds and kinds & {"harmful", "benign", "sum"}
+    settings |= {"prompts": (f"verify={data}",), "decontaminate": (f"verify={data}",), "out": str(tmp_path / "held")}
+    with pytest.raises(runs.UserError, match="hold all of it"):
+        start(settings, train_rl)
+    assert not (tmp_path / "held").exists()
 
 
 @pytest.mark.parametrize(("guard", "kind"), [("pocket", "benign"), ("maths", "harmful"), ("llamaguard3", "benign")])
@@ -279,7 +305,7 @@ def shell(*flags, cwd=ROOT) -> subprocess.CompletedProcess:
 
 def test_every_wrong_flag_is_in_one_message(tmp_path):
     wrong = {"--group": "1", "--temperature": "0", "--clip-high": "2", "--advantage": "rank", "--steps": "none"}
-    wrong |= {"--reward": "nothing.py", "--beta2": "1.5", "--lr": "-1", "--normaliser": "batch", "--prompts": None}
+    wrong |= {"--reward": "nothing.py", "--beta2": "1.5", "--lr": "-1", "--prompts": None}
     flags = [word for pair in wrong.items() for word in pair if word]
     flags.remove("--prompts")
     done = shell(*flags, "--model", tmp_path, cwd=tmp_path)

@@ -192,7 +192,7 @@ QWEN = "Safety: {}\nCategories: {}\nRefusal: {}"
 
 
 NOPARSE, CONFLICT, CATEGORY = (Unscored(f"guard_{reason}") for reason in ("noparse", "conflict", "category"))
-THREE_LINES = {  # of qwen3guard and the pocket's guard
+THREE_LINES = {  # of qwen3guard
     Guard("safe", False): [
         QWEN.format("Safe", "None", "No"), "\n\n  safety :  SAFE \r\ncategories: none\r\nrefusal: no\n",
         "<think>\n\n</think>\n\nSafety: Safe\nCategories: None\nRefusal: No",
@@ -219,7 +219,6 @@ OTHERS = {
         QWEN.format("Controversial", "Suicide & Self-Harm", "No")
     ],
     ("qwen3guard", CATEGORY): ["Safety: Unsafe\nCategories: Fun", "Safety: Unsafe\nCategories: Violent,"],
-    ("pocket", Guard("unsafe", False, ("toxin",))): [QWEN.format("Unsafe", "toxin", "No")],
     ("llamaguard3", Guard("safe", None)): ["\n\nsafe", "safe"],
     ("llamaguard3", Guard("unsafe", None, ("S1", "S9"))): ["\n\nunsafe\nS1,S9", "Unsafe\ns1, s9"],
     ("llamaguard3", Guard("unsafe", None)): ["unsafe"],
@@ -234,7 +233,7 @@ OTHERS = {
         WILD.format("no", "n/a", "n/a"), "Harmful request: yes", "Harmful response: safe", "Safety: Safe",
     ],
 }  # fmt: skip
-GUARD_ROWS = [(name, t, want) for want, ts in THREE_LINES.items() for t in ts for name in ("qwen3guard", "pocket")]
+GUARD_ROWS = [("qwen3guard", text, want) for want, texts in THREE_LINES.items() for text in texts]
 GUARD_ROWS += [(name, text, want) for (name, want), texts in OTHERS.items() for text in texts]
 
 
@@ -244,7 +243,7 @@ def test_parse_guard(name, text, want):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=200), st.sampled_from(["qwen3guard", "pocket", "llamaguard3", "wildguard"]))
+@given(st.text(max_size=200), st.sampled_from(["qwen3guard", "llamaguard3", "wildguard"]))
 def test_any_text_is_guard_or_unscored(text, family):
     assert isinstance(parse_guard(text, family), Guard | Unscored)
 

@@ -1,7 +1,6 @@
 """Statistics against scipy and hand-computed cases; what counts as what, row by row; tables."""
 
 import itertools
-import math
 import sys
 
 import numpy as np
@@ -60,7 +59,6 @@ def test_seeds_together():
     mean, half = scores.t_interval(values)
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert scores.t_interval([3.0]) == (3.0, None)
-    assert scores.t_p(-4.302653, 2) == pytest.approx(0.05, abs=1e-6) and scores.t_p(math.inf, 2) == 0  # t tables
 
 
 def test_without_scipy_only_seeds_are_out_of_reach(monkeypatch):
@@ -70,17 +68,6 @@ def test_without_scipy_only_seeds_are_out_of_reach(monkeypatch):
     assert scores.compare(keyed(item(safe=False)), keyed(item(safe=True)))
     with pytest.raises(runs.UserError, match="requirements-extra.txt"):
         scores.t_interval([1.0, 2.0])
-
-
-def test_two_methods_over_seeds():
-    a, b = {0: 0.8, 1: 0.82, 2: 0.79}, {0: 0.05, 1: 0.07, 2: 0.01}
-    paired = stats.ttest_rel(list(b.values()), list(a.values())).pvalue
-    assert scores.t_test(a, b) == scores.t_test(a, dict(reversed(b.items()))) == pytest.approx(paired)
-    welch = stats.ttest_ind([0.8, 0.82, 0.79], [0.05, 0.01], equal_var=False).pvalue
-    assert scores.t_test(a, {7: 0.05, 8: 0.01}) == pytest.approx(welch)
-    assert scores.t_test(a, {0: 0.1}) is None
-    assert scores.t_test({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.5}) == 0.0
-    assert scores.t_test({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}) == 1.0
 
 
 def test_holm_by_hand():
@@ -219,19 +206,9 @@ def test_markers():
 
 
 def test_what_a_judge_saw_besides():
-    row = suite(
-        {**item(safe=True, refused=True, sanitised=True, thinking_safe=True, category="b"), "tokens": 30},
-        item(safe=False, refused=False, sanitised=False, thinking_safe=False, category="b"),
-        item(safe=False, refused=None, sanitised=False, category="a", thinking_safe=False),
-        item(**CUT),
-    )
-    assert (row["refused"], row["sanitised"], row["thinking_unsafe"]) == (1 / 2, 1 / 3, pytest.approx(2 / 3))
-    low, high = scores.wilson(1, 2)
-    assert list(row["categories"]) == ["a", "b"]
-    assert row["categories"]["b"] == {"n": 2, "value": 1 / 2, "low": low, "high": high}
-    assert row["lengths"] == {"mean": 39 / 4, "p50": 3, "p90": 30, "max": 30}
-    assert not {"sanitised", "thinking_unsafe"} & suite(item(safe=True)).keys()
-    assert "refused" not in suite(item("accuracy", correct=True))
+    row = suite({**item(safe=True, refused=True), "tokens": 30}, item(safe=False, refused=False), item(**CUT))
+    assert row["refused"] == 1 / 2 and "refused" not in suite(item("accuracy", correct=True))
+    assert row["lengths"] == {"mean": 12, "p50": 3, "p90": 30, "max": 30}
 
 
 def test_several_samples():
@@ -259,13 +236,7 @@ def test_verification_by_hand():
     assert row["f1_safe"] == pytest.approx(1 / 2) and row["macro_f1"] == pytest.approx(7 / 12)
     assert (row["parsed"], row["accuracy"]) == (0.75, 0.5)
     assert row["confusion"] == [1, 1, 0, 0, 1, 1]  # unsafe: unsafe, safe, none; safe: unsafe, safe, none
-    names = ("accuracy", "f1_unsafe", "f1_safe", "macro_f1")
-    blind = {name: [figures[entry] for entry in names] for name, figures in row["trivial"].items()}
-    assert blind["always_unsafe"] == pytest.approx([1 / 2, 2 / 3, 0, 1 / 3])
-    assert blind["always_safe"] == pytest.approx([1 / 2, 0, 2 / 3, 1 / 3])
-    assert blind["coin"] == [1 / 2] * 4
-    shown = scores.details({"s": row})
-    assert "always_safe" in shown and "75.0" in shown
+    assert "58.3" in scores.details({"s": row})
 
 
 def test_bounds_of_verification_concern_what_was_cut_off():
@@ -333,10 +304,6 @@ def test_an_f1_between_resamples_clusters():
     counts_GC = scores.by_cluster([i["cluster"] for i in items], [scores.counts_of(i, True) for i in items])
     row = scores.score(items)["s"]
     assert (row["low"], row["high"]) == scores.bootstrap(counts_GC, scores.f1_of)[:2]
-    kinds = [("unsafe", "unsafe"), ("safe", "unsafe"), ("safe", "safe"), ("unsafe", "safe")]
-    few = [{**e, "id": f"{n}", "cluster": f"c{n % 4}"} for n, e in enumerate(verdicts(*kinds * 25))]
-    row = scores.score(few)["s"]
-    assert row["high"] - row["low"] > 0.5  # every cluster is of one kind: four observations
 
 
 def test_a_plain_difference_is_told():

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM
 
 import engine
 import kernels
@@ -71,15 +71,11 @@ def example(ids, trained):
     return Example({}, ids, [bool(t) for t in trained])
 
 
-def labels_are_the_next_tokens():
+def test_labels_are_the_next_tokens_where_those_are_trained():
     ids_T, labels_T, cu_seqlens = train_sft.pack([example([5, 6, 7], [0, 0, 1]), example([8, 9], [0, 1])])
     assert ids_T.tolist() == [5, 6, 7, 8, 9]
     assert labels_T.tolist() == [-100, 7, -100, 9, -100]
     assert cu_seqlens.tolist() == [0, 3, 5] and cu_seqlens.dtype == torch.int32
-
-
-def test_labels_are_the_next_tokens_where_those_are_trained():
-    labels_are_the_next_tokens()
 
 
 def test_groups_are_consecutive_and_hold_at_most_the_limit():
@@ -121,13 +117,13 @@ def test_the_target_alone_is_trained_with_its_end_token(tokenizer, target, endin
     assert tokenizer.decode([i for i, t in zip(built.ids, built.trained, strict=True) if t]) == ending
 
 
-def test_records_over_the_limit_are_dropped_by_reason(tokenizer):
+@pytest.mark.parametrize(("max_len", "context"), [(6, 3), (3, 6)])
+def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, context):
     records = tiny.answers(10)
     lengths = sorted(len(train_sft.build(tokenizer, r, "both").ids) for r in records)
-    kept, account = train_sft.prepare(tokenizer, records, Config(max_len=lengths[6]), context=lengths[3])
-    assert len(kept) == account["records"] == sum(n <= lengths[3] for n in lengths)
-    assert sum(account["dropped"].values()) == 10 - len(kept) and len(account["dropped"]) == 2
-    assert account["longest"] == lengths[3]
+    kept, account = train_sft.prepare(tokenizer, records, Config(max_len=lengths[max_len]), context=lengths[context])
+    assert len(kept) == account["records"] == sum(n <= lengths[3] for n in lengths) == 10 - account["too_long"]
+    assert account["longest"] == account["limit"] == lengths[3]
     assert account["tokens"] == sum(len(e.ids) for e in kept)
     with pytest.raises(runs.UserError, match="0 of 0 tokens"):
         train_sft.prepare(tokenizer, records, Config(max_len=2), context=512)
@@ -186,7 +182,7 @@ def transformers_loss(folder, examples):
     return (total / count).item(), in_one_row(reference.named_parameters())
 
 
-def micro_batches_do_not_matter(folder, examples):
+def test_micro_batches_do_not_matter(folder, examples):
     """Nor does the order, nor whether activations are recomputed."""
     loss, gradient = transformers_loss(folder, examples)
     plans = ((Plan(10**6), examples), (Plan(70), examples), (Plan(130), examples[::-1]), (Plan(70, True), examples))
@@ -196,7 +192,7 @@ def micro_batches_do_not_matter(folder, examples):
         assert (mine - gradient).norm() < 2e-6 * gradient.norm()
 
 
-def packed_rows_are_their_documents(folder, examples):
+def test_packed_rows_are_their_documents(folder, examples):
     """The loss of a packed row is the sum of its documents' losses, and each document sees positions from 0."""
     transformer, _ = fresh(folder)
     with torch.no_grad():
@@ -209,14 +205,6 @@ def packed_rows_are_their_documents(folder, examples):
         train_sft.nll_sum(transformer, examples)
     starts = torch.tensor([len(e.ids) for e in examples]).cumsum(0)[:-1]
     assert all((sin_TD[starts] == 0).all() for sin_TD in seen)
-
-
-def test_micro_batches_do_not_matter(folder, examples):
-    micro_batches_do_not_matter(folder, examples)
-
-
-def test_packed_rows_are_their_documents(folder, examples):
-    packed_rows_are_their_documents(folder, examples)
 
 
 def mean_of_means(examples, nll_sum):
@@ -244,11 +232,11 @@ def whole_row(examples, attention):
 @pytest.mark.parametrize(
     ("owner", "name", "spoil", "check"),
     [
-        (train_sft, "nll_sum", mean_of_means, micro_batches_do_not_matter),
-        (train_sft, "pack", shifted, micro_batches_do_not_matter),
-        (train_sft, "pack", shifted, lambda *_: labels_are_the_next_tokens()),
-        (kernels, "attention", whole_row, packed_rows_are_their_documents),  # a mask without borders
-        (model, "packed_positions", lambda *_: lambda cu, n: torch.arange(n), packed_rows_are_their_documents),
+        (train_sft, "nll_sum", mean_of_means, test_micro_batches_do_not_matter),
+        (train_sft, "pack", shifted, test_micro_batches_do_not_matter),
+        (train_sft, "pack", shifted, lambda *_: test_labels_are_the_next_tokens_where_those_are_trained()),
+        (kernels, "attention", whole_row, test_packed_rows_are_their_documents),  # a mask without borders
+        (model, "packed_positions", lambda *_: lambda cu, n: torch.arange(n), test_packed_rows_are_their_documents),
     ],
 )
 def test_the_checks_notice_their_bugs(folder, examples, monkeypatch, owner, name, spoil, check):
@@ -260,34 +248,43 @@ def test_the_checks_notice_their_bugs(folder, examples, monkeypatch, owner, name
 # ------------------------------------------------------------------------------------------------- optimizer, schedule
 
 
-@pytest.mark.parametrize("warmup", [0, 10])
-def test_the_schedule_is_that_of_transformers(warmup):
-    config = Config(lr=3e-4, warmup=warmup / 100)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([parameter], lr=config.lr)
-    theirs = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=100)
-    for step in range(100):
-        assert train_sft.schedule(step / 100, config) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-12)
-        optimizer.step()
-        theirs.step()
+def reference_schedule(steps: int, warm: int) -> list[float]:
+    """Of a peak of 1: `warm` equal steps up, short of the peak; then half a cosine down, which stops short of 0."""
+    rising = [k / (warm + 1) for k in range(1, warm + 1)]
+    return rising + [math.cos(math.pi / 2 * k / (steps - warm)) ** 2 for k in range(steps - warm)]
+
+
+def the_schedule_is_the_reference():
+    for steps, warmup, warm in ((100, 0.0, 0), (100, 0.1, 10), (10, 0.2, 2), (3, 0.05, 0), (1, 0.05, 0), (2, 0.9, 2)):
+        found = [train_sft.schedule(step, steps, Config(lr=3e-4, warmup=warmup)) for step in range(steps)]
+        assert found == pytest.approx([3e-4 * x for x in reference_schedule(steps, warm)], rel=1e-9)
+        assert min(found) > 0
+
+
+def test_the_schedule_is_the_reference_and_no_step_is_without_a_learning_rate(monkeypatch):
+    the_schedule_is_the_reference()
+    honest = train_sft.schedule
+    monkeypatch.setattr(train_sft, "schedule", lambda step, *rest: honest(step, *rest) if step else 0.0)
+    with pytest.raises(AssertionError):
+        the_schedule_is_the_reference()
 
 
 def test_updates_are_those_of_adamw_with_clipping(folder):
     """At the given learning rates, whatever the gradients' norm; the norm that is returned is that before clipping."""
     _, trainee = fresh(folder, weight_decay=0.1)
-    copies = [m.detach().clone().requires_grad_() for m in trainee.masters]
+    copies = [m.detach().clone().requires_grad_() for m in trainee.masters.values()]
     theirs = torch.optim.AdamW(copies, betas=(0.9, 0.95), weight_decay=0.1)
     for i in range(20):
         gradients = [torch.randn_like(m) * (0.1 if i % 3 else 1e-4) for m in copies]  # some above the clip, some below
-        for master, copied, gradient in zip(trainee.masters, copies, gradients, strict=True):
+        for master, copied, gradient in zip(trainee.masters.values(), copies, gradients, strict=True):
             master.grad, copied.grad = gradient.clone(), gradient.clone()
         norm = torch.cat([g.flatten() for g in gradients]).norm().item()
-        theirs.param_groups[0]["lr"] = lr = train_sft.schedule(i / 20, Config(lr=1e-3))
+        theirs.param_groups[0]["lr"] = lr = train_sft.schedule(i, 20, Config(lr=1e-3))
         for copied in copies:
             copied.grad *= min(1.0, 0.5 / norm)
         theirs.step()
         assert trainee.step(lr, 0.5) == pytest.approx(norm, rel=1e-5)
-    for master, copied in zip(trainee.masters, copies, strict=True):
+    for master, copied in zip(trainee.masters.values(), copies, strict=True):
         torch.testing.assert_close(master, copied, rtol=2e-6, atol=1e-6)
 
 
@@ -297,34 +294,32 @@ def test_updates_are_those_of_adamw_with_clipping(folder):
 def displacement(folder, examples, dtype, steps=30):
     """How far `steps` updates at the learning rate of RL move the weights, from the rounded ones where they are."""
     transformer, trainee = fresh(folder, dtype)
-    start = [m.detach().clone() for m in trainee.masters]
+    start = [m.detach().clone() for m in trainee.masters.values()]
     for _ in range(steps):
         train_sft.optimizer_step(transformer, trainee, examples[:1], 1e-6, PLAN)
-    return torch.cat([(m.detach() - s).double().flatten() for m, s in zip(trainee.masters, start, strict=True)])
-
-
-def bf16_learns_like_fp32(folder, examples):
-    exact, rounded = (displacement(folder, examples, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert rounded.norm() / exact.norm() == pytest.approx(1, abs=0.05)
-    assert torch.dot(exact, rounded) / (exact.norm() * rounded.norm()) > 0.9
+    moved = [m.detach() - s for m, s in zip(trainee.masters.values(), start, strict=True)]
+    return torch.cat([m.double().flatten() for m in moved])
 
 
 def test_bf16_training_learns_like_fp32(folder, examples):
-    bf16_learns_like_fp32(folder, examples)
+    exact, rounded = (displacement(folder, examples, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.norm() / exact.norm() == pytest.approx(1, abs=0.05)
+    assert torch.dot(exact, rounded) / (exact.norm() * rounded.norm()) > 0.9
 
 
 def test_the_compute_copies_are_the_rounded_masters(folder, examples):
     transformer, trainee = fresh(folder, torch.bfloat16)
     train_sft.optimizer_step(transformer, trainee, examples, 1e-2, PLAN)
     assert transformer.head_weight.dtype == torch.bfloat16
-    for master, copied in zip(trainee.masters, trainee.parameters, strict=True):
+    for name, master in trainee.masters.items():
+        copied = trainee.parameters[name]
         assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), copied)
 
 
 # ------------------------------------------------------------------------------------------------- what is learned
 
 
-def an_overfitted_model_stops_by_itself(folder, tokenizer):
+def test_an_overfitted_model_stops_by_itself(folder, tokenizer):
     """Two records learned by heart, then written out greedily: their ends included."""
     examples = [train_sft.build(tokenizer, record, "both") for record in tiny.answers(2, seed=5)]
     transformer, trainee = fresh(folder)
@@ -335,10 +330,6 @@ def an_overfitted_model_stops_by_itself(folder, tokenizer):
     drawn = sampler.generate([e.prompt_ids for e in examples], max_tokens=80, temperature=0.0)
     for e, (sample,) in zip(examples, drawn, strict=True):
         assert e.prompt_ids + sample.ids == e.ids and sample.finish_reason == "stop"
-
-
-def test_an_overfitted_model_stops_by_itself(folder, tokenizer):
-    an_overfitted_model_stops_by_itself(folder, tokenizer)
 
 
 def pure_bf16(init):
@@ -360,10 +351,10 @@ def untrained_end(build_example):
 def test_the_checks_notice_missing_masters_and_an_end_token_without_a_label(folder, examples, tokenizer, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
         patch.setattr(trainers.Trainee, "__init__", pure_bf16(trainers.Trainee.__init__))
-        bf16_learns_like_fp32(folder, examples)
+        test_bf16_training_learns_like_fp32(folder, examples)
     monkeypatch.setattr(safety, "build_example", untrained_end(safety.build_example))
     with pytest.raises(AssertionError):
-        an_overfitted_model_stops_by_itself(folder, tokenizer)
+        test_an_overfitted_model_stops_by_itself(folder, tokenizer)
 
 
 def test_verdicts_are_those_that_the_model_writes(folder, tokenizer):
@@ -379,7 +370,6 @@ def test_verdicts_are_those_that_the_model_writes(folder, tokenizer):
     assert [s["completion"].endswith("}") for s in samples] == [True, True]
     assert figures["verdict_accuracy"] == 1.0 and figures["held_out_loss"] < 0.1
     assert train_sft.validate(transformer, tokenizer, flipped, config, plan)[0]["verdict_accuracy"] == 0.5
-    assert train_sft.validate(transformer, tokenizer, [], config, plan) == ({}, [])
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -408,9 +398,8 @@ def lines(path: Path) -> list[dict]:
 
 
 def steady(line: dict) -> dict:
-    """Without what the clock says."""
-    kept = {k: v for k, v in line.items() if "seconds" not in k and k not in ("tokens_per_s", "peak_gib")}
-    return kept | ({"line": steady(kept["line"])} if "line" in kept else {})
+    """Without what the clock says, the sizes of the logs included."""
+    return {k: v for k, v in line.items() if "seconds" not in k and k not in ("tokens_per_s", "peak_gib", "logs")}
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -464,7 +453,7 @@ def test_a_validation_that_fails_costs_no_step_and_is_made_up_for(folder, tmp_pa
         patch.setattr(train_sft, "sample", lambda *_: (_ for _ in ()).throw(engine.EngineError("no room")))
         start(settings)
     failed = trainers.checkpoints(tmp_path / "run")[-1].name
-    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == int(failed.removeprefix("step-")) - 1
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == int(failed.removeprefix("step-"))
     go_on(tmp_path / "run")
     same_run(whole, tmp_path / "run")
 
@@ -529,15 +518,17 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     assert {p.name for p in run.iterdir()} == {
         "config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json",
     }  # fmt: skip
-    logged = lines(run / "metrics.jsonl")
+    written = lines(run / "metrics.jsonl")
+    validated, logged = ([line for line in written if ("held_out_loss" in line) == side] for side in (True, False))
     needed = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds"}
     assert [line["step"] for line in logged] == list(range(1, len(logged) + 1))
-    assert all(needed <= line.keys() for line in logged)
-    assert sum("held_out_loss" in line for line in logged) == 3  # every epoch
+    assert all(needed <= line.keys() for line in logged) and len(validated) == 3  # every epoch
     assert len(trainers.checkpoints(run)) == 2 and trainers.checkpoints(run)[-1].name == f"step-{len(logged)}"
     result = json.loads((run / "result.json").read_text())
-    assert result["step"] == len(logged) and result["minutes"] >= result["training_minutes"] > 0
-    assert result["figures"]["held_out_loss"] == logged[-1]["held_out_loss"] and "line" not in result
+    assert (
+        result["step"] == len(logged) == validated[-1]["step"] and result["minutes"] >= result["training_minutes"] > 0
+    )
+    assert result["figures"]["held_out_loss"] == validated[-1]["held_out_loss"]
     shown = capsys.readouterr().out
     for part in ("supervised", "longest", "dropped", "held out", "packed rows", "cosine", "memory: 400", " >> |"):
         assert part in shown
@@ -553,13 +544,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, examples):
     transformer, trainee = fresh(folder)
     train_sft.optimizer_step(transformer, trainee, examples, 1e-3, PLAN)
     before = copy.deepcopy(trainee.tensors())
-    for master in trainee.masters:
+    for master in trainee.masters.values():
         master.grad = torch.ones_like(master)
-    trainee.masters[3].grad[0] = math.inf
+    master.grad[0] = math.inf
     assert not math.isfinite(trainee.step(1e-3, 1.0))
     after = trainee.tensors()
     assert all(torch.equal(before[k], after[k]) for k in before) and before.keys() == after.keys()
-    assert all(m.grad is None for m in trainee.masters)
+    assert all(m.grad is None for m in trainee.masters.values())
 
 
 def test_non_finite_steps_are_counted_and_several_in_a_row_stop_the_run(folder, tmp_path, monkeypatch):
@@ -588,12 +579,15 @@ R1_1_5B = {
 
 
 @pytest.fixture(scope="module")
-def shape():
-    with torch.device("meta"):
-        return model.Transformer(model.Config.from_dict(R1_1_5B))
+def large(tmp_path_factory):
+    """The folder of a model that only its shape is read of."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "config.json").write_text(json.dumps(R1_1_5B))
+    return str(folder)
 
 
-def test_the_plan_counts_every_byte_of_the_training_state(shape):
+def test_the_plan_counts_every_byte_of_the_training_state(large):
+    shape = trainers.shape_of(large)
     n = sum(p.numel() for p in shape.parameters())
     full = trainers.training_bytes(shape, 0, torch.bfloat16, 16384, False)
     assert full["weights"] == 2 * n and full["fp32 masters"] == 4 * n and full["Adam"] == 8 * n
@@ -618,27 +612,30 @@ def test_the_plan_counts_every_byte_of_the_training_state(shape):
         (0, 0, 3000, (16384, False)),  # a CPU
     ],
 )
-def test_micro_batches_are_halved_before_activations_are_recomputed(shape, lora_r, gib, longest, wanted):
+def test_micro_batches_are_halved_before_activations_are_recomputed(large, lora_r, gib, longest, wanted):
     free = int(gib * 2**30)
-    plan = trainers.plan_memory(shape, lora_r, torch.bfloat16, 16384, free, longest=longest, rows=64)
-    assert (plan.micro_tokens, plan.checkpointing) == wanted and plan.policy_cache is None
+    config = Config(model=large, lora_r=lora_r)
+    plan = trainers.plan_memory(config, torch.bfloat16, free, longest=longest, rows=64)
+    assert (plan.micro_tokens, plan.checkpointing) == wanted and "policy cache" not in plan.sizes
     assert sum(plan.sizes.values()) <= 0.95 * free
     if gib:
         assert plan.sizes["graphs"] == 4 * 64 * 151_936 * 4
         assert f"{wanted[0]} tokens a forward pass, activations {'recomputed' if wanted[1] else 'kept'}" in str(plan)
 
 
-def test_a_plan_that_does_not_fit_is_refused_with_figures(shape):
+def test_a_plan_that_does_not_fit_is_refused_with_figures(large):
     words = (
         r"16.00 GiB of free GPU memory, even with 8192 tokens.*weights 3.31, fp32 masters 6.62, Adam 13.24.*--lora-r"
     )
     with pytest.raises(runs.UserError, match=words):
-        trainers.plan_memory(shape, 0, torch.bfloat16, 16384, 16 << 30, longest=8192, rows=64)
+        trainers.plan_memory(Config(model=large, lora_r=0), torch.bfloat16, 16 << 30, longest=8192, rows=64)
 
 
-def test_mfu_needs_a_known_gpu(monkeypatch):
+def test_mfu_needs_a_known_gpu(monkeypatch, large):
+    shape = trainers.shape_of(large)
+    parameters = sum(p.numel() for p in shape.parameters()) - 151_936 * 1536  # without the embedding
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert trainers.mfu(989e12 / 2) == {"mfu": 0.5}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Unheard-of 1")
-    assert trainers.mfu(1e12) == {}
+    for name, wanted in (("NVIDIA H200", 0.5), ("Unheard-of 1", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        for lora, flops in ((False, 6), (True, 4)):
+            assert trainers.mfu(shape, lora, 989e12 / 2 / flops / parameters).get("mfu") == pytest.approx(wanted)
