@@ -492,7 +492,7 @@ def train(run: Run, state: dict) -> None:
 
 
 def count_step(state: dict, line: dict) -> None:
-    """Carry over into the state of the run what only RL counts; say which warnings are new, and put them in the line."""
+    """Carry what only RL counts over into the state of the run; put the warnings in the line, and say new ones."""
     line["warnings"] = warnings(line)
     for new in [words for words in line["warnings"] if words not in state["warnings"]]:
         tqdm.write(f"step {state['step'] + 1}: {new}")
@@ -575,24 +575,12 @@ def load_policy(config: Config, device: str, dtype):
     return transformer, tokenizer
 
 
-def load_scorer(config: Config, guard: str, example: dict, **settings) -> Callable:
-    """What gives rewards: the guard, or the user's file, which is tried on an example first."""
-    if config.reward:
-        return own_rewards(config.reward, example)
-    return functools.partial(judge_rewards, judges.load(guard, controversial=config.controversial, **settings))
-
-
 def plan_memory(config: Config, guard: str, device: str, dtype) -> trainers.Plan:
     """How the steps fit into memory beside sampler and guard, before anything is loaded. Raises UserError."""
     longest, (name, _, path) = config.max_prompt + config.max_tokens, guard.partition("=")
     sizes = {"longest": longest, "answer": longest, "rows": config.prompts_per_step * config.group}
     sizes["guard"] = (path or judges.GUARDS[name].model) if name in judges.GUARDS else ""
     return trainers.plan_memory(config, dtype, trainers.free_memory(device), **sizes)
-
-
-def fingerprint(pools: list[Pool], config: Config) -> str:
-    texts = json.dumps([[p["id"], p["prompt"], p.get("target")] for pool in pools for p in pool.prompts])
-    return hashlib.sha256(texts.encode() + (Path(config.reward).read_bytes() if config.reward else b"")).hexdigest()
 
 
 def main(config: Config, origin: dict) -> int:
@@ -609,10 +597,16 @@ def main(config: Config, origin: dict) -> int:
     transformer, tokenizer = load_policy(config, device, dtype)
     room = min(config.max_prompt, transformer.config.max_position_embeddings - config.max_tokens)
     account = {"held_by_a_suite": held, "too_long": tokenize(pools, tokenizer, room)}
-    account |= {"decontamination": hits, "not_at_hand": missing, "data_sha256": fingerprint(pools, config)}
+    account |= {"decontamination": hits, "not_at_hand": missing}
+    data = json.dumps([[p["id"], p["prompt"], p.get("target")] for pool in pools for p in pool.prompts]).encode()
+    data += Path(config.reward).read_bytes() if config.reward else b""
     held_out = hold_out(pools, config.held_out, config.seed)
-    settings = {"world": world, "device": device, "dtype": dtype, "cache_bytes": plan.sizes.get("guard cache")}
-    scorer = load_scorer(config, guard, pools[0].prompts[0], **settings)
+    if config.reward:
+        scorer = own_rewards(config.reward, pools[0].prompts[0])
+    else:
+        settings = {"controversial": config.controversial, "cache_bytes": plan.sizes.get("guard cache")}
+        judge = judges.load(guard, world=world, device=device, dtype=dtype, **settings)
+        scorer = functools.partial(judge_rewards, judge)
     folder = runs.new_folder(config, origin, "train_rl", model.device_name(device))
 
     print(f"run folder {folder}; settings:")
@@ -625,7 +619,7 @@ def main(config: Config, origin: dict) -> int:
     sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=plan.sizes.get("policy cache"))
     measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
     before = measure(folder / "before.json") if config.evaluate else None
-    state = trainers.resume(folder, trainee, FRESH | {"data_sha256": account["data_sha256"]})
+    state = trainers.resume(folder, trainee, FRESH | {"data_sha256": hashlib.sha256(data).hexdigest()})
     train(Run(sampler, tokenizer, trainee, scorer, pools, held_out, config, plan, folder), state)
 
     trainers.save(transformer, tokenizer, config.model, folder / "model")

@@ -111,7 +111,7 @@ def check_world(config: Config) -> None:
     if not (card.is_file() and runs.is_pocket(config.model)):
         return
     made, seed = runs.read_json(card).get("world_seed"), runs.world_seed(config.model)
-    if made is not None and made != seed:
+    if made not in (None, seed):
         why = f"{config.data} is of pocket world {made}, {config.model} of world {seed}"
         raise UserError(f"{why}; make_data.py --model {config.model} makes its own")
 
@@ -220,12 +220,11 @@ def validate(transformer, tokenizer, held_out: list[Example], config: Config, pl
 
 def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
     """Greedy completions of the examples' prompts, at most half again as long as the longest target."""
-    context = transformer.config.max_position_embeddings
+    context, end = transformer.config.max_position_embeddings, model.end_ids(transformer, tokenizer)
     longest = max(sum(e.trained) for e in examples) * 3 // 2
     limits = [min(longest, context - len(e.prompt_ids)) for e in examples]
-    torch.cuda.empty_cache()  # so that the engine sees what is really free
-    end = model.end_ids(transformer, tokenizer)
     room = min(context, longest + max(len(e.prompt_ids) for e in examples))
+    torch.cuda.empty_cache()  # so that the engine sees what is really free
     sampler = engine.Engine(transformer, end, max_rows=VALIDATION_SAMPLES, max_context=room)
     drawn = sampler.generate([e.prompt_ids for e in examples], max_tokens=limits, temperature=0.0)
     done = []
@@ -240,21 +239,19 @@ def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def show_row(tokenizer, example: Example, width: int = 600) -> None:
+def show_row(tokenizer, example: Example, width: int = 500) -> None:
     """One record as the model sees it, the supervised part marked; long texts are cut in the middle."""
     begin = len(example.prompt_ids)
     for mark, ids in (("   | ", example.ids[:begin]), (" >> | ", example.ids[begin:])):
         text = safety.decode(tokenizer, ids)
-        text = text if len(text) <= width else f"{text[: width // 2]}\n...\n{text[-width // 2 :]}"
-        for line in text.split("\n"):
-            print(mark + "".join(c if c.isprintable() else "?" for c in line))
+        text = text if len(text) <= 2 * width else f"{text[:width]}\n...\n{text[-width:]}"
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+        print(mark + text.replace("\n", "\n" + mark))
 
 
 def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan, config: Config) -> None:
     """Everything that was derived, before step 0."""
-    share = account["supervised"] / account["tokens"]
-    print(f"{account['records']} records, {account['tokens']:,} tokens, {share:.1%} supervised (marked >> below)")
-    print(f"longest {account['longest']} tokens; {account['too_long']} records over {account['limit']} dropped")
+    print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in account.items()), "(supervised: >> below)")
     rows = [row for step in epochs[0] for row in trainers.fill(step, plan.micro_tokens)]
     print(f"{sum(map(len, rows))} records to train on, {len(held_out)} held out by prompt")
     filled = sum(len(e.ids) for row in rows for e in row) / (len(rows) * plan.micro_tokens)

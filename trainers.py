@@ -187,9 +187,9 @@ def fifths(steps: int) -> set[int]:
 
 
 def log(folder: Path, step: int, line: dict, samples: list[dict]) -> None:
-    runs.append_jsonl(folder / "metrics.jsonl", {"step": step, **line})
-    for sample in samples:
-        runs.append_jsonl(folder / "samples.jsonl", {"step": step, **sample})
+    for name, rows in zip(LOGS, ([line], samples), strict=True):
+        for row in rows:
+            runs.append_jsonl(folder / name, {"step": step, **row})
 
 
 def end_step(folder: Path, trainee: Trainee, state: dict, line: dict, samples: list[dict], due: set, interrupt) -> None:
@@ -336,9 +336,9 @@ def plan_memory(config, dtype, free: int, *, longest: int, rows: int, answer: in
     LEAST_ROWS must fit into the cache; what is left becomes cache. guard: path of a second model, on an engine of its
     own, whose cache gets GUARD_SHARE of that. Raises UserError with the figures where nothing fits.
     """
-    transformer = shape_of(config.model)
     if not free:
         return Plan(config.micro_tokens)
+    transformer = shape_of(config.model)
     c, others = transformer.config, {"graphs": graph_bytes(transformer, rows)}
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # keys and values
     least, share = LEAST_ROWS * token * (answer + engine.PAGE) if answer else 0, 0.0

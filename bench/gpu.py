@@ -36,7 +36,8 @@ from pathlib import Path
 import runs
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_kernels_gpu.py", "tests/test_model_gpu.py")
+TESTS = ("tests/test_kernels_gpu.py", "tests/test_engine.py")
+CHOSEN = "gpu or graphs or devices"  # of them, by name
 STEPS = 3  # of SFT, the first of which is not timed
 REPEATS = 4  # readings of a decode step, which is replayed `look` times for each
 
@@ -77,7 +78,7 @@ def device(toy: bool) -> Iterator[dict]:
 
 def tests(toy: bool) -> Iterator[dict]:
     """A row a test, and another with the reason where it failed."""
-    words = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *TESTS]
+    words = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *TESTS, "-k", CHOSEN]
     words += ["-n", "4"] if importlib.util.find_spec("xdist") and not toy else []
     quiet = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if toy else {})
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=quiet) as process:
@@ -187,7 +188,7 @@ def sft_steps(lora_r: int, toy: bool) -> dict:
     step = partial(train_sft.optimizer_step, transformer, trainee, examples, 1e-6, plan)
     seconds = statistics.median([bench.timed(step, where) for _ in range(STEPS)][1:])
     speed = documents * length / seconds
-    used = trainers.mfu(speed * trainers.flops_a_token(transformer, bool(lora_r)))
+    used = trainers.mfu(transformer, bool(lora_r), speed)
     return {"tokens_per_s": speed, **used, "peak_gib": trainers.peak_memory(), "plan": str(plan)}
 
 

@@ -1,4 +1,4 @@
-"""The kernels on a real GPU, alone and in model, sampler and trainer: what neither interpreter nor compiler can show."""
+"""The kernels on a real GPU, alone and in model, sampler, trainer: what neither interpreter nor compiler can show."""
 
 import json
 import sys

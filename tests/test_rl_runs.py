@@ -176,16 +176,6 @@ def test_a_judge_that_fails_gives_exit_3_after_everything_is_written(folder, tmp
     assert json.loads((run / "result.json").read_text())["unscored_share"] > 0.01 and (run / "model").is_dir()
 
 
-def test_several_steps_in_a_row_without_a_finite_gradient_stop_the_run(folder, tmp_path, monkeypatch):
-    honest = train_rl.objective
-    monkeypatch.setattr(train_rl, "objective", lambda *a: (honest(*a)[0] * math.inf, honest(*a)[1]))
-    with pytest.raises(runs.UserError, match="5 steps in a row"):
-        start(settings_of(folder, tmp_path, steps=40, group=8, held_out=0), train_rl)
-    logged = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line["grad_norm"] for line in logged[-5:]] == [None] * 5
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
 def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path):
     """A random guard of four layers, benign and harmful prompts and problems in one mixture."""
     guard = tiny.model_folder(tmp_path / "guard", num_hidden_layers=4, max_position_embeddings=2048)
@@ -222,14 +212,6 @@ def test_verification_alone_needs_no_guard_and_mixes_with_other_sets(tmp_path, m
     with pytest.raises(runs.UserError, match="hold all of it"):
         start(settings, train_rl)
     assert not (tmp_path / "held").exists()
-
-
-@pytest.mark.parametrize(("guard", "kind"), [("pocket", "benign"), ("maths", "harmful"), ("llamaguard3", "benign")])
-def test_a_guard_that_cannot_judge_is_refused_before_anything_is_written(folder, tmp_path, guard, kind):
-    settings = settings_of(folder, tmp_path, reward="", guard=guard, prompts=(f"own={tmp_path}/own.jsonl:kind={kind}",))
-    with pytest.raises(runs.UserError, match=f"--guard {guard}"):
-        start(settings, train_rl)
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_endpoint_gives_no_rewards(folder, tmp_path):
@@ -275,9 +257,6 @@ def test_an_adapter_is_trained_on_or_merged_once(folder, tmp_path, adapter):
         trained = {name.rpartition(".")[2] for name, p in transformer.named_parameters() if p.requires_grad}
         assert trained == ({"lora_A", "lora_B"} if rank else {"weight", "bias"})
         assert (transformer.lora or {"r": 0})["r"] == rank
-
-
-def test_an_adapter_of_another_rank_is_refused(folder, tmp_path, adapter):
     with pytest.raises(runs.UserError, match="has rank 4"):
         start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16), train_rl)
     assert not (tmp_path / "run").exists()
@@ -301,18 +280,6 @@ def test_the_pocket_and_real_models_have_their_own_learning_rates():
 def shell(*flags, cwd=ROOT) -> subprocess.CompletedProcess:
     words = [sys.executable, str(ROOT / "train_rl.py"), *map(str, flags)]
     return subprocess.run(words, capture_output=True, text=True, cwd=cwd)
-
-
-def test_every_wrong_flag_is_in_one_message(tmp_path):
-    wrong = {"--group": "1", "--temperature": "0", "--clip-high": "2", "--advantage": "rank", "--steps": "none"}
-    wrong |= {"--reward": "nothing.py", "--beta2": "1.5", "--lr": "-1", "--prompts": None}
-    flags = [word for pair in wrong.items() for word in pair if word]
-    flags.remove("--prompts")
-    done = shell(*flags, "--model", tmp_path, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    for name in wrong:
-        assert name in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["fortress", "strongreject", "pocket:plain", "nothing"])

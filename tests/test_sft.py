@@ -530,7 +530,7 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     )
     assert result["figures"]["held_out_loss"] == validated[-1]["held_out_loss"]
     shown = capsys.readouterr().out
-    for part in ("supervised", "longest", "dropped", "held out", "packed rows", "cosine", "memory: 400", " >> |"):
+    for part in ("supervised", "longest", "too long 0", "held out", "packed rows", "cosine", "memory: 400", " >> |"):
         assert part in shown
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 0
     weights = [run / "model" / name for name in ("config.json", "model.safetensors")]

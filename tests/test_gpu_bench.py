@@ -1,0 +1,63 @@
+"""bench/gpu.py: every stage runs here on toy shapes; what fails or is late is a row, and no row is lost."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench import gpu
+
+
+@pytest.mark.parametrize("stage", ["device", "decode", "sft"])
+def test_a_stage_measures_something_on_toy_shapes(stage):
+    rows = list(gpu.STAGES[stage](True))
+    assert rows and not [row for row in rows if "error" in row]
+    assert json.loads(json.dumps(rows)) == rows
+    cells = [row for row in rows if "share_of_limit" in row]
+    assert stage != "decode" or len(cells) == 5 and all(0 < row["share_of_limit"] < 1 for row in cells)
+
+
+SCRIPT = """#!/bin/sh
+echo '{"what": 1}'
+case "$4" in
+    decode) sleep 60;;
+    sft) echo 'no such thing' >&2; exit 3;;
+esac
+"""
+
+
+def test_a_late_stage_and_a_broken_one_leave_their_rows_and_the_others_run(monkeypatch, tmp_path, capsys):
+    script, out, written = tmp_path / "python", tmp_path / "gpu.json", []
+    script.write_text(SCRIPT)
+    script.chmod(0o700)
+    write = gpu.runs.write_json
+    monkeypatch.setattr(
+        gpu.runs, "write_json", lambda path, value: written.append(len(value["rows"])) or write(path, value)
+    )
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(gpu, "ENDS", dict.fromkeys(gpu.ENDS, 100) | {"decode": 5})
+    begun = time.monotonic()
+    words = ["--stage", "decode", "--stage", "sft", "--stage", "grpo", "--out", str(out)]
+    assert gpu.main(words) == 1 and time.monotonic() - begun < 50
+    rows = [{key: value for key, value in row.items() if key != "at"} for row in json.loads(out.read_text())["rows"]]
+    assert rows == [
+        {"stage": "decode", "what": 1},
+        {"stage": "decode", "error": "over its limit of 5 s"},
+        {"stage": "sft", "what": 1},
+        {"stage": "sft", "error": "no such thing"},
+        {"stage": "grpo", "what": 1},
+    ]
+    assert written == [1, 2, 3, 4, 5]  # a row at a time
+    assert "5 rows, 2 of them failures" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_whole_command_on_toy_shapes(tmp_path):
+    words = [sys.executable, "-m", "bench.gpu", "--toy", "--minutes", "30", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=gpu.ROOT)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["stage"] for row in rows} == set(gpu.STAGES)
+    assert {row["outcome"] for row in rows if "outcome" in row} == {"skipped"}  # needs a GPU
