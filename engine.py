@@ -264,8 +264,8 @@ class Row:
 class Rollout:
     """The scheduler of one call: admits samples as rows and pages come free, and yields what the steps drew."""
 
-    def __init__(self, engine: "Engine", groups: list[Group], mode: str, logprobs: bool, prefix: list[int]):
-        self.engine, self.mode, self.logprobs = engine, mode, logprobs
+    def __init__(self, engine: "Engine", groups: list[Group], mode: str, logprobs: bool, prefix, partial: bool):
+        self.engine, self.mode, self.logprobs, self.partial = engine, mode, logprobs, partial
         self.waiting, self.rows, self.pages = deque(groups), [], Pages(engine.pages)
         self.changed = False  # since the rows were last written to the device
         self.prefix, self.common = prefix[: len(prefix) // PAGE * PAGE], []  # whole pages, which every group shares
@@ -282,6 +282,8 @@ class Rollout:
             steps = min(self.engine.look, max(row.group.limit - len(row.ids) for row in self.rows))
             self.engine.advance(steps)
             yield from self.collect(steps)
+            for row in self.rows if self.partial else ():
+                yield row.group.index, row.k, Sample(list(row.ids), None, "")
         self.pages.drop(self.common)
 
     def admit(self) -> None:
@@ -418,7 +420,18 @@ class Engine:
         return done
 
     def stream(
-        self, prompts, n=1, max_tokens=512, temperature=1.0, seed=0, *, logprobs=True, top_p=1.0, places=None, prefix=()
+        self,
+        prompts,
+        n=1,
+        max_tokens=512,
+        temperature=1.0,
+        seed=0,
+        *,
+        logprobs=True,
+        top_p=1.0,
+        places=None,
+        prefix=(),
+        partial=False,
     ) -> Iterator[tuple[int, int, Sample]]:
         """(prompt index, k, Sample) of n samples for each prompt, a list of token ids, as they end.
 
@@ -426,7 +439,8 @@ class Engine:
         prompt. temperature 0 is greedy. top_p needs logprobs=False, for its distribution is not the trainer's. places:
         the prompts' places in the random stream (default 0, 1, ...), so that a call for what an earlier one has left
         undone draws what that one would have. prefix: ids that every prompt begins with, such as a guard's policy;
-        whole pages of it are prefilled once. Raises EngineError at the call for what could not run, and while it runs
+        whole pages of it are prefilled once. partial: between whole ones also every Sample so far, with finish_reason
+        "", each time the host looks. Raises EngineError at the call for what could not run, and while it runs
         where logits are not finite. An engine runs one stream at a time: a new call ends the one before.
         """
         limits = list(max_tokens) if isinstance(max_tokens, (list, tuple)) else [max_tokens] * len(prompts)
@@ -437,7 +451,7 @@ class Engine:
         groups = [Group(i, list(p), len(p) - 1, limits[i], keys[i], deque(range(n))) for i, p in enumerate(prompts)]
         mode = "greedy" if temperature == 0 else "top_p" if top_p < 1 else "sample"
         self.calls += 1
-        return Rollout(self, groups, mode, logprobs, prefix).run(self.calls)
+        return Rollout(self, groups, mode, logprobs, prefix, partial).run(self.calls)
 
     def _check(self, prompts, n, limits, temperature, logprobs, top_p, places, prefix) -> None:
         """Raises EngineError for a call that could not run."""

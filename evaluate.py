@@ -634,6 +634,20 @@ def compare(config: Config) -> int:
     return runs.EXIT_OK
 
 
+def settled(text: str) -> str:
+    """Text under way without an end that the next token may change: half a character, half a think tag."""
+    text = text.rstrip("\ufffd")
+    half = [n for n in range(1, len("</think>")) if text.endswith(("</think>"[:n], "<think>"[:n]))]
+    return text[: len(text) - max(half, default=0)]
+
+
+def in_colour(text: str, opened: bool) -> str:
+    """Thinking dimmed, then the answer, in a terminal; control characters of the model's are not let through."""
+    thinking, answer = safety.split_thinking(text, opened)
+    shown = f"\033[2m{scores.printable(thinking)}"
+    return shown if answer is None else f"{shown}\033[0m\n{scores.printable(answer)}"
+
+
 def chat(config: Config) -> int:
     """A line in, thinking (dimmed) and answer out. /verify: the model judges its last answer under --spec; /new
     forgets the conversation; /quit ends."""
@@ -642,14 +656,24 @@ def chat(config: Config) -> int:
     end, turns, count = model.end_ids(transformer, tokenizer), [], 0
     sampler = engine.Engine(transformer, end)
 
-    def reply(messages: list[dict]) -> tuple[str, str | None]:
-        ids = safety.render(tokenizer, messages)
+    def reply(messages: list[dict]) -> str:
+        """Shows the reply as it is drawn; returns its answer."""
+        ids, opened, shown, text = safety.render(tokenizer, messages), safety.thinking_open(tokenizer), "", ""
         room = min(transformer.config.max_position_embeddings - len(ids), config.max_tokens or 4096)
         if room < 1:
-            return "", "(no room left in the context; /new begins again)"
+            print("(no room left in the context; /new begins again)")
+            return ""
         temperature = 0.6 if config.temperature < 0 else config.temperature
-        ((drawn,),) = sampler.generate([ids], max_tokens=room, temperature=temperature, seed=config.seed + count)
-        return safety.split_thinking(safety.decode(tokenizer, drawn.ids, end), safety.thinking_open(tokenizer))
+        settings = {"max_tokens": room, "temperature": temperature, "seed": config.seed + count}
+        for _, _, sample in sampler.stream([ids], **settings, partial=True):
+            text = safety.decode(tokenizer, sample.ids, end)
+            new = in_colour(text if sample.finish_reason else settled(text), opened)
+            if new.startswith(shown):
+                print(new[len(shown) :], end="", flush=True)
+                shown = new
+        answer = safety.split_thinking(text, opened)[1]
+        print("" if answer else "\033[0m\n(no answer: the thinking did not end)")
+        return answer or "..."
 
     while (line := read_line()) != "/quit":
         if line == "/new":
@@ -660,12 +684,10 @@ def chat(config: Config) -> int:
             verifying = line == "/verify"
             question = safety.verification_prompt(spec.text, *(t["content"] for t in turns[-2:])) if verifying else line
             message = {"role": "user", "content": question}
-            thinking, answer = reply([message] if verifying else [*turns, message])
-            shown = scores.printable(answer or "(no answer: the thinking did not end)")
-            print(f"\033[2m{scores.printable(thinking)}\033[0m\n{shown}")
+            answer = reply([message] if verifying else [*turns, message])
             count += 1
             if not verifying:
-                turns = [*turns, message, {"role": "assistant", "content": answer or "..."}]
+                turns = [*turns, message, {"role": "assistant", "content": answer}]
     return runs.EXIT_OK
 
 

@@ -17,10 +17,12 @@ the command, everything measured before it is there. The exit is 1 where a row t
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
 import platform
+import queue
 import re
 import signal
 import statistics
@@ -36,8 +38,11 @@ from pathlib import Path
 import runs
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_kernels_gpu.py", "tests/test_engine.py")
-CHOSEN = "gpu or graphs or devices"  # of them, by name
+SHARDS = (  # files and names of the tests that need a GPU
+    ("tests/test_kernels_gpu.py", "test_attention"),
+    ("tests/test_kernels_gpu.py", "not test_attention"),
+    ("tests/test_engine.py", "graphs or gpu or devices"),
+)
 STEPS = 3  # of SFT, the first of which is not timed
 REPEATS = 4  # readings of a decode step, which is replayed `look` times for each
 
@@ -51,6 +56,16 @@ def attempt(given: dict, measure) -> dict:
         return given | measure()
     except Exception as failure:
         return given | {"error": f"{type(failure).__name__}: {failure}"[:500]}
+
+
+def forget(toy: bool) -> None:
+    """Free what an earlier measurement of this process has held on the GPU, and its peak."""
+    gc.collect()
+    if not toy:
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def device(toy: bool) -> Iterator[dict]:
@@ -77,18 +92,32 @@ def device(toy: bool) -> Iterator[dict]:
 
 
 def tests(toy: bool) -> Iterator[dict]:
-    """A row a test, and another with the reason where it failed."""
-    words = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *TESTS, "-k", CHOSEN]
-    words += ["-n", "4"] if importlib.util.find_spec("xdist") and not toy else []
-    quiet = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if toy else {})
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=quiet) as process:
-        for line in process.stdout:
-            found = re.search(r"(tests/\S+::\S+)", line), re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
-            if all(found):
-                row = {"test": found[0].group(1), "outcome": found[1].group(1).lower()}
-                failed = row["outcome"] in ("failed", "error")
+    """A row a test, and another with the reason where it failed; the shards run beside each other."""
+    lines = queue.Queue()
+    for number, (file, names) in enumerate(SHARDS):
+        threading.Thread(target=run_tests, args=(number, file, names, toy, lines), daemon=True).start()
+    running = len(SHARDS)
+    while running:
+        line = lines.get()
+        if isinstance(line, dict):
+            running -= 1
+            yield line
+        elif found := re.search(r"(tests/\S+::\S+)", line):
+            outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+            failed = outcome and outcome[1] in ("FAILED", "ERROR")
+            if outcome:
+                row = {"test": found[1], "outcome": outcome[1].lower()}
                 yield row | ({"error": line.strip()[-500:]} if failed else {})
-    yield {"pytest": process.returncode} | ({"error": "pytest failed"} if process.returncode else {})
+
+
+def run_tests(number: int, file: str, names: str, toy: bool, lines: queue.Queue) -> None:
+    """Put pytest's lines and, last, a row for the shard."""
+    words = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", file, "-k", names]
+    hidden = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if toy else {})
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=hidden) as process:
+        for line in process.stdout:
+            lines.put(line)
+    lines.put({"shard": number} | ({"error": f"pytest: exit {process.returncode}"} if process.returncode else {}))
 
 
 def kernels(toy: bool) -> Iterator[dict]:
@@ -173,6 +202,7 @@ def sft_steps(lora_r: int, toy: bool) -> dict:
     from bench import engine as bench
 
     where, dtype = ("cpu", torch.float32) if toy else ("cuda", torch.bfloat16)
+    forget(toy)
     raw, documents, length = bench.R1_DISTILL_1_5B | (bench.TOY if toy else {}), 8, 32 if toy else 2048
     with tempfile.TemporaryDirectory() as folder:
         runs.write_json(Path(folder) / "config.json", raw)
@@ -200,6 +230,7 @@ def grpo(toy: bool) -> Iterator[dict]:
         size = {"prompts": 4, "group": 4, "micro": 8} if toy else {"prompts": 8, "micro": 4}
         both = bench.Config(**size, tiny=toy, device="cpu" if toy else "cuda", steps=2, warm=1, folder=folder)
         bench.write_model(both, both.device, folder)
+        forget(toy)
         cases = [("ours", both), ("trl", bench.replace(both, steps=1, warm=0))]
         cases += [] if toy else [("ours", bench.replace(both, prompts=64))]
         for side, config in cases:
@@ -208,7 +239,7 @@ def grpo(toy: bool) -> Iterator[dict]:
 
 
 STAGES = {"device": device, "tests": tests, "kernels": kernels, "decode": decode, "sft": sft, "grpo": grpo}
-ENDS = {"device": 30, "tests": 120, "kernels": 240, "decode": 330, "sft": 400, "grpo": 535}  # seconds of 540
+ENDS = {"device": 30, "tests": 120, "kernels": 240, "decode": 345, "sft": 420, "grpo": 530}  # seconds of 540
 
 
 # ------------------------------------------------------------------------------------------------- processes

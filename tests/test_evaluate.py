@@ -686,8 +686,24 @@ def test_chat_strips_end_tokens_as_the_suites_do(talk, monkeypatch):
     special = next(i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id)
     drawn = [*safety.encode(tokenizer, [("a </think> take", True)]), special, end]
     monkeypatch.setattr(model, "end_ids", lambda *loaded: {end, tokenizer.eos_token_id})
-    monkeypatch.setattr(evaluate.engine.Engine, "generate", lambda *a, **k: [[engine.Sample(drawn, None, "stop")]])
+    drawing = [(0, 0, engine.Sample(drawn, None, "stop"))]
+    monkeypatch.setattr(evaluate.engine.Engine, "stream", lambda *a, **k: iter(drawing))
     assert talk("hello", "/quit").endswith(f"\ntake{tokenizer.decode(special)}\n")
+
+
+def test_chat_shows_a_reply_as_it_is_drawn(talk, monkeypatch):
+    """Piece by piece, nothing twice, and no half of a think tag or of a character."""
+    pieces = ["it is", "it is so <", "it is so </thi", "it is so </think> y", "it is so </think> yes \ufffd"]
+    whole = "it is so </think> yes \u00e9"
+    drawing = [(0, 0, engine.Sample([text], None, "")) for text in pieces] + [
+        (0, 0, engine.Sample([whole], None, "stop"))
+    ]
+    monkeypatch.setattr(evaluate.engine.Engine, "stream", lambda *a, **k: iter(drawing))
+    monkeypatch.setattr(safety, "decode", lambda tokenizer, ids, end=(): ids[0])
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *texts, **how: printed.append("".join(texts)))
+    talk("hello", "/quit")
+    assert printed == ["\033[2mit is", " so", "", "\033[0m\ny", "es", " \u00e9", ""]
 
 
 def test_chat_ends_with_its_input(monkeypatch):

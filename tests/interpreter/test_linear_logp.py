@@ -71,6 +71,26 @@ def test_hard_logits_keep_fp32_precision(kind, dtype):
     assert logp.max() <= 1e-6 and entropy.min() >= -1e-6 and entropy.max() <= torch.tensor(70.0).log() + 1e-5
 
 
+def test_blocks_of_tokens_in_groups_change_no_bit_and_narrow_logits_little(monkeypatch):
+    """Settings that bench.kernels knows as candidates: five blocks of tokens in groups of two, three splits."""
+    x, w, y = problem(70, 16, 130, torch.bfloat16)
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        logp, entropy = kernels.linear_logp(*leaves, y)
+        (logp.sum() + entropy.sum()).backward()
+        return [logp.detach(), entropy.detach(), *(t.grad for t in leaves)]
+
+    before = run()
+    monkeypatch.setattr(HEAD, "GROUP", 2)
+    assert all(torch.equal(a, b) for a, b in zip(run(), before, strict=True))
+    monkeypatch.setattr(HEAD, "NARROW", True)
+    narrow = run()
+    assert torch.equal(narrow[0], before[0]) and not torch.equal(narrow[2], before[2])
+    for a, b in zip(narrow[2:], before[2:], strict=True):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
+
+
 def test_ignored_rows_are_zero_with_zero_gradients():
     x, w, y = problem(9, 16, 40)
     y[::2] = -100
