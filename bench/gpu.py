@@ -18,7 +18,6 @@ the command, everything measured before it is there. The exit is 1 where a row t
 
 import argparse
 import gc
-import importlib
 import json
 import os
 import platform
@@ -33,6 +32,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import runs
@@ -73,10 +73,9 @@ def device(toy: bool) -> Iterator[dict]:
 
     from bench import engine as bench
 
-    row = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "trl", "liger_kernel"):
-        found = importlib.util.find_spec(name)
-        row[name] = importlib.import_module(name).__version__ if found and name in ("torch", "triton") else bool(found)
+    row = {"python": platform.python_version(), "torch": torch.__version__}
+    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    row |= {name: installed.get(name, "none") for name in ("triton", "transformers", "trl", "datasets", "liger_kernel")}
     if not toy:
         row |= {"device": torch.cuda.get_device_name(), "gib": torch.cuda.mem_get_info()[1] / 2**30}
     yield row
@@ -102,12 +101,10 @@ def tests(toy: bool) -> Iterator[dict]:
         if isinstance(line, dict):
             running -= 1
             yield line
-        elif found := re.search(r"(tests/\S+::\S+)", line):
-            outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
-            failed = outcome and outcome[1] in ("FAILED", "ERROR")
-            if outcome:
-                row = {"test": found[1], "outcome": outcome[1].lower()}
-                yield row | ({"error": line.strip()[-500:]} if failed else {})
+        elif found := re.search(r"(PASSED|FAILED|ERROR|SKIPPED).*", line):
+            name = re.search(r"tests/\S+::\S+|$", line)[0]
+            failed = found[1] in ("FAILED", "ERROR")
+            yield {"test": name, "outcome": found[1].lower()} | ({"error": found[0][-500:]} if failed else {})
 
 
 def run_tests(number: int, file: str, names: str, toy: bool, lines: queue.Queue) -> None:
@@ -125,10 +122,9 @@ def kernels(toy: bool) -> Iterator[dict]:
 
     providers = ("ours", "torch", "torch native", "candidates")
     for row in bench.rows(bench.CASES, providers, "cpu" if toy else "cuda", toy, repeats=2):
-        failed = {"error": row["note"]} if row["note"].startswith("failed") else {}
-        yield {key: value for key, value in row.items() if value != "" and key != "error"} | (
-            {"relative_error": row["error"]} if row["error"] != "" else failed
-        )
+        failed = row["note"] if row["note"].startswith("failed") else ""
+        row |= {"relative_error": row["error"], "error": failed}
+        yield {key: value for key, value in row.items() if value != ""}
 
 
 def decode(toy: bool) -> Iterator[dict]:
@@ -141,23 +137,19 @@ def decode(toy: bool) -> Iterator[dict]:
     raw = bench.R1_DISTILL_1_5B | (bench.TOY if toy else {})
     transformer, speeds = bench.random_model(raw, where, dtype), bench.measured_speeds(where, 4 if toy else 2048)
     sizes, contexts = ((1, 3), (70,)) if toy else ((1, 64, 256), (512, 4096))
-    for rows, context in ((rows, context) for context in contexts for rows in sizes):
-        given = {"rows": rows, "context": context, "mode": "sample", "lora": False}
-        yield attempt(given, partial(replayed, transformer, rows, context, "sample", where, speeds))
-    given = {"rows": sizes[-1], "context": contexts[0], "lora": False}
-    for mode in ("top_p", "greedy"):
-        yield attempt(
-            given | {"mode": mode}, partial(replayed, transformer, *sizes[-1:], contexts[0], mode, where, speeds)
-        )
-    model.add_lora(transformer, 16, 32)
-    transformer.requires_grad_(False)
-    given |= {"mode": "sample", "lora": True}
-    yield attempt(given, partial(replayed, transformer, *sizes[-1:], contexts[0], "sample", where, speeds))
+    cells = [(rows, context, "sample", False) for context in contexts for rows in sizes]
+    last = sizes[-1], contexts[0]
+    cells += [(*last, "top_p", False), (*last, "greedy", False), (*last, "sample", True)]
+    for rows, context, mode, lora in cells:
+        if lora:
+            model.add_lora(transformer, 16, 32)
+            transformer.requires_grad_(False)  # the pairs, too
+        given = {"rows": rows, "context": context, "mode": mode, "lora": lora}
+        yield attempt(given, partial(replayed, transformer, rows, context, mode, where, speeds))
     del transformer
     prompts, new = (2, 8) if toy else (32, 256)
-    yield attempt(
-        {"gap": "sampler and trainer, nats"}, lambda: bench.sampler_trainer_gap(raw, where, dtype, prompts, new)
-    )
+    gap = partial(bench.sampler_trainer_gap, raw, where, dtype, prompts, new)
+    yield attempt({"gap": "sampler and trainer, nats"}, gap)
 
 
 def replayed(transformer, rows: int, context: int, mode: str, where: str, speeds: dict) -> dict:

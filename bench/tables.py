@@ -1,4 +1,4 @@
-"""Tables and the picture of README.md and RESULTS.md, from the result files of bench/results and nothing else.
+"""Tables and the picture of README.md and RESULTS.md from the result files of bench/results, and the counts of lines.
 
 python -m bench.tables            writes every block between <!-- table NAME --> and <!-- end --> anew, and the picture
 python -m bench.tables --check    exit 2 where a block differs from its result files
@@ -15,10 +15,12 @@ import scores
 from bench.study import METHODS
 from runs import UserError, option
 
-RESULTS = Path(__file__).with_name("results")
+ROOT, RESULTS = Path(__file__).parents[1], Path(__file__).with_name("results")
+FOLDERS = ("kernels", "pocket", "examples")  # of the product, beside the files at the top
 PAGES = ("README.md", "RESULTS.md")
 WRAPPERS = ("role", "story", "urgent", "encoded")
 COLUMNS = ("plain", *WRAPPERS, "hcot", "prefill", "benign", "lookalike", "sums", "verify")
+COUNT = re.compile(r"(\| `([\w./]+)` \| )[\d,]+ \|")
 BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -105,7 +107,8 @@ def differences_table(pairs: tuple[tuple[str, str], ...], columns: tuple[str, ..
         rows, lines = study(), []
         for a, b in pairs:
             left, right = ({r["seed"]: r["sampled"] for r in of_method(rows, name)} for name in (a, b))
-            shared = sorted(left.keys() & right.keys())
+            if not (shared := sorted(left.keys() & right.keys())):
+                continue
             cells = [interval([right[s][column] - left[s][column] for s in shared]) for column in columns]
             lines.append([f"{METHODS[b].title} − {METHODS[a].title}", *cells])
         return markdown(["paired difference, points", *columns], lines)
@@ -142,15 +145,23 @@ TABLES: dict[str, Callable[[], str]] = {
 # ------------------------------------------------------------------------------------------------- pages, picture
 
 
+def lines(path: Path) -> int:
+    """Of Python, in a file or a folder."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
 def rebuilt(text: str) -> str:
-    """A page with every block made anew. Raises UserError for a table that nobody knows."""
+    """A page with every block, and the count of lines behind every file, made anew. Raises UserError for a table that nobody knows."""
 
     def block(match: re.Match) -> str:
         if match[2] not in TABLES:
             raise UserError(f"there is no table {match[2]}; there are: {', '.join(TABLES)}")
         return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
 
-    return BLOCK.sub(block, text)
+    counted = COUNT.sub(lambda match: f"{match[1]}{lines(ROOT / match[2]):,} |", BLOCK.sub(block, text))
+    total = sum(lines(path) for path in (*ROOT.glob("*.py"), *(ROOT / folder for folder in FOLDERS)))
+    return re.sub(r"(?<=line counts, )[\d,]+(?= in all)", f"{total:,}", counted)
 
 
 PICTURE = {"base": "#8a93a0", "verification": "#2f74c0", "star1": "#d9662b", "safechain": "#b08a1a"}
@@ -165,8 +176,8 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot
 
     rows = study()
-    panels = {"mean": "attack success, 4 wrappers ↓", "prefill": "attack success, thinking hijacked ↓"}
-    panels |= {"benign": "benign requests met ↑", "verify": "verification F1 ↑"}
+    panels = {"mean": "attack success ↓\n4 wrappers", "prefill": "attack success ↓\nthinking hijacked"}
+    panels |= {"benign": "benign requests met ↑\nsampled", "verify": "verification F1 ↑\nfrozen answers"}
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = pyplot.subplots(1, 4, figsize=(11, 2.9), layout="constrained", sharey=True)
         for panel, (column, title) in zip(axes, panels.items(), strict=True):
@@ -182,7 +193,7 @@ def draw(path: Path) -> None:
 
 def main(config: Config, origin: dict) -> int:
     for name in PAGES:
-        page = Path(__file__).parents[1] / name
+        page = ROOT / name
         text = page.read_text(encoding="utf-8")
         if (new := rebuilt(text)) != text:
             if config.check:

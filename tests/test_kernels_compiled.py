@@ -7,6 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
 from bench import compiled  # noqa: E402
+from bench.kernels import CANDIDATES  # noqa: E402
 
 SNAPSHOT = json.loads(compiled.SNAPSHOT.read_text())
 same_triton = pytest.mark.skipif(
@@ -35,6 +36,8 @@ def test_the_snapshot_knows_every_launch():
     """Cheap: which configurations exist, without compiling them."""
     for arch in compiled.ARCHITECTURES:
         assert {launch.name for launch in compiled.launches(arch)} == set(SNAPSHOT["kernels"][arch])
+    candidates = {name.rpartition("/candidate/")[2] for name in SNAPSHOT["kernels"]["sm_90"] if "/candidate/" in name}
+    assert candidates == set(CANDIDATES)
 
 
 def test_the_snapshot_has_no_fault():

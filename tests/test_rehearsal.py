@@ -77,8 +77,8 @@ def teach(path, tok, taught: list[dict], steps: int = 400) -> None:
     used = sorted({i for ids, _ in examples for i in ids})
     place = {token: i for i, token in enumerate(used)}
     AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=len(used), **SHAPE)).save_pretrained(path)
-    tok.save_pretrained(path)
-    ours, _ = model.load(path)
+    ours = model.Transformer(model.Config.from_dict(json.loads((path / "config.json").read_text())))
+    model.load_weights(ours, path)
     others = torch.tensor(math.log(ROWS - len(used)))
     ids_T = torch.tensor([place[i] for ids, _ in examples for i in ids])
     trained_T = torch.tensor([t for _, trained in examples for t in [*trained[1:], False]])
