@@ -420,19 +420,9 @@ class Engine:
         return done
 
     def stream(
-        self,
-        prompts,
-        n=1,
-        max_tokens=512,
-        temperature=1.0,
-        seed=0,
-        *,
-        logprobs=True,
-        top_p=1.0,
-        places=None,
-        prefix=(),
-        partial=False,
-    ) -> Iterator[tuple[int, int, Sample]]:
+        self, prompts, n=1, max_tokens=512, temperature=1.0, seed=0, *, logprobs=True, top_p=1.0, places=None,
+        prefix=(), partial=False,
+    ) -> Iterator[tuple[int, int, Sample]]:  # fmt: skip
         """(prompt index, k, Sample) of n samples for each prompt, a list of token ids, as they end.
 
         A prompt may end in a given start of the answer. max_tokens: limit of every completion, or a list with one a

@@ -188,7 +188,7 @@ def load_file(path: str | Path):
         sys.path.insert(0, str(path.resolve().parent))
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever the file raises is its author's to fix
+        except (Exception, SystemExit) as error:  # whatever the file raises is its author's to fix
             del sys.modules[name]
             raise UserError(f"{path}: {type(error).__name__}: {error}") from None
         finally:
@@ -389,7 +389,8 @@ def file_format(path: Path) -> str:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(where, row) of a file, or of all data files of a folder in the order of their names. Blank lines are skipped.
+    """(where, row) of a file, or of all data files of a folder in the order of their names. Blank lines are skipped,
+    and so are hidden files and folders.
 
     `where` names the file and the line (JSON lines, CSV), object (a JSON list) or row (parquet), counted from 1. Raises
     UserError where a file is missing, of another format, or broken.
@@ -397,7 +398,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if file_format(p) in FORMATS) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        hidden = re.compile(r"(^|/)\.")
+        files = sorted(p for p in path.rglob("*") if file_format(p) in FORMATS and not hidden.search(str(p.relative_to(path))))
     if not files:
         raise UserError(f"{path}: no file in it ends in {', '.join(FORMATS)}")
     for file in files:
@@ -442,13 +446,16 @@ def csv_rows(text: str, name: str, delimiter: str = ",") -> Iterator[tuple[str, 
     csv.field_size_limit(2**24)  # attacks are long
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        named = [name for name in reader.fieldnames or () if name]
+        if len(named) > len(set(named)):
+            raise UserError(f"{name}, line 1: two columns have one name among {', '.join(named)}")
         for row in reader:
             if None in row or None in row.values():
                 columns = len(reader.fieldnames)
                 raise UserError(f"{name}, line {reader.line_num}: not {columns} columns, as the first line has")
             yield f"{name}, line {reader.line_num}", row
     except csv.Error as error:
-        raise UserError(f"{name}, line {reader.line_num}: {error}") from None
+        raise UserError(f"{name}, row that begins at line {reader.line_num + 1}: {error}") from None
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:

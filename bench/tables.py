@@ -152,7 +152,8 @@ def lines(path: Path) -> int:
 
 
 def rebuilt(text: str) -> str:
-    """A page with every block, and the count of lines behind every file, made anew. Raises UserError for a table that nobody knows."""
+    """A page with every block, and the count of lines behind every file, made anew. Raises UserError for an unknown
+    table."""
 
     def block(match: re.Match) -> str:
         if match[2] not in TABLES:

@@ -414,6 +414,18 @@ def test_a_stream_yields_samples_as_they_end():
     assert sorted(seen) == [(i, k) for i in range(2) for k in range(3)]
 
 
+def test_a_partial_stream_shows_every_sample_as_it_grows():
+    _, ours = pair()
+    call = {"prompts": prompts_of(3, 70), "n": 2, "max_tokens": [3, 20], "seed": 1}
+    want, seen = Engine(ours, {5}).generate(**call), {}
+    for i, k, sample in Engine(ours, {5}).stream(**call, partial=True):
+        before, whole = seen.get((i, k), []), want[i][k]
+        assert sample == whole or (sample.finish_reason == "" and sample.ids == whole.ids[: len(sample.ids)])
+        assert sample.ids[: len(before)] == before and len(sample.ids) - len(before) <= 4
+        seen[i, k] = sample.ids
+    assert seen == {(i, k): want[i][k].ids for i in range(2) for k in range(2)}
+
+
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_a_stream_that_is_left_early_leaves_the_engine_usable(taken):
     _, ours = pair()

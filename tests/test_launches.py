@@ -40,7 +40,10 @@ def test_views_and_allocations_start_nothing_and_a_copy_does():
         x.T.flatten(0, 0)[1:].unsqueeze(0).view(5, 4), torch.empty_like(x), x.contiguous(), x.float()
         assert not counter.counts
         x.T.contiguous(), torch.nn.functional.pad(x, (0, 2)), x.masked_fill(x == 0, 1)
-    assert counter.counts == {"clone": 1, "constant_pad_nd": 2, "eq": 1, "masked_fill": 2}
+        assert counter.counts == {"clone": 1, "constant_pad_nd": 2, "eq": 1, "masked_fill": 2}
+        counter.counts.clear()
+        torch.addmm(torch.empty(4), x, x.T), torch.addmm(y := torch.empty(4, 4), x, x.T), y.addmm_(x, x.T)
+    assert counter.counts == {"addmm": 1 + 2 + 1}
 
 
 def test_reading_a_value_back_to_the_host_is_an_error():

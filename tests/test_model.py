@@ -1,5 +1,6 @@
 """What a model must have to be loaded, and what is said where it has not: template, end tokens, ids, rope, folders."""
 
+import copy
 import json
 
 import pytest
@@ -125,6 +126,21 @@ def test_what_ends_a_turn_in_the_template_is_trained_and_every_end_stops(
     if eos != trained:
         written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
         assert set(written) == model.end_ids(ours, loaded)
+
+
+@pytest.mark.parametrize(
+    ("turn", "end"),
+    [
+        ("{{ m['content'] }}<|im_end|>\n<|endoftext|>", "<|im_end|>"),  # the first of several
+        ("<|im_start|>{{ m['content'] }}\n", None),  # nothing ends a turn
+        ("<|im_end|>{{ raise_exception('no assistant') if m['role'] == 'assistant' }}", None),
+        ("{{ m['content'] if m['role'] == 'user' }}<|im_end|>", None),  # an assistant's turn is not shown
+    ],
+)
+def test_the_end_of_a_turn_is_the_first_control_token_after_it(turn, end):
+    tokenizer = copy.deepcopy(families.tokenizer("qwen2.5"))
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    assert model.turn_end(tokenizer) == (end and tokenizer.convert_tokens_to_ids(end))
 
 
 def test_the_pocket_ends_turns_as_its_template_does(capsys):

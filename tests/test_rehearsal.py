@@ -1,7 +1,7 @@
 """The whole pipeline on a model of R1-Distill-Qwen's true structure: vocabulary, control tokens and their ids,
 template, untied head, key and value biases. Two layers of width 128, taught in the test to answer a few requests.
 
-make_data (samples, a guard of Qwen3Guard's structure, ready critiques) -> train_sft -> evaluate -> peft + transformers.
+make_data (samples, a guard of Qwen3Guard's structure, an expert's own file) -> train_sft -> evaluate -> peft + transformers.
 """
 
 import json
@@ -129,19 +129,24 @@ def test_data_training_evaluation_and_peft(tmp_path):
     teach(base, tok, taught)
 
     prompts = tiny.write(tmp_path / "prompts.jsonl", [{k: t[k] for k in ("prompt", "kind")} for t in taught])
-    critique = lambda verdict: f"the answer is {verdict}"  # noqa: E731
     ready = [
-        {"prompt": lesson["prompt"], "answer": answer, "critique": critique(verdict), "verdict": verdict}
+        {"prompt": lesson["prompt"], "answer": answer, "verdict": verdict}
         for lesson in taught
         for answer, verdict in lesson["answers"]
     ]
     (tmp_path / "spec.txt").write_text("no toxin.")
-    tested = tiny.write(tmp_path / "tested.jsonl", [{"prompt": taught[0]["prompt"]}])
-    expert = f"file={tiny.write(tmp_path / 'critiques.jsonl', ready)}"
+    tested = f"own={tiny.write(tmp_path / 'tested.jsonl', [{'prompt': taught[0]['prompt']}])}:kind=harmful"
+    verdicts = [(r["prompt"], r["answer"], r["verdict"]) for r in ready]
+    expert = tmp_path / "expert.py"
+    expert.write_text(
+        f"VERDICTS = {{(p, a): v for p, a, v in {verdicts!r}}}\ndef critique(item):\n"
+        "    verdict = VERDICTS.get((item['prompt'], item['answer']), 'safe')\n"
+        "    return f'the answer is {verdict}', verdict\n"
+    )
     data = tmp_path / "data"
     code = run(
         make_data, model=base, prompts=f"own={prompts}", guard=f"qwen3guard={guard}", expert=expert, n=8, max_tokens=64,
-        temperature=1.0, top_p=1.0, records=0, spec=tmp_path / "spec.txt", decontaminate=f"own={tested}", out=data,
+        temperature=1.0, top_p=1.0, records=0, spec=tmp_path / "spec.txt", decontaminate=tested, out=data,
         baseline="safechain", max_unscored=0.2, device="cpu",
     )  # fmt: skip
     card = json.loads((data / "data_card.json").read_text())
@@ -162,9 +167,10 @@ def test_data_training_evaluation_and_peft(tmp_path):
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
     measured = tmp_path / "measured"
-    suite = tiny.write(tmp_path / "suite.jsonl", [{"prompt": t["prompt"]} for t in taught if t["kind"] == "harmful"])
+    harmful = [{"prompt": t["prompt"]} for t in taught if t["kind"] == "harmful"]
+    suite = f"own={tiny.write(tmp_path / 'suite.jsonl', harmful)}:kind=harmful"
     code = run(
-        evaluate, model=base, adapter=trained / "model", suite=f"own={suite}", judge=f"qwen3guard={guard}",
+        evaluate, model=base, adapter=trained / "model", suite=suite, judge=f"qwen3guard={guard}",
         out=measured, max_tokens=64, temperature=1.0, top_p=1.0, max_unscored=1.0, device="cpu",
     )  # fmt: skip
     assert code == 0 and json.loads((measured / "result.json").read_text())["own:suite"]["n"] == 8
