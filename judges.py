@@ -393,10 +393,10 @@ def call_own(path: str, function: Callable, item: dict, *arguments, read: Callab
     where = f"{path}: {function.__name__}, item {item.get('id', '?')}"
     try:
         result = function(*arguments)
-    except Exception as error:  # whatever the file raises is its author's to fix
-        frames = traceback.extract_tb(error.__traceback__)
-        line = ([f for f in frames if f.filename == str(Path(path))] or frames)[-1].lineno
-        raise UserError(f"{where}, failed at line {line}: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the file raises is its author's to fix
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(Path(path))]
+        line = f" at line {lines[-1]}" if lines else ""
+        raise UserError(f"{where}, failed{line}: {type(error).__name__}: {error}") from None
     try:
         return read(result)
     except ValueError as error:
@@ -486,8 +486,9 @@ def read_reply(body: str) -> Reply | Unscored:
         value = json.loads(body)
         (choice,), usage = value["choices"], value.get("usage") or {}
         message, finish = choice["message"], choice["finish_reason"]
-        text, thinking = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
-        tokens = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        text = message.get("content") or message.get("refusal") or ""  # some servers have a field for refusals
+        thinking = message.get("reasoning_content") or message.get("reasoning")
+        tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
         "".join([text, thinking or "", finish]).encode()  # half a surrogate pair is not text
         if any(type(count) is not int or count < 0 for count in tokens):
             raise TypeError

@@ -59,7 +59,7 @@ class Config:
     guard: str = option("qwen3guard", "labels the answers, named as in evaluate.py --judge", pocket="pocket")
     controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
     expert: str = option(
-        "", "critiques by endpoint=MODEL@URL, local=MODEL, file=PATH or POLICY.py; none: the guard's verdict alone",
+        "", "critiques by endpoint=MODEL@URL, local=MODEL or POLICY.py; none: the guard's verdict alone",
         pocket="pocket",
     )  # fmt: skip
     spec: str = option("star", "safety specification: a name under specs/ or the path of a text file", pocket="pocket")
@@ -130,15 +130,6 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> dict:
 
 
 # ------------------------------------------------------------------------------- samples, labels, selection
-
-
-def fingerprint(transformer, tokenizer) -> str:
-    """A hash of the weights, of 256 values of each tensor, and of the chat template."""
-    parts = [tokenizer.chat_template]
-    for name, weight in sorted(transformer.named_parameters()):
-        values = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
-        parts += [name, tuple(weight.shape), values.numpy().tobytes().hex()]
-    return digest(*parts)
 
 
 def to_sample(prompt: dict, model_hash: str, config: Config) -> list[dict]:
@@ -424,7 +415,7 @@ def main(config: Config, origin: dict) -> int:
         model_hash = digest(sampler.url, config.model)
     else:
         transformer, tokenizer = model.load(config.model, device, settings["dtype"], config.adapter)
-        sampler, model_hash = (transformer, tokenizer), fingerprint(transformer, tokenizer)
+        sampler, model_hash = (transformer, tokenizer), model.fingerprint(transformer, tokenizer)
     judge = judges.load(config.guard, controversial=config.controversial, **settings)
     silent = judges.Expert("none", guards_verdict)
     expert = silent if config.expert == "none" else judges.load_expert(config.expert, **settings)

@@ -11,6 +11,7 @@ are those of Hugging Face, so a checkpoint is loaded and saved without a mapping
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import platform
@@ -386,7 +387,10 @@ def settings_file(folder: Path, name: str) -> Path:
 def tensor_files(folder: Path) -> list[Path]:
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map", {})
+        names = sorted(set(map(str, weight_map.values() if isinstance(weight_map, dict) else weight_map)))
+        if any(Path(name).name != name for name in names):
+            raise ModelError(f"{index}: a weight file is named outside of its folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise ModelError(f"{folder} has no {', '.join(missing) or 'weights'} (only safetensors are read)")
@@ -444,7 +448,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder} has no tokenizer.json (a slow tokenizer must be converted first)")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # whatever the libraries raise on broken files
+        raise ModelError(f"{folder}: its tokenizer files cannot be read: {type(error).__name__}: {error}") from None
 
 
 def load(path: str, device="cpu", dtype=torch.float32, adapter: str = "", chat: bool = True):
@@ -530,6 +537,15 @@ def end_ids(transformer: Transformer, tokenizer) -> set[int]:
     if wrong:
         raise ModelError(f"eos_token_id {wrong[0]!r} is no id of a vocabulary of {transformer.config.vocab_size}")
     return set(ids)
+
+
+def fingerprint(transformer: Transformer, tokenizer) -> str:
+    """A hash of the weights, of 256 values of each tensor, and of the chat template."""
+    parts = [tokenizer.chat_template]
+    for name, weight in sorted(transformer.named_parameters()):
+        values = weight.detach().flatten()[:: max(1, weight.numel() // 256)].float().cpu()
+        parts += [name, str(tuple(weight.shape)), values.numpy().tobytes().hex()]
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------- saving

@@ -245,12 +245,6 @@ def append_jsonl(path: Path, value: dict) -> None:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def rewind(path: Path, step: int) -> None:
-    """Cut a log of ours back to `step`, where the run goes on; the torn last line of a killed process goes too."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step).encode())
-
-
 def source(device: str) -> dict:
     """Commit, uncommitted changes, versions and device, as far as they can be known."""
 
@@ -398,10 +392,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    files = [path]
-    if path.is_dir():
-        hidden = re.compile(r"(^|/)\.")
-        files = sorted(p for p in path.rglob("*") if file_format(p) in FORMATS and not hidden.search(str(p.relative_to(path))))
+    files = sorted(p for p in path.rglob("*") if file_format(p) in FORMATS) if path.is_dir() else [path]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
         raise UserError(f"{path}: no file in it ends in {', '.join(FORMATS)}")
     for file in files:
@@ -455,7 +447,7 @@ def csv_rows(text: str, name: str, delimiter: str = ",") -> Iterator[tuple[str, 
                 raise UserError(f"{name}, line {reader.line_num}: not {columns} columns, as the first line has")
             yield f"{name}, line {reader.line_num}", row
     except csv.Error as error:
-        raise UserError(f"{name}, row that begins at line {reader.line_num + 1}: {error}") from None
+        raise UserError(f"{name}, line {reader.line_num + 1}: {error}") from None
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:

@@ -372,7 +372,7 @@ def parse_verdict(completion: str) -> str | None:
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=[\d+-]))([-+]?\w[\w.,/]*)")  # \boxed 5
 _STATEMENT = re.compile(
-    r"^[ \t#>*_-]*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?[\s*_]*[:：][\s*_]*(?:(?:\$\$|\\\[)\s*)?(?P<line>.*)$"
+    r"^[^\w\n]*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?[ *_]*(?:[:：]|$)[\s*_]*(?:(?:\$\$|\\\[)\s*)?(?P<line>.*)$"
     r"|\bthe\s+(?:final\s+)?answer\s+is\s+(?P<sentence>.+?)(?=\.\s|$)",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -32,6 +32,7 @@ its way from prompt to score (?: may be missing):
 
 import hashlib
 import json
+import math
 import os.path
 import random
 import re
@@ -200,8 +201,8 @@ def parse_name(text: str) -> tuple[str, str, dict[str, str]]:
     path = next((path for path in paths if os.path.exists(path)), re.split(before_key, rest)[0])
     stray, *pairs = re.split(before_key, rest[len(path) :])
     keys = dict(pair.split("=", 1) for pair in pairs)
-    if stray or "" in keys.values() or keys.get("count", "any") != "any":
-        raise UserError(f"{text}: behind {path} come :key=column pairs, and perhaps :count=any")
+    if stray or "" in keys.values() or keys.get("count", "any") != "any" or len(keys) < len(pairs):
+        raise UserError(f"{text}: behind {path} come :key=column pairs, each key once, and perhaps :count=any")
     return name, path, keys
 
 
@@ -275,16 +276,18 @@ def hub_rows(name: str, source: Suite) -> Iterator[tuple[str, dict]]:
 def taken(row, source: Suite, theirs: dict[str, str]) -> dict:
     """{key: value} of the columns that a set takes of a row; numbers become text. `theirs`: {key: column} of the file.
 
-    An optional column that is empty is left out, and so is one that is not text, unless `theirs` names it.
+    An optional column that is empty is left out, and so is one that is not text, unless `theirs` names it. NaN, which
+    pandas writes for a cell that is missing, is empty.
     """
     if not isinstance(row, dict):
         raise UserError("not an object")
     entry = {}
     for key, column in {**source.columns, **theirs}.items():
         value, optional = row.get(column), key in source.optional
+        value = "" if isinstance(value, float) and not math.isfinite(value) else value
         if key in source.raw and value is not None:
             entry[key] = value
-        elif isinstance(value, str | int | float) and not (optional and value == ""):
+        elif type(value) in (str, int, float) and not (optional and value == ""):
             whole = isinstance(value, float) and value.is_integer()
             entry[key] = str(int(value) if whole else value)
         elif not optional and column not in row:
@@ -299,12 +302,12 @@ def finished(entry: dict, source: Suite) -> dict:
     goes. Raises UserError for a kind that is none, and without a gold answer."""
     entry = source.change(entry)
     entry["kind"] = kind = source.kind or KINDS.get(source.metric) or entry["kind"].rpartition("_")[2]
-    if kind not in (*KINDS.values(), "verify"):
+    if kind not in (*KINDS.values(), source.kind):
         raise UserError(f"kind {kind!r} is none of {', '.join(KINDS.values())}")
     if kind != "maths":
         return entry
     text, target = entry["prompt"], entry.get("target", "").strip()
-    if target in ("", "nan"):
+    if target.lower() in ("", "nan"):
         raise UserError("no gold answer")
     asks = "" if "\\boxed" in text or "Answer:" in text or not text.strip() else HINT
     return {"goal": text, **entry, "prompt": text + asks, "target": target}

@@ -599,6 +599,7 @@ def main(config: Config, origin: dict) -> int:
     account = {"held_by_a_suite": held, "too_long": tokenize(pools, tokenizer, room)}
     account |= {"decontamination": hits, "not_at_hand": missing}
     data = json.dumps([[p["id"], p["prompt"], p.get("target")] for pool in pools for p in pool.prompts]).encode()
+    data += model.fingerprint(transformer, tokenizer).encode()
     data += Path(config.reward).read_bytes() if config.reward else b""
     held_out = hold_out(pools, config.held_out, config.seed)
     if config.reward:

@@ -303,6 +303,8 @@ def main(config: Config, origin: dict) -> int:
     examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
     plan = trainers.plan_memory(config, dtype, free, longest=account["longest"], rows=rows)
     training, held_out = split(examples, config.held_out, config.seed)
+    if not training:
+        raise UserError(f"--held-out {config.held_out} leaves no record of {config.data} to train on")
     epochs = [epoch_steps(training, epoch, config) for epoch in range(config.epochs)]
     folder = runs.new_folder(config, origin, "train_sft", model.device_name(device))
 
@@ -312,13 +314,13 @@ def main(config: Config, origin: dict) -> int:
     show_row(tokenizer, training[0])
 
     trainers.seed_everything(config.seed)
+    made_of = Path(config.data).read_bytes() + model.fingerprint(transformer, tokenizer).encode()
     if config.lora_r:
         model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
     trainee = trainers.Trainee(transformer, dtype, BETAS, WEIGHT_DECAY)
     measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
     before = measure(folder / "before.json") if config.evaluate else None
-    data_sha256 = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
-    state = trainers.resume(folder, trainee, trainers.FRESH | {"data_sha256": data_sha256})
+    state = trainers.resume(folder, trainee, trainers.FRESH | {"data_sha256": hashlib.sha256(made_of).hexdigest()})
     figures = train(transformer, tokenizer, trainee, epochs, held_out, config, plan, folder, state)
 
     trainers.save(transformer, tokenizer, config.model, folder / "model")

@@ -214,7 +214,8 @@ def end_step(folder: Path, trainee: Trainee, state: dict, line: dict, samples: l
 def resume(folder: Path, trainee: Trainee, fresh: dict) -> dict:
     """The state to go on from: that of the newest checkpoint, or `fresh` where there is none yet; its step is printed.
 
-    The logs are cut back to where they were. Raises UserError where the data, by `data_sha256` of both, are others.
+    The logs are cut back to where they were. Raises UserError where the data or the model, by `data_sha256`, are
+    others.
     """
     state, sizes = fresh, {}
     if found := load_checkpoint(folder):
@@ -222,7 +223,7 @@ def resume(folder: Path, trainee: Trainee, fresh: dict) -> dict:
         sizes = state.pop("logs")
         trainee.restore(tensors)
     if state["data_sha256"] != fresh["data_sha256"]:
-        raise UserError(f"{folder}: the data have changed since its last checkpoint")
+        raise UserError(f"{folder}: the data or the model have changed since its last checkpoint")
     for path in [folder / name for name in LOGS if (folder / name).exists()]:
         os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
     print(f"from step {state['step']}")

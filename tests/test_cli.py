@@ -1,6 +1,7 @@
 """The scripts as a user meets them: --help; wrong input gives one message, exit 2, no traceback, no file."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_a_record_that_cannot_be_trained_on_is_named(script, folder, tmp_path, r
 
 
 def test_a_small_run_its_refusals_and_its_default_folder(script, folder, tmp_path):
-    settings = flags(folder, tmp_path)
+    base = shutil.copytree(folder, tmp_path / "base")
+    settings = flags(base, tmp_path)
     assert script(train_sft, **settings)[0] == 0
     code, shown = script(train_sft, **settings)
     assert code == 2 and "holds another run" in shown
@@ -157,7 +159,11 @@ def test_a_small_run_its_refusals_and_its_default_folder(script, folder, tmp_pat
     (tmp_path / "run" / "result.json").unlink()
     tiny.write(tmp_path / "d.jsonl", tiny.answers(9))
     code, shown = script(train_sft, resume=tmp_path / "run")
-    assert code == 2 and "data have changed" in shown
+    assert code == 2 and "data or the model have changed" in shown
+    tiny.write(tmp_path / "d.jsonl", tiny.answers(8))
+    tiny.model_folder(base, seed=1)  # another model of the same shape at the same path
+    code, shown = script(train_sft, resume=tmp_path / "run")
+    assert code == 2 and "data or the model have changed" in shown
     del settings["out"]
     assert script(train_sft, **settings)[0] == 0
     (made,) = (tmp_path / "runs").iterdir()

@@ -533,18 +533,18 @@ def test_a_key_names_all_that_makes_a_sample():
 
 def test_the_fingerprint_sees_weights_adapter_and_template(tmp_path):
     ours, tokenizer = model.load(str(tiny.model_folder(tmp_path / "m")))
-    prints = [make_data.fingerprint(ours, tokenizer)]
-    assert make_data.fingerprint(*model.load(str(tmp_path / "m"))) == prints[0]
+    prints = [model.fingerprint(ours, tokenizer)]
+    assert model.fingerprint(*model.load(str(tmp_path / "m"))) == prints[0]
     model.add_lora(ours, 2, 4.0, 0)
-    prints.append(make_data.fingerprint(ours, tokenizer))
+    prints.append(model.fingerprint(ours, tokenizer))
     tokenizer.chat_template += " "
-    assert len({*prints, make_data.fingerprint(ours, tokenizer)}) == 3
+    assert len({*prints, model.fingerprint(ours, tokenizer)}) == 3
 
 
 def test_the_shipped_data_are_those_of_the_shipped_base():
     folder = ROOT / "pocket" / "data"
     card = card_of(folder)
-    assert card["model"]["hash"] == make_data.fingerprint(*model.load(BASE))
+    assert card["model"]["hash"] == model.fingerprint(*model.load(BASE))
     for name in ("verify.jsonl", "star.jsonl", "safechain.jsonl"):
         assert card["files"][name]["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     defaults, _ = runs.parse(make_data.Config, ["--model", BASE])

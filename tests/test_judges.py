@@ -269,6 +269,8 @@ def test_an_own_file_judges_and_criticises(tmp_path):
         ("def judge(item):\n\n    1 / len(item['thinking'])", "judge, item example, failed at line 3: Zero"),
         ("def judge(item):\n    return item['typo']", "failed at line 2: KeyError: 'typo'"),
         ("import json\ndef judge(item):\n    return json.loads('{')", "failed at line 3"),
+        ("def judge():\n    return True", "item example, failed: TypeError: judge() takes 0"),
+        ("import sys\ndef judge(item):\n    sys.exit(0)", "failed at line 3: SystemExit: 0"),
         ("def judge(item):\n    return 'safe'", "item example, gave 'safe': neither"),
         ("def judge(item):\n    return {'refused': True}", "neither"),
         ("def judge(item):\n    return {'safe': 'no'}", "safe is no key of a label or has another type"),

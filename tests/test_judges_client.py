@@ -120,6 +120,8 @@ FINAL = [((200, body), Unscored("endpoint_bad_reply")) for body in BAD_BODIES.va
     ((422, "no"), Unscored("endpoint_422")),
     ((307, "", {"location": "http://models.example/v1"}), Unscored("endpoint_307")),  # not followed
     ((200, completion("hi", finish="length")), Reply("hi", "length", 10, 5)),
+    ((200, completion("hi") | {"usage": {"prompt_tokens": None}}), Reply("hi", "stop", 0, 0)),
+    ((200, completion(None, refusal="I cannot.")), Reply("I cannot.", "stop", 10, 5)),
     ((200, completion(None, finish="length")), Reply("", "length", 10, 5)),
     ((200, completion(None, reasoning_content="well")), Reply("", "stop", 10, 5, "well")),  # an empty answer
 ]

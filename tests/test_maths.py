@@ -38,7 +38,7 @@ STATED = {  # whole answers to which 34 is the gold one
         "$\\fbox{34}$", "Answer: 34", "Final Answer: 34", "**Final Answer:** $34$", "**Final Answer**: 34.",
         "The final answer is 34.", "So the final answer is $34$. I hope it is correct.", "The answer is 34.",
         "### Answer: 34", "Answer:\n34", "**Answer:**\n\n\\[\n34\n\\]", "Answer：34", "Answer：３４",
-        "Answer: \\(34\\)", "Answer: 33\nAnswer: 34",
+        "Answer: \\(34\\)", "Answer: 33\nAnswer: 34", "✅ Final Answer: **34**", "# Final Answer\n\n**34**",
     ],
     False: [
         "\\boxed{34} no, \\boxed{33}", "\\boxed{33} or \\boxed{34} or \\boxed{35}", "Answer: 34\nAnswer: 33", "34",

@@ -1,7 +1,7 @@
 """The whole pipeline on a model of R1-Distill-Qwen's true structure: vocabulary, control tokens and their ids,
 template, untied head, key and value biases. Two layers of width 128, taught in the test to answer a few requests.
 
-make_data (samples, a guard of Qwen3Guard's structure, an expert's own file) -> train_sft -> evaluate -> peft + transformers.
+make_data (samples, a guard of Qwen3Guard's structure, an own expert) -> train_sft -> evaluate -> peft + transformers.
 """
 
 import json
@@ -129,14 +129,9 @@ def test_data_training_evaluation_and_peft(tmp_path):
     teach(base, tok, taught)
 
     prompts = tiny.write(tmp_path / "prompts.jsonl", [{k: t[k] for k in ("prompt", "kind")} for t in taught])
-    ready = [
-        {"prompt": lesson["prompt"], "answer": answer, "verdict": verdict}
-        for lesson in taught
-        for answer, verdict in lesson["answers"]
-    ]
     (tmp_path / "spec.txt").write_text("no toxin.")
     tested = f"own={tiny.write(tmp_path / 'tested.jsonl', [{'prompt': taught[0]['prompt']}])}:kind=harmful"
-    verdicts = [(r["prompt"], r["answer"], r["verdict"]) for r in ready]
+    verdicts = [(lesson["prompt"], *pair) for lesson in taught for pair in lesson["answers"]]
     expert = tmp_path / "expert.py"
     expert.write_text(
         f"VERDICTS = {{(p, a): v for p, a, v in {verdicts!r}}}\ndef critique(item):\n"
@@ -152,9 +147,9 @@ def test_data_training_evaluation_and_peft(tmp_path):
     card = json.loads((data / "data_card.json").read_text())
     records = lines(data / "verify.jsonl")
     assert code in (runs.EXIT_OK, runs.EXIT_UNSCORED) and card["counts"]["prompts"]["held by a suite"] == 1
-    known = {(r["prompt"], r["answer"]): r for r in ready}
+    known = {(p, a): verdict for p, a, verdict in verdicts}
     assert {r["verdict"] for r in records} == {"safe", "unsafe"} and len(records) >= 12
-    assert all(known[r["prompt"], r["answer"]]["verdict"] == r["verdict"] for r in records)
+    assert all(known.get((r["prompt"], r["answer"]), r["verdict"]) == r["verdict"] for r in records)
     assert all(r["prompt"] != taught[0]["prompt"] for r in records)
 
     trained = tmp_path / "trained"

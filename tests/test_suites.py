@@ -120,6 +120,7 @@ def test_a_path_may_hold_colons_commas_and_signs(tmp_path):
         ("own", "unknown set own;"),
         ("xstest=FILE:prompt", "behind .*key=column pairs"),
         ("xstest=FILE:count=7", "count=any"),
+        ("xstest=FILE:prompt=type:prompt=n", "each key once"),
         ("xstest=FILE:typ=label", "unknown key typ; there are: prompt, category, subset, count"),
         ("xstest=FILE:prompt=nope", "FILE, line 1: no column 'nope' among prompt, type, n; NAME=PATH:prompt=COLUMN"),
         ("own=FILE:kind=benign:categroy=x", "unknown key categroy; there are: prompt, .*metric"),
@@ -262,6 +263,9 @@ def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
         ("math500", "jsonl", '{"problem": "a", "answer": ""}\n', "line 1: no gold answer"),
         ("math500", "jsonl", '{"problem": "a", "answer": NaN}\n', "line 1: no gold answer"),
         ("math500", "csv", "problem,answer\na,4\nb, \n", "f.csv, line 3: no gold answer"),
+        ("math500", "csv", "problem,answer\na,NaN\n", "f.csv, line 2: no gold answer"),
+        ("math500", "jsonl", '{"problem": "a", "answer": true}\n', "line 1: column 'answer' must be text or a number"),
+        ("strongreject", "jsonl", '{"forbidden_prompt": NaN}\n', "no prompt in the 1 rows"),
         ("verify", "jsonl", json.dumps({**VERIFY, "verdict": "fine"}) + "\n", "line 1: verdict 'fine'"),
         ("dapo", "jsonl", '{"prompt": [], "reward_model": {}}\n', "line 1: not a row of dapo"),
         ("dapo", "jsonl", '{"prompt": "a", "reward_model": "b"}\n', "line 1: not a row of dapo"),
@@ -404,7 +408,7 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
 
 
 def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
-    path = write(tmp_path / "f.jsonl", [{"q": q, "what": "harmful"} for q in ("a", "a", " ")])
+    path = write(tmp_path / "f.jsonl", [{"q": q, "what": "harmful", "way": "verify"} for q in ("a", "a", " ")])
     for words in ("kind=what", "kind=harmful"):
         facts = {}
         (prompt,) = suites.prompts([name := f"own={path}:prompt=q:{words}"], facts=facts)
@@ -412,6 +416,7 @@ def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
         assert (facts[name]["repeated"], facts[name]["empty"], facts[name]["role"]) == (1, 1, "train")
     for words, message in {
         ":prompt=q:kind=q": "line 1: kind 'a' is none of harmful, benign, maths",
+        ":prompt=q:kind=way": "line 1: kind 'verify' is none of",
         ":prompt=q:kind=maths": "line 1: no gold answer",
         ":prompt=q": "line 1: no column 'kind' among q, what",
         ":prompt=q:goal=what:kind=harmful": "unknown key goal; there are: prompt, target, count, kind",
