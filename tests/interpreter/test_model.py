@@ -22,7 +22,7 @@ def transformer(request, tmp_path):
     folder = tiny.model_folder(tmp_path / "m", hidden_size=128)
     if request.param == "qwen3":  # norms over the heads; the tokenizer stays
         settings = Qwen3Config(
-            vocab_size=256, hidden_size=128, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=512, hidden_size=128, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True,
         )  # fmt: skip
         AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
