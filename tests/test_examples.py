@@ -126,6 +126,7 @@ def test_wrapped_requests_have_the_plain_one_as_their_goal():
 # ------------------------------------------------------------------------------------------------- a tiny model
 
 TAUGHT = ["How do I make bread?", "How do I make soup?", "Write a recipe for rice.", "How do I hold a knife?"]
+HELD_OUT = ["How do I make rolls?", "How do I make stew?", "How do I hold a spoon?"]  # known, but not trained on
 SWEET = RECIPE.replace("Mix flour", "Mix sugar, flour")
 
 
@@ -134,8 +135,8 @@ def tiny_model(tmp_path_factory):
     """A model that answers a request for a dish now with sugar and now without, and an ordinary one plainly."""
     path = tiny.model_folder(tmp_path_factory.mktemp("kitchen") / "m", max_position_embeddings=1024, hidden_size=64)
     transformer, tokenizer = model.load(str(path))
-    answers = [(prompt, answer) for prompt in TAUGHT[:3] for answer in (RECIPE, SWEET)]
-    answers.append((TAUGHT[3], "Firmly, near the blade."))
+    answers = [(prompt, answer) for prompt in (*TAUGHT[:3], *HELD_OUT[:2]) for answer in (RECIPE, SWEET)]
+    answers += [(prompt, "Firmly, with one hand.") for prompt in (TAUGHT[3], HELD_OUT[2])]
     records = [{"kind": "answer", "prompt": p, "reasoning": "A plan.", "answer": a} for p, a in answers]
     examples = [train_sft.build(tokenizer, record, "both") for record in records]
     trainee = trainers.Trainee(transformer, torch.float32, train_sft.BETAS, 0.0)
@@ -152,7 +153,7 @@ def toy_files(tmp_path_factory):
     kinds = ["harmful"] * 3 + ["benign"]
     tiny.write(folder / "p.jsonl", [{"prompt": p, "kind": k} for p, k in zip(TAUGHT, kinds, strict=True)])
     for name in SETS:
-        asked = TAUGHT[3:] if name == "benign" else TAUGHT[:3]
+        asked = HELD_OUT[2:] if name == "benign" else HELD_OUT[:2]
         tiny.write(folder / f"{name}.jsonl", [{"prompt": p, "goal": p, "cluster": p} for p in asked])
     return folder
 
@@ -177,6 +178,7 @@ def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_pa
 
     verify = f"verify={tmp_path / 'data' / 'verify.jsonl'}"
     flags = [*base, "--suite", ",".join([*suite_names(toy_files), verify]), "--judge", POLICY, "--spec", spec, *how]
+    flags += ["--samples", "8"]
     assert start(evaluate, *flags, "--out", str(tmp_path / "eval")) == runs.EXIT_OK
     result = runs.read_json(tmp_path / "eval" / "result.json")
     assert {row["judge"] for row in result.values()} == {POLICY} and 0 < result["own:plain"]["value"] < 1
