@@ -21,6 +21,7 @@ import runs
 import safety
 import scores
 import suites
+import trainers
 from pocket.world import World
 from runs import UserError
 from tests import tiny
@@ -101,6 +102,15 @@ def test_a_run_leaves_figures_items_and_their_settings(done):
     assert greedy["pocket:plain"]["decoding"].startswith("greedy")
     assert (done / "items.jsonl").stat().st_mode & 0o777 == 0o600
     assert summary["world_seed"] == 0 and summary["method"] == "base"
+
+
+def test_trainings_own_suites_give_the_same_figures(done, tmp_path, monkeypatch):
+    """The same model, seed and suites: the same answers, also in another selection of items."""
+    items = loaded("--suite", "pocket:sums,pocket:plain", "--limit", 4)
+    monkeypatch.setattr(trainers.suites, "load", lambda *_: items)
+    own = trainers.evaluate(*model.load(BASE), BASE, 0, tmp_path / "before.json")["items"]
+    here = {item["id"]: item["completion"] for item in lines(done / "generations.jsonl")}
+    assert [item["completion"] for item in own] == [here[item["id"]] for item in own] and len(own) == 8
 
 
 def test_a_finished_folder_is_not_written_over(done, capsys):

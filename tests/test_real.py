@@ -1,6 +1,9 @@
 """Real weights: SmolLM2-135M-Instruct here and in Transformers and peft. About four minutes of one core, slow tier."""
 
+import itertools
 import json
+import os
+import signal
 
 import peft
 import pytest
@@ -131,7 +134,7 @@ def test_lora_steps_are_those_of_peft_and_the_adapter_gives_the_same_logits_ther
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, monkeypatch):
-    """Killed after its second of three steps, before that was logged; adapter and log, bit by bit."""
+    """Stopped by Ctrl-C in its second of three steps; adapter and log, bit by bit."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     flags = ["--model", folder, "--data", str(data), "--max-len", "128", "--tokens-per-step", "128", "--epochs", "1"]
@@ -142,7 +145,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, monkeypatch):
 
     run(*flags, "--out", str(tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainers, "log_step", killed_at(2, trainers.log_step))
+        patch.setattr(train_sft, "optimizer_step", stopped_at(2, train_sft.optimizer_step))
         run(*flags, "--out", str(tmp_path / "cut"))
     run("--resume", str(tmp_path / "cut"))
     files = [tmp_path / name / "model" / "adapter_model.safetensors" for name in ("whole", "cut")]
@@ -153,10 +156,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, monkeypatch):
     assert len(logs[0]) >= 3
 
 
-def killed_at(step: int, log_step):
-    def spoilt(folder, state, *rest):
-        if state["step"] == step:
-            raise KeyboardInterrupt
-        log_step(folder, state, *rest)
+def stopped_at(call: int, honest):
+    """`honest` with Ctrl-C at the start of its call of that number."""
+    calls = itertools.count(1)
+
+    def spoilt(*arguments):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(*arguments)
 
     return spoilt

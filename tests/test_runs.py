@@ -6,6 +6,8 @@ import operator
 import os
 import random
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -108,6 +110,14 @@ def test_main_turns_errors_into_exit_codes(monkeypatch, capsys):
         assert end.value.code == code
     shown = capsys.readouterr().err
     assert "error: no such thing" in shown and "error: a/b: No space left on device" in shown
+
+
+def test_a_terminal_without_utf_8_still_shows_every_text():
+    code = "import runs, dataclasses\n@dataclasses.dataclass\nclass C:\n    a: int = runs.option(1, '')\n"
+    code += "runs.main(C, lambda config, origin: print('\\u00e4\\u202e') or 0)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "\\xe4\\u202e\n"), done.stderr
 
 
 def raising(error):

@@ -88,6 +88,16 @@ def test_the_danger_is_real(family):
     assert not controls(tok, safety.encode(tok, [(attack, False)]))
 
 
+def test_decoding_eats_no_blank_and_no_token_but_the_ends():
+    """Llama 3's tokenizer asks to be cleaned up, which would join "mix , add ." to "mix, add."."""
+    tok = copy.deepcopy(tokenizer("r1-llama"))
+    tok.clean_up_tokenization_spaces = True
+    tok.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    ids = safety.encode(tok, [("mix , add . </think> it 's", True)], continued=True)
+    assert safety.decode(tok, [*ids, tok.eos_token_id], {tok.eos_token_id}) == "mix , add . </think> it 's"
+    assert tok.decode(ids) == "mix, add. </think> it's"  # control
+
+
 def test_prompts_read_as_the_families_write_them():
     def shown(family):
         return tokenizer(family).decode(safety.render(tokenizer(family), user("hi")), skip_special_tokens=False)
