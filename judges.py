@@ -399,7 +399,7 @@ def call_own(path: str, function: Callable, item: dict, *arguments, read: Callab
         raise UserError(f"{where}, failed{line}: {type(error).__name__}: {error}") from None
     try:
         return read(result)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{where}, gave {result!r}: {error}") from None
 
 

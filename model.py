@@ -414,6 +414,8 @@ def read_tensors(files: list[Path], wanted: dict[str, torch.Tensor], spare: dict
                 continue  # a constant that old Llama files carry along
             if name not in known:
                 raise ModelError(f"{file}: surplus tensor {name}")
+            if not value.is_floating_point() or value.element_size() < 2:
+                raise ModelError(f"{file}: {name} is {value.dtype}; quantized weights are not supported")
             if value.shape != known[name].shape:
                 raise ModelError(f"{file}: {name} is {list(value.shape)}, not {list(known[name].shape)}")
             known[name].copy_(value)

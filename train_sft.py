@@ -303,8 +303,6 @@ def main(config: Config, origin: dict) -> int:
     examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
     plan = trainers.plan_memory(config, dtype, free, longest=account["longest"], rows=rows)
     training, held_out = split(examples, config.held_out, config.seed)
-    if not training:
-        raise UserError(f"--held-out {config.held_out} leaves no record of {config.data} to train on")
     epochs = [epoch_steps(training, epoch, config) for epoch in range(config.epochs)]
     folder = runs.new_folder(config, origin, "train_sft", model.device_name(device))
 

@@ -181,6 +181,14 @@ DAMAGE = {  # the words of the refusal -> what is done to the folder
     "config.json cannot be read": lambda f: (f / "config.json").write_text("{'a': 1}"),
     "config.json holds no JSON object": lambda f: (f / "config.json").write_text("[]"),
     "has no tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
+    "its tokenizer files cannot be read": lambda f: (f / "tokenizer.json").write_text("{}"),
+    f"{NORM} is torch.int8; quantized": lambda f: tiny.edit_tensors(
+        f / "model.safetensors", lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)})
+    ),
+    "named outside of its folder": lambda f: (
+        (f / "model.safetensors").rename(f.parent / "w.safetensors"),
+        (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../w.safetensors"}}'),
+    ),
 }
 
 
