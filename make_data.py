@@ -112,11 +112,15 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> dict:
     drawn = suites.prompts(list(config.prompts), world, seed=config.seed, facts=sets)
     if any(prompt["kind"] not in safety.REQUESTS for prompt in drawn):
         raise UserError(f"--prompts {names}: maths problems are for train_rl.py; here go harmful and benign requests")
-    pockets = [f"--{name} pocket" for name in ("guard", "expert") if getattr(config, name) == "pocket"]
-    pockets += ["--baseline star1"] if {"star1", "star1-draft"} & set(config.baseline) else []
+    pockets = {
+        "--guard pocket": "--guard qwen3guard or POLICY.py" if config.guard == "pocket" else "",
+        "--expert pocket": "--expert endpoint=MODEL@URL or POLICY.py" if config.expert == "pocket" else "",
+        "--baseline star1": "--baseline safechain" if {"star1", "star1-draft"} & set(config.baseline) else "",
+    }
+    pockets = {name: other for name, other in pockets.items() if other}
     if pockets and any("item" not in prompt for prompt in drawn):
-        others = "--guard qwen3guard --expert endpoint=MODEL@URL --baseline safechain; or POLICY.py for the first two"
-        raise UserError(f"--prompts {names}: {', '.join(pockets)} know the pocket's own only; name others: {others}")
+        why = f"{', '.join(pockets)} know the pocket's own only; give {', '.join(pockets.values())}"
+        raise UserError(f"--prompts {names}: {why}")
     distinct = list({prompt["prompt"]: prompt for prompt in reversed(drawn)}.values())[::-1]  # of the first set
     kept, hits = suites.decontaminate(distinct, tested)
     if not kept:
