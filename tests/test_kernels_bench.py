@@ -12,9 +12,7 @@ from bench import kernels as bench
 
 def run(monkeypatch, tmp_path, *words):
     out = tmp_path / "table.csv"
-    if (
-        words
-    ):  # --toy takes the CPU where there is a GPU, too; the peers of the whole table compile, for which it must be
+    if words:  # --toy takes the CPU where there is a GPU, too; the peers of the whole table compile and ask the same
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["bench.kernels", "--toy", *words, "--out", str(out)])
     with pytest.raises(SystemExit) as ended:
