@@ -396,6 +396,7 @@ def test_a_save_that_dies_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
 
 
 def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     with pytest.raises(KeyboardInterrupt), runs.Interruptible() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.requested
