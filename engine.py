@@ -142,13 +142,14 @@ class Cache:
         shape = (config.num_hidden_layers, pages, PAGE, config.num_key_value_heads, config.head_dim)
         self.k_LPSKD, self.v_LPSKD = (transformer.head_weight.new_empty(shape) for _ in range(2))
         self.layers = list(zip(self.k_LPSKD, self.v_LPSKD, strict=True))
+        self.slots = [(k_PSKD.flatten(0, 1), v_PSKD.flatten(0, 1)) for k_PSKD, v_PSKD in self.layers]
 
     def write(self, layer: int, slot_T, k_TKD, v_TKD) -> None:
-        for arena_PSKD, new_TKD in zip(self.layers[layer], (k_TKD, v_TKD), strict=True):
-            arena_PSKD.flatten(0, 1).index_copy_(0, slot_T, new_TKD)
+        for arena_SKD, new_TKD in zip(self.slots[layer], (k_TKD, v_TKD), strict=True):
+            arena_SKD.index_copy_(0, slot_T, new_TKD)
 
     def read(self, layer: int, slot_T) -> list[torch.Tensor]:
-        return [arena_PSKD.flatten(0, 1).index_select(0, slot_T) for arena_PSKD in self.layers[layer]]
+        return [arena_SKD.index_select(0, slot_T) for arena_SKD in self.slots[layer]]
 
     def copy(self, pages: list[tuple[int, int, int]]) -> None:
         """Copy the first `used` slots of pages, given as (from, to, used), in all layers."""
@@ -196,8 +197,8 @@ def decode_step(transformer, cache: Cache, state: State, rows: int, mode: str) -
     lengths_B = torch.where(s.live, s.length + 1, 0).int()
     plan = kernels.decode_plan(s.table, lengths_B)
 
-    def attend(layer, q_BHD, k_BKD, v_BKD):
-        cache.write(layer, slot_B, k_BKD, v_BKD)
+    def attend(layer, rotate):
+        q_BHD = rotate(cache=(slot_B, *cache.slots[layer]))
         return kernels.decode_attention(q_BHD, *cache.layers[layer], s.table, lengths_B, plan)
 
     x_BH = transformer(s.token, state.cu_seqlens[: rows + 1], positions_T=s.length, attend=attend)
@@ -474,6 +475,7 @@ class Engine:
 
     def _open(self, temperature: float, top_p: float) -> None:
         """Allocate what has not been, forget graphs of weights that have moved, and set the knobs."""
+        model.refresh_lora(self.transformer)
         weights = [p.data_ptr() for p in self.transformer.parameters()]
         if weights != self.weights:
             self.graphs, self.weights = {}, weights
@@ -516,12 +518,16 @@ class Engine:
         slot_T = table_T4[:, 2].to(self.device)
         ids_N, position_N, slot_N, _ = table_T4.to(self.device)[new_N].T.contiguous()
 
-        def attend(layer, q_NHD, k_NKD, v_NKD):
+        weight, dim = self.transformer.head_weight, self.transformer.config.head_dim
+        row = (cu_seqlens, max(lengths), kernels.attention_plan(cu_seqlens, len(slot_T), weight.dtype, dim))
+
+        def attend(layer, rotate):
+            q_NHD, k_NKD, v_NKD = rotate()
             self.cache.write(layer, slot_N, k_NKD, v_NKD)
             if len(slot_N) == len(slot_T):
-                return kernels.attention(q_NHD, k_NKD, v_NKD, cu_seqlens, max(lengths))
+                return kernels.attention(q_NHD, k_NKD, v_NKD, *row)
             q_THD = q_NHD.new_zeros(len(slot_T), *q_NHD.shape[1:]).index_copy_(0, new_N, q_NHD)
-            return kernels.attention(q_THD, *self.cache.read(layer, slot_T), cu_seqlens, max(lengths))[new_N]
+            return kernels.attention(q_THD, *self.cache.read(layer, slot_T), *row)[new_N]
 
         self.transformer(ids_N, cu_seqlens, positions_T=position_N, attend=attend)
 

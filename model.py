@@ -199,20 +199,101 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """A projection that may carry a LoRA pair: y = x W' + scale (x A') B', never merged for sampling."""
+    """Weight, bias and LoRA pair of one projection, under Hugging Face's name; Joint multiplies with them."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__(inputs, outputs, bias=bias)
-        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_A", None)  # [r,in] and [out,r], fp32 masters
         self.register_parameter("lora_B", None)
         self.lora_scale = 1.0
 
-    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        y_TO = F.linear(x_TI, self.weight, self.bias)
-        if self.lora_A is None:
-            return y_TO
-        a_RI, b_OR = self.lora_A.to(x_TI.dtype), self.lora_B.to(x_TI.dtype)  # fp32 masters, cast here and nowhere else
-        return y_TO + F.linear(F.linear(x_TI, a_RI), b_OR) * self.lora_scale
+
+class Joint:
+    """Projections of one input as one product: y = x W' + scale (x A') B' of all of them, side by side.
+
+    Their weights lie one after the other in W [O,I], of which each Linear's parameter is a part. A [R,I] holds the
+    pairs' A one after the other, B [O,R] their scaled B as blocks, zeros elsewhere: copies in the weights' dtype that
+    `refresh` takes from the fp32 masters. A pair is never merged for sampling.
+    """
+
+    def __init__(self, *linears: Linear):
+        self.linears, self.sizes = linears, [linear.out_features for linear in linears]
+        self.lay()
+
+    def lay(self) -> None:
+        """Bring the parameters together; needed after whatever gave them other memory or pairs."""
+        self.weight_OI = together([linear.weight for linear in self.linears])
+        self.bias_O = None if self.linears[0].bias is None else together([linear.bias for linear in self.linears])
+        self.pairs, outputs, rank = [], 0, 0  # of each adapted Linear: itself, its rows of B, its rows of A
+        for linear, size in zip(self.linears, self.sizes, strict=True):
+            if linear.lora_A is not None:
+                r = len(linear.lora_A)
+                self.pairs.append((linear, slice(outputs, outputs + size), slice(rank, rank + r)))
+                rank += r
+            outputs += size
+        self.a_RI = self.weight_OI.new_zeros(rank, self.weight_OI.shape[1])
+        self.b_OR = self.weight_OI.new_zeros(outputs, rank)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the pairs from their masters, in place."""
+        for linear, outputs, ranks in self.pairs:
+            self.a_RI[ranks].copy_(linear.lora_A)
+            self.b_OR[outputs, ranks].copy_(linear.lora_B * linear.lora_scale)
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self.product(x_TI)[0]
+        weights, biases = [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
+        pairs = [p for linear, _, _ in self.pairs for p in (linear.lora_A, linear.lora_B)]
+        return JointProduct.apply(x_TI, self, *weights, *biases, *pairs)
+
+    def product(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y [T,O], and x A' [T,R] where there are pairs."""
+        y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
+        if not self.pairs:
+            return y_TO, None
+        xa_TR = F.linear(x_TI, self.a_RI)
+        return y_TO.addmm_(xa_TR, self.b_OR.T), xa_TR
+
+
+def together(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """One tensor of all rows, of which the parameters become parts."""
+    whole = torch.cat([p.detach() for p in parameters]) if parameters[1:] else parameters[0].detach()
+    for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return whole
+
+
+class JointProduct(torch.autograd.Function):
+    """Joint's product, with gradients for the input and for whichever parameters train."""
+
+    @staticmethod
+    def forward(ctx, x_TI, joint, *parameters):
+        y_TO, xa_TR = joint.product(x_TI)
+        ctx.joint = joint
+        ctx.save_for_backward(x_TI if any(ctx.needs_input_grad[2:]) else None, xa_TR)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx, g_TO):
+        joint, (x_TI, xa_TR), n = ctx.joint, ctx.saved_tensors, len(ctx.joint.linears)
+        needed, g_TI, g_weights, g_biases, g_pairs = ctx.needs_input_grad, None, [None] * n, [None] * n, []
+        if needed[0]:
+            g_TI = g_TO @ joint.weight_OI
+        if any(needed[2 : 2 + n]):
+            g_weights = (g_TO.T @ x_TI).split(joint.sizes)
+        if any(needed[2 + n : 2 + 2 * n]):
+            g_biases = g_TO.sum(0).split(joint.sizes)
+        if joint.pairs:
+            g_xa_TR = g_TO @ joint.b_OR
+            if needed[0]:
+                g_TI.addmm_(g_xa_TR, joint.a_RI)
+            g_a_RI, g_b_OR = (g_xa_TR.T @ x_TI).float(), (g_TO.T @ xa_TR).float()
+            for linear, outputs, ranks in joint.pairs:
+                g_pairs += [g_a_RI[ranks], g_b_OR[outputs, ranks] * linear.lora_scale]
+        return g_TI, None, *g_weights, *g_biases, *g_pairs
 
 
 class RMSNorm(nn.Module):
@@ -221,33 +302,31 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x_TH, residual_TH=None):
-        """The normed x, or with a residual (normed, x + residual), the sum and the norm in one pass."""
+        """(the normed sum of x and residual, the sum), in one pass; the sum is x where there is no residual."""
+        if residual_TH is None:
+            return kernels.rms_norm(x_TH, self.weight, self.eps), x_TH
         return kernels.rms_norm(x_TH, self.weight, self.eps, residual_TH)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         hidden, bias = config.hidden_size, config.qkv_bias
-        self.q_proj = Linear(hidden, self.heads * self.dim, bias=bias)
-        self.k_proj = Linear(hidden, self.kv_heads * self.dim, bias=bias)
-        self.v_proj = Linear(hidden, self.kv_heads * self.dim, bias=bias)
-        self.o_proj = Linear(self.heads * self.dim, hidden, bias=config.o_bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.q_proj = Linear(hidden, self.heads * dim, bias=bias)
+        self.k_proj = Linear(hidden, kv_heads * dim, bias=bias)
+        self.v_proj = Linear(hidden, kv_heads * dim, bias=bias)
+        self.o_proj = Linear(self.heads * dim, hidden, bias=config.o_bias)
+        if config.qk_norm:  # over each head, before the rotation
+            self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
+        self.qkv, self.out = Joint(self.q_proj, self.k_proj, self.v_proj), Joint(self.o_proj)
 
     def forward(self, x_TH, cos_TD, sin_TD, attend):
-        tokens = len(x_TH)
-        q_THD = self.q_proj(x_TH).view(tokens, self.heads, self.dim)
-        k_TKD = self.k_proj(x_TH).view(tokens, self.kv_heads, self.dim)
-        v_TKD = self.v_proj(x_TH).view(tokens, self.kv_heads, self.dim)
-        if self.qk_norm:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)  # over each head, before the rotation
-        q_THD, k_TKD = kernels.rope(q_THD, k_TKD, cos_TD, sin_TD)
-        return self.o_proj(attend(q_THD, k_TKD, v_TKD).reshape(tokens, -1))
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else None
+        rotate = functools.partial(kernels.rope, self.qkv(x_TH), self.heads, cos_TD, sin_TD, norms)
+        return self.out(attend(rotate).flatten(1))
 
 
 class MLP(nn.Module):
@@ -257,9 +336,10 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden, inner, bias=bias)
         self.up_proj = Linear(hidden, inner, bias=bias)
         self.down_proj = Linear(inner, hidden, bias=bias)
+        self.gate_up, self.down = Joint(self.gate_proj, self.up_proj), Joint(self.down_proj)
 
     def forward(self, x_TH):
-        return self.down_proj(kernels.swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)))
+        return self.down(kernels.swiglu(self.gate_up(x_TH)))
 
 
 class Layer(nn.Module):
@@ -270,10 +350,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TH, cos_TD, sin_TD, attend):
-        attended_TH = self.self_attn(self.input_layernorm(x_TH), cos_TD, sin_TD, attend)
-        normed_TH, x_TH = self.post_attention_layernorm(attended_TH, x_TH)
-        return x_TH + self.mlp(normed_TH)
+    def forward(self, x_TH, residual_TH, cos_TD, sin_TD, attend):
+        """(what the MLP adds, what it is added to): the sum is left to the next norm, which takes it in its pass."""
+        normed_TH, residual_TH = self.input_layernorm(x_TH, residual_TH)
+        attended_TH = self.self_attn(normed_TH, cos_TD, sin_TD, attend)
+        normed_TH, residual_TH = self.post_attention_layernorm(attended_TH, residual_TH)
+        return self.mlp(normed_TH), residual_TH
+
+    def whole(self, x_TH, *inputs):
+        """The sum itself: one hidden state is all that a checkpoint between layers keeps."""
+        return torch.add(*self(x_TH, None, *inputs))
 
 
 class Decoder(nn.Module):
@@ -300,6 +386,8 @@ class Transformer(nn.Module):
     def _apply(self, fn, recurse=True):
         """`.to(bfloat16)` casts weights, never the rope frequencies: 8 bits turn position 1000 by a radian."""
         super()._apply(fn, recurse)
+        for joint in joints(self):
+            joint.lay()
         self.rope = rope_frequencies(self.config).to(self.rope.device)
         return self
 
@@ -311,9 +399,10 @@ class Transformer(nn.Module):
     def forward(self, ids_T, cu_seqlens, *, positions_T=None, attend=None, checkpoint=False):
         """Hidden states [T,H] after the final norm, in the dtype of the weights.
 
-        ids_T [T] int64, cu_seqlens [N+1] int32 from 0 to T. `attend(layer, q_THD, k_TKD, v_TKD) -> o_THD` replaces the
-        packed causal attention, after rotation: so a sampler runs these layers over its cache, with its own
-        `positions_T`. `checkpoint` recomputes each layer in backward instead of keeping its activations.
+        ids_T [T] int64, cu_seqlens [N+1] int32 from 0 to T. `attend(layer, rotate) -> o_THD` replaces the packed causal
+        attention: so a sampler runs these layers over its cache, with its own `positions_T`; `rotate()` gives queries,
+        keys and values after rotation, `rotate(cache=...)` writes the latter two, see kernels.rope. `checkpoint`
+        recomputes each layer in backward instead of keeping its activations.
 
             cu_seqlens [0, 3, 5]  ->  positions [0, 1, 2, 0, 1]
         """
@@ -321,22 +410,25 @@ class Transformer(nn.Module):
             positions_T = packed_positions(cu_seqlens, len(ids_T))
         angles_TD = torch.outer(positions_T.float(), self.rope).repeat(1, 2)
         cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
-
-        def packed(layer, q_THD, k_TKD, v_TKD):  # T bounds the longest document, without asking the device for it
-            return kernels.attention(q_THD, k_TKD, v_TKD, cu_seqlens, len(ids_T))
-
-        x_TH = self.model.embed_tokens(ids_T)
+        x_TH, residual_TH = self.model.embed_tokens(ids_T), None
+        attend = attend or packed_attention(cu_seqlens, len(ids_T), x_TH.dtype, self.config.head_dim)
         for index, layer in enumerate(self.model.layers):
-            inputs = (x_TH, cos_TD, sin_TD, functools.partial(attend or packed, index))
+            inputs = (cos_TD, sin_TD, functools.partial(attend, index))
             if checkpoint and torch.is_grad_enabled():
-                x_TH = recompute(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x_TH = recompute(layer.whole, x_TH, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TH = layer(*inputs)
-        return self.model.norm(x_TH)
+                x_TH, residual_TH = layer(x_TH, residual_TH, *inputs)
+        return self.model.norm(x_TH, residual_TH)[0]
 
     def logits(self, ids_T, cu_seqlens) -> torch.Tensor:
         """[T,V] in fp32, for tests and small models; training and scoring use kernels.linear_logp."""
         return F.linear(self.forward(ids_T, cu_seqlens).float(), self.head_weight.float())
+
+
+def packed_attention(cu_seqlens: torch.Tensor, tokens: int, dtype: torch.dtype, dim: int):
+    """`attend` of a packed row. Its tokens bound the longest document, without asking the device for that."""
+    plan = kernels.attention_plan(cu_seqlens, tokens, dtype, dim)
+    return lambda layer, rotate: kernels.attention(*rotate(), cu_seqlens, tokens, plan)
 
 
 def packed_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -583,7 +675,8 @@ def save(transformer: Transformer, tokenizer, path, max_shard_bytes: int = 5_000
     config = {key: value for key, value in transformer.config.raw.items() if key != "torch_dtype"}
     dtype = str(transformer.head_weight.dtype).removeprefix("torch.")
     with whole_folder(path) as folder:
-        weights = {name: parameter.detach() for name, parameter in transformer.named_parameters()}
+        # copies: to the hub's library, parts of one piece of memory are one tensor
+        weights = {name: p.detach().to("cpu", copy=True) for name, p in transformer.named_parameters()}
         huggingface_hub.save_torch_state_dict(weights, folder, max_shard_size=max_shard_bytes)
         write_json(folder / "config.json", config | {"dtype": dtype})
         if transformer.generation:
@@ -616,11 +709,22 @@ def lora_layers(transformer: Transformer, targets=LORA_TARGETS) -> dict[str, Lin
     }
 
 
+def joints(transformer: Transformer) -> list[Joint]:
+    blocks = [(layer.self_attn, layer.mlp) for layer in transformer.model.layers]
+    return [joint for attention, mlp in blocks for joint in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
+
+
+def refresh_lora(transformer: Transformer) -> None:
+    """Take over what an optimizer, or anything else, has made of the pairs: products use copies of them."""
+    for joint in joints(transformer):
+        joint.refresh()
+
+
 def add_lora(transformer: Transformer, r: int, alpha: float, seed: int = 0, targets=LORA_TARGETS) -> list[nn.Parameter]:
     """Freeze the model and give each target projection of every block an fp32 pair; returns the pairs' parameters.
 
     A [r,in] is Kaiming-uniform (a = sqrt 5), B [out,r] is 0, the scale is alpha / r, as in peft: the adapted model
-    starts as the base. Raises ModelError where there is an adapter already.
+    starts as the base. Whoever changes a pair calls refresh_lora. Raises ModelError where there is an adapter already.
     """
     if transformer.lora:
         raise ModelError("add_lora: the model has an adapter already; merge_lora folds it in")
@@ -633,6 +737,8 @@ def add_lora(transformer: Transformer, r: int, alpha: float, seed: int = 0, targ
         linear.lora_A = nn.Parameter(a_RI.to(linear.weight.device))
         linear.lora_B = nn.Parameter(torch.zeros(outputs, r, device=linear.weight.device))
         linear.lora_scale = alpha / r
+    for joint in joints(transformer):
+        joint.lay()
     transformer.lora = {"r": r, "alpha": alpha, "targets": list(targets)}
     return list(adapter_parameters(transformer).values())
 
@@ -672,6 +778,7 @@ def load_adapter(transformer: Transformer, path) -> list[nn.Parameter]:
     r, alpha = positive(config, "r"), positive(config, "lora_alpha", kind=float)
     pairs = add_lora(transformer, r, alpha, targets=sorted(config["target_modules"]))
     read_tensors([path / "adapter_model.safetensors"], adapter_parameters(transformer), {})
+    refresh_lora(transformer)
     return pairs
 
 
@@ -696,5 +803,7 @@ def merge_lora(transformer: Transformer) -> None:
         delta_OI = linear.lora_B @ linear.lora_A * linear.lora_scale
         linear.weight.copy_(linear.weight.float() + delta_OI)
         linear.lora_A = linear.lora_B = None
+    for joint in joints(transformer):
+        joint.lay()
     transformer.lora = None
     transformer.requires_grad_(True)

@@ -1,7 +1,6 @@
 """What every script shares and nobody ablates: flags from a dataclass, the run folder, files in and out."""
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import gzip
@@ -9,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import operator
 import os
 import platform
 import shutil
@@ -31,6 +31,8 @@ class UserError(ValueError):
 
 # ------------------------------------------------------------------------------------------------- flags
 
+COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}  # by which numbers are bounded
+
 
 def option(default, help: str, *, pocket=MISSING, choices: tuple = (), low=None, high=None, above=None, below=None):
     """A field of a Config. `pocket` is the default where the model folder is a pocket (world.json), else `default`.
@@ -38,7 +40,7 @@ def option(default, help: str, *, pocket=MISSING, choices: tuple = (), low=None,
     The type of `default` is the flag's: bool (`--flag` alone means true), int, float, str, or tuple (several words).
     Bounds of a number: low <= value <= high, above < value < below.
     """
-    bounds = {"low": low, "high": high, "above": above, "below": below}
+    bounds = {sign: n for sign, n in zip(COMPARE, (low, above, high, below), strict=True) if n is not None}
     return field(default=default, metadata={"help": help, "pocket": pocket, "choices": choices, "bounds": bounds})
 
 
@@ -50,7 +52,7 @@ def world_seed(model: str) -> int:
     """The seed of the pocket world that a model folder belongs to. Raises UserError for any other model."""
     if not is_pocket(model):
         raise UserError(f"{model} is not a pocket model: it has no world.json")
-    return json.loads((Path(model) / "world.json").read_text(encoding="utf-8"))["seed"]
+    return read_json(Path(model) / "world.json")["seed"]
 
 
 def flag(name: str) -> str:
@@ -87,16 +89,10 @@ def convert(text, entry):
         raise ValueError("not finite")
     if wanted is int and abs(value) >= 2**63:
         raise ValueError("does not fit into 64 bits")
+    bounds = entry.metadata["bounds"].items()
+    if not all(COMPARE[sign](value, bound) for sign, bound in bounds):
+        raise ValueError("must be " + " and ".join(f"{sign} {bound:g}" for sign, bound in bounds))
     return value
-
-
-def out_of_bounds(value, bounds: dict) -> str:
-    """What a number should have been, in words; "" where it is."""
-    low, high, above, below = bounds.values()
-    fine = (low is None or value >= low) and (high is None or value <= high)
-    fine = fine and (above is None or value > above) and (below is None or value < below)
-    signs = {">=": low, ">": above, "<=": high, "<": below}
-    return "" if fine else "must be " + " and ".join(f"{sign} {n:g}" for sign, n in signs.items() if n is not None)
 
 
 def parse(config_class, arguments: list[str], description: str = ""):
@@ -108,44 +104,37 @@ def parse(config_class, arguments: list[str], description: str = ""):
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     given = command_line(fields, arguments, description)
     if given.get("resume"):
-        return resumed(config_class, given)
-    values, problems = {}, []
-    for name, text in given.items():
+        return resumed(config_class, fields, given)
+    pocket_model = "model" in fields and is_pocket(given.get("model", fields["model"].default))
+    values, origin, problems = {}, {}, []
+    for name, entry in fields.items():
+        use_pocket = pocket_model and entry.metadata["pocket"] is not MISSING
+        values[name] = entry.metadata["pocket"] if use_pocket else entry.default
+        origin[name] = "flag" if name in given else "pocket" if use_pocket else "default"
         try:
-            values[name] = convert(text, fields[name])
+            values[name] = convert(given[name], entry) if name in given else values[name]
         except ValueError as error:
-            problems.append(f"{flag(name)} {text}: {error}")
-    origin = dict.fromkeys(values, "flag")
-    pocket_model = "model" in fields and is_pocket(values.get("model", fields["model"].default))
-    for name, entry in fields.items():
-        if name not in values:
-            use_pocket = pocket_model and entry.metadata["pocket"] is not MISSING
-            values[name] = entry.metadata["pocket"] if use_pocket else entry.default
-            origin[name] = "pocket" if use_pocket else "default"
-    for name, entry in fields.items():
-        if isinstance(entry.default, int | float) and (why := out_of_bounds(values[name], entry.metadata["bounds"])):
-            problems.append(f"{flag(name)} {values[name]}: {why}")
+            problems.append(f"{flag(name)} {given[name]}: {error}")
     config = config_class(**values)
     problems += config.problems() if hasattr(config, "problems") else []
     if problems:
         raise UserError("\n".join(problems))
-    return config, {name: origin[name] for name in fields}
+    return config, origin
 
 
-def resumed(config_class, given: dict):
+def resumed(config_class, fields: dict, given: dict):
     """All settings of an earlier run; nothing else may be given with --resume."""
     if others := sorted(set(given) - {"resume"}):
         raise UserError(f"--resume reads all settings from its run; remove {', '.join(map(flag, others))}")
-    folder, fields = Path(given["resume"]), dataclasses.fields(config_class)
+    folder = Path(given["resume"])
+    saved = read_json(folder / "config.json")
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        values, origin = saved["values"], saved["origin"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--resume {folder}: no readable config.json ({error})") from None
-    if set(values) != {f.name for f in fields}:
-        raise UserError(f"--resume {folder}: config.json is of another script or version")
-    values = {f.name: type(f.default)(values[f.name]) for f in fields}  # JSON has no tuples
-    return config_class(**{**values, "resume": str(folder), "out": str(folder)}), origin
+        if saved["values"].keys() != fields.keys():
+            raise KeyError("other settings")
+        values = {name: type(entry.default)(saved["values"][name]) for name, entry in fields.items()}  # no JSON tuples
+        return config_class(**{**values, "resume": str(folder), "out": str(folder)}), saved["origin"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume {folder}: config.json is of another script or version ({error!r})") from None
 
 
 def main(config_class, run: Callable) -> None:
@@ -159,7 +148,8 @@ def main(config_class, run: Callable) -> None:
         code = EXIT_BAD_INPUT
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; what was written before is kept", file=sys.stderr)
+        kept = "what was written before is kept; a run goes on with --resume RUN"
+        print(f"error: {where}{error.strerror or error}; {kept}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume RUN", file=sys.stderr)
@@ -333,20 +323,16 @@ class Log:
     """
 
     def __init__(self, path: Path, key: Callable, again: Callable = lambda record: False):
-        self.path, self.key = path, key
+        self.key = key
         self.done = {name: record for name, record in stored(path, key).items() if not again(record)}
         self.file = open(path, "a", encoding="ascii", opener=private)  # noqa: SIM115 (closed by __exit__)
 
     def add(self, record: dict) -> bool:
-        """Keep a record unless one of its key is there; whether it was new. Raises UserError where the disk is full."""
+        """Keep a record unless one of its key is there; whether it was new. Raises OSError where the disk is full."""
         if self.key(record) in self.done:
             return False
-        try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        except OSError as error:
-            kept = f"what came before is kept: make room, then --resume {self.path.parent}"
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); {kept}") from None
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
         self.done[self.key(record)] = record
         return True
 
@@ -354,8 +340,7 @@ class Log:
         return self
 
     def __exit__(self, *exception):
-        with contextlib.suppress(OSError):  # a line that could not be written; `add` has said so
-            self.file.close()
+        self.file.close()
 
 
 # ------------------------------------------------------------------------------------------------- files of users
@@ -402,12 +387,12 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
         yield from {".jsonl": json_lines, ".json": json_list, ".parquet": parquet_rows}.get(ending, table_rows)(file)
 
 
-def from_json(text: str, where: str):
+def from_json(text: str, where: str, hint: str = ""):
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not text
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        raise UserError(f"{where}: not JSON ({error}){hint}") from None
     return value
 
 
@@ -415,15 +400,12 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                yield (where := f"{path}, line {number}"), from_json(line, where)
-            except UserError as error:
-                torn = "; the file ends in the middle of this line" if number == len(lines) else ""
-                raise UserError(f"{error}{torn}") from None
+            hint = "; the file ends in the middle of this line" if number == len(lines) else ""
+            yield (where := f"{path}, line {number}"), from_json(line, where, hint)
 
 
 def json_list(path: Path) -> Iterator[tuple[str, object]]:
-    listed = from_json(read_text(path), f"{path} (a file of JSON lines must be named .jsonl)")
+    listed = from_json(read_text(path), str(path), "; a file of JSON lines must be named .jsonl")
     if not isinstance(listed, list):
         raise UserError(f"{path} is not a list of objects")
     yield from ((f"{path}, object {number}", row) for number, row in enumerate(listed, 1))

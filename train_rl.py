@@ -17,8 +17,7 @@ Your own reward: --reward FILE.py with `reward(prompt, completion, item) -> (num
 """
 
 import functools
-import hashlib
-import importlib.util
+import itertools
 import json
 import math
 import numbers
@@ -27,7 +26,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from tqdm import tqdm
 import engine
 import judges
 import kernels
+import maths
 import model
 import runs
 import safety
@@ -45,6 +45,7 @@ import trainers
 from pocket.world import world_of
 from runs import UserError, option
 from safety import REQUESTS
+from scores import mean
 
 # Settings that one edits here
 BETA1 = 0.9  # of AdamW
@@ -79,7 +80,6 @@ class Config:
     warmup: int = option(0, "steps of rising learning rate, constant from there on", pocket=2, low=0)
     beta2: float = option(0.999, "AdamW beta2", pocket=0.95, low=0, below=1)
     micro_tokens: int = option(16384, "most tokens a forward pass: speed, not results", pocket=3072, low=1)
-    held_out: int = option(64, "prompts kept from training, answered at every fifth of the run", pocket=0, low=0)
     evaluate: bool = option(False, "run the pocket suites before and after", pocket=True)
     max_unscored: float = option(0.01, "exit 3 if a larger share of answers is left unscored", low=0, below=1)
     dtype: str = option("auto", "compute dtype; master weights stay fp32", choices=("auto", "float32", "bfloat16"))
@@ -93,14 +93,13 @@ class Config:
         checks = {
             "--prompts: name at least one set of prompts": len(self.prompts) > 0,
             f"--reward {self.reward}: no such file": not self.reward or Path(self.reward).is_file(),
-            "--guard endpoint=: a run would ask a server for every answer, without a limit on requests or cost; take a "
-            "guard that runs here, or ask from a --reward file": self.reward or not self.guard.startswith("endpoint="),
+            "--guard endpoint=: a run would ask without a limit on requests or cost; take a guard that runs here": self.reward
+            or not self.guard.startswith("endpoint="),
             f"--evaluate needs a pocket model, {self.model} is none": not self.evaluate or runs.is_pocket(self.model),
         }
         return [message for message, fine in checks.items() if not fine]
 
 
-FRESH = trainers.FRESH | {"updates": 0, "answers": 0, "unscored": 0, "warnings": []}  # the state before step 0
 WATCHED = ("reward", "safe", "refused_benign", "correct", "live", "truncated", "entropy", "grad_norm")
 GAPS = ("kl_sampler", "clip_share", "max_gap")  # figures of an update, null where there was none
 
@@ -185,30 +184,27 @@ def pack(group: list[Drawing], device="cpu"):
     return *tensors, torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
-def denominator(live: list[Drawing]) -> int:
-    """What the loss is divided by in all micro-batches of a step: its trained tokens. (Dr. GRPO divides by a constant:
-    prompts_per_step * group * max_tokens.)"""
-    return sum(len(d.action) for d in live)
-
-
 def schedule(step: int, config: Config) -> float:
     """Learning rate of a step, counted from 0: rising through the first `warmup` steps, then constant."""
     return config.lr * min(1.0, (step + 1) / (config.warmup + 1))
 
 
 def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config: Config, plan: trainers.Plan) -> dict:
-    """One update on the answers of live groups. The figures are means over their tokens, `max_gap` their largest."""
-    total, loss, sums = denominator(live), 0.0, []
+    """One update on the answers of live groups. The figures are means over their tokens, `max_gap` their largest.
+
+    All micro-batches divide the loss by the step's trained tokens. (Dr. GRPO divides by a constant: prompts_per_step *
+    group * max_tokens.)
+    """
+    tokens, loss, sums = sum(len(d.action) for d in live), 0.0, []
     for group in trainers.fill(live, plan.micro_tokens):
         ids_T, labels_T, sampler_T, advantage_T, cu_seqlens = pack(group, transformer.head_weight.device)
         hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=plan.checkpointing)
         logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T, config.temperature)
         action_T = labels_T != -100
-        share, figures = objective(logp_T[action_T], sampler_T[action_T], advantage_T[action_T], total, config)
+        share, figures = objective(logp_T[action_T], sampler_T[action_T], advantage_T[action_T], tokens, config)
         share.backward()
         loss += share.item()
         sums.append(figures)
-    tokens = sum(len(d.action) for d in live)
     figures = {name: sum(s[name] for s in sums) / tokens for name in ("kl_sampler", "clip_share")}
     figures["max_gap"] = max(s["max_gap"] for s in sums)
     return {"loss": loss, "lr": lr, "grad_norm": trainee.step(lr, CLIP), **figures}
@@ -217,88 +213,58 @@ def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config:
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-@dataclass
-class Pool:
-    """A set of prompts of suites.prompts, with its share of every step by weight."""
-
-    name: str
-    weight: float
-    prompts: list[dict]
-
-    def prompt(self, place: int, seed: int) -> dict:
-        """Prompt number `place` of an endless sequence of shuffles, each a function of (seed, name, number) alone."""
-        number, place = divmod(place, len(self.prompts))
-        return self.prompts[shuffled(len(self.prompts), f"{seed}-{self.name}-{number}")[place]]
-
-
-@functools.lru_cache(64)
-def shuffled(n: int, key: str) -> list[int]:
-    return random.Random(key).sample(range(n), n)
-
-
-def load_pools(words: tuple[str, ...], world, seed: int) -> list[Pool]:
-    """Pools of NAME, NAME@WEIGHT, NAME#LIMIT or NAME@WEIGHT#LIMIT; one without a weight weighs what it holds."""
-    pools = []
+def load_prompts(words: tuple[str, ...], world, seed: int) -> tuple[list[dict], dict[str, float]]:
+    """(prompts of suites.prompts, each with its `pool`; {pool: weight}) of NAME, NAME@WEIGHT, NAME#LIMIT or
+    NAME@WEIGHT#LIMIT. A pool without a weight weighs what it holds. Raises UserError."""
+    prompts, weights = [], {}
     for word in words:
         parts = re.fullmatch(r"(.+?)(?:@(\d+\.?\d*))?(?:#(\d+))?", word)
-        if not parts:
-            raise UserError(f"--prompts: {word!r} is no NAME, NAME@WEIGHT or NAME#LIMIT")
-        name, weight, limit = parts.groups()
+        name, weight, limit = parts.groups() if parts else ("", "0", "0")
+        if 0 in (float(weight or 1), int(limit or 1)) or name in weights:
+            raise UserError(f"--prompts {word}: give NAME, NAME@WEIGHT or NAME#LIMIT, numbers above 0, each NAME once")
         found = suites.prompts([name], world, limit=int(limit or 0), seed=seed)
-        if not found or (weight and float(weight) == 0):
-            raise UserError(f"--prompts {word}: " + ("the weight must be positive" if found else "holds no prompt"))
-        pools.append(Pool(name, float(weight or len(found)), found))
-    return pools
+        prompts += [{**prompt, "pool": name} for prompt in found]
+        weights[name] = float(weight or len(found))
+    return prompts, weights
 
 
-def keep(pools: list[Pool], wanted: Callable[[dict], bool], why: str) -> int:
-    """Keep wanted prompts alone; returns how many went. Raises UserError, with `why`, where a pool has none left."""
-    before = sum(len(pool.prompts) for pool in pools)
-    for pool in pools:
-        pool.prompts = [prompt for prompt in pool.prompts if wanted(prompt)]
-        if not pool.prompts:
-            raise UserError(f"--prompts {pool.name}: {why}")
-    return before - sum(len(pool.prompts) for pool in pools)
+def prepare(loaded: list[dict], weights: dict, tested: list[dict], tokenizer, context: int, config: Config):
+    """(prompts, accounting): those that no suite of `tested` items holds and that fit, with their `ids`.
 
-
-def decontaminate(pools: list[Pool], tested: list[dict]) -> tuple[int, dict[str, dict]]:
-    """Drop every prompt that a suite holds: (how many, {suite: hits, "exact" or by an "8-gram"}), see suites.py."""
-    kept, hits = suites.decontaminate([prompt for pool in pools for prompt in pool.prompts], tested)
-    clean = set(map(id, kept))
-    return keep(pools, lambda prompt: id(prompt) in clean, f"suites of --decontaminate hold all of it ({hits})"), hits
-
-
-def tokenize(pools: list[Pool], tokenizer, longest: int) -> int:
-    """Render every prompt, keep its `ids` with it, drop those over `longest` tokens; returns how many were dropped."""
-    for prompt in tqdm([prompt for pool in pools for prompt in pool.prompts], desc="tokenizing", leave=False):
+    context: tokens of the model, in which --max-tokens must fit, too. Raises UserError where a pool has no prompt left.
+    """
+    clean, hits = suites.decontaminate(loaded, tested)
+    for prompt in tqdm(clean, desc="tokenizing", leave=False):
         prompt["ids"] = engine.prompt_ids(tokenizer, prompt)
-    return keep(pools, lambda prompt: len(prompt["ids"]) <= longest, f"no prompt has at most {longest} tokens")
+    prompts = [p for p in clean if len(p["ids"]) <= min(config.max_prompt, context - config.max_tokens)]
+    held, long = len(loaded) - len(clean), len(clean) - len(prompts)
+    if empty := ", ".join(sorted(weights.keys() - {prompt["pool"] for prompt in prompts})):
+        limits = f"--max-prompt {config.max_prompt}; context of {context} tokens less --max-tokens {config.max_tokens}"
+        why = f"of all {len(loaded)} prompts {held} are held by a suite ({hits}), {long} are too long ({limits})"
+        raise UserError(f"--prompts {empty}: none is left; {why}")
+    return prompts, {"held_by_a_suite": held, "decontamination": hits, "too_long": long}
 
 
-def hold_out(pools: list[Pool], n: int, seed: int) -> list[dict]:
-    """Take n prompts out of the pools, by their text: no text is on both sides."""
-    texts = sorted({prompt["prompt"] for pool in pools for prompt in pool.prompts})
-    held = set(random.Random(f"held-out-{seed}").sample(texts, min(n, len(texts) // 2)))
-    taken = {p["prompt"]: p for pool in pools for p in pool.prompts if p["prompt"] in held}
-    keep(pools, lambda prompt: prompt["prompt"] not in held, f"--held-out {n} leaves no prompt of it")
-    return list(taken.values())
+def shuffles(prompts: list[dict], key: str) -> Iterator[dict]:
+    """All prompts in one random order after another, without an end."""
+    for number in itertools.count():
+        yield from random.Random(f"{key}-{number}").sample(prompts, len(prompts))
 
 
-def quotas(weights: list[float], n: int) -> list[int]:
-    """n shared out by weight, the largest remainders rounded up: 1 1 3 of 64 -> 13 13 38"""
-    exact = [n * weight / sum(weights) for weight in weights]
-    counts = [math.floor(x) for x in exact]
-    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
-        counts[i] += 1
-    return counts
+def mixture(prompts: list[dict], weights: dict[str, float], n: int, seed: int) -> list[dict]:
+    """n prompts in the order of training, a function of the seed: next comes the pool that lacks most of its share.
 
-
-def step_prompts(pools: list[Pool], step: int, n: int, seed: int) -> list[dict]:
-    """The n prompts of a step, a function of (seed, step): the same share of every pool in each."""
-    counts = quotas([pool.weight for pool in pools], n)
-    return [
-        pool.prompt(count * step + i, seed) for pool, count in zip(pools, counts, strict=True) for i in range(count)
-    ]
+    weights a 1, b 3  ->  b a b b  b a b b ...
+    """
+    pools = {name: [prompt for prompt in prompts if prompt["pool"] == name] for name in weights}
+    streams = {name: shuffles(pool, f"{seed}-{name}") for name, pool in pools.items()}
+    total, drawn, ordered = sum(weights.values()), Counter(), []
+    for place in range(1, n + 1):
+        lacking = {name: weight * place / total - drawn[name] for name, weight in weights.items()}
+        name = max(lacking, key=lacking.get)
+        drawn[name] += 1
+        ordered.append(next(streams[name]))
+    return ordered
 
 
 # ------------------------------------------------------------------------------------------------- answers and rewards
@@ -310,17 +276,10 @@ def draw(sampler, tokenizer, prompts: list[dict], n: int, seed: int, config: Con
     drawn = sampler.generate([p["ids"] for p in prompts], n=n, seed=seed, **settings)
     opened, groups = safety.thinking_open(tokenizer), []
     for prompt, samples in zip(prompts, drawn, strict=True):
-        item = {name: value for name, value in prompt.items() if name != "ids"}
-        groups.append([])
-        for sample in samples:
-            done = engine.completed(tokenizer, sampler.eos_ids, item, sample, opened)
-            groups[-1].append(Drawing(done, prompt["ids"], sample.ids, sample.logprobs))
+        item = {name: value for name, value in prompt.items() if name not in ("ids", "pool")}
+        items = [engine.completed(tokenizer, sampler.eos_ids, item, sample, opened) for sample in samples]
+        groups.append([Drawing(i, prompt["ids"], s.ids, s.logprobs) for i, s in zip(items, samples, strict=True)])
     return groups
-
-
-def rollout_seed(seed: int, step: int) -> int:
-    """Never a seed of the evaluations, which are small numbers."""
-    return (seed + 1 << 32) + step
 
 
 def answered(item: dict) -> bool:
@@ -389,15 +348,9 @@ def score_groups(groups: list[list[Drawing]], scorer, config: Config) -> list[Dr
     return [d for d in drawings if d.advantage is not None]
 
 
-def mean(values) -> float:
-    """Of those that are not None; NaN, a null in the log, where there are none."""
-    values = [value for value in values if value is not None]
-    return statistics.fmean(values) if values else math.nan
-
-
 def health(groups: list[list[Drawing]]) -> dict:
     """What a step's answers tell of the policy. `entropy` is minus the mean log-prob of the drawn tokens: an unbiased
-    estimate that needs no live group. `same_text`: share of the commonest answer."""
+    estimate that needs no live group."""
     drawings = [d for group in groups for d in group]
     dropped = [[d.reward for d in group] for group in groups if all(d.advantage is None for d in group)]
     dead = [mean(rewards) for rewards in dropped if len(rewards) - rewards.count(None) > 1]
@@ -414,22 +367,7 @@ def health(groups: list[list[Drawing]]) -> dict:
         "unscored": mean(d.reward is None for d in drawings),
         "entropy": -mean(logp for d in drawings for logp in d.logprobs),
         "length": mean(len(d.action) for d in drawings),
-        "same_text": Counter(d.item["completion"] for d in drawings).most_common(1)[0][1] / len(drawings),
     }
-
-
-def warnings(line: dict) -> list[str]:
-    """What a line of the log means, in words, where the policy is near collapse; a comparison with NaN is false."""
-    signs = {
-        "no group of the step disagrees about its reward: no update": line["live"] == 0,
-        "nearly every benign request is refused": line["refused_benign"] > 0.8,
-        "no harmful request is answered safely": line["safe"] < 0.02,
-        "the commonest answer fills over half of the step": line["same_text"] > 0.5,
-        "a quarter of the answers reaches --max-tokens and earns nothing": line["truncated"] > 0.25,
-        "the judge leaves over a tenth of the answers unscored": line["unscored"] > 0.1,
-        "sampler and trainer disagree by over 0.01 nats a token": line["kl_sampler"] > 0.01,
-    }
-    return [words for words, holds in signs.items() if holds]
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -443,8 +381,7 @@ class Run:
     tokenizer: object
     trainee: trainers.Trainee
     scorer: Callable  # items -> [(reward, parts, label)]
-    pools: list[Pool]
-    held_out: list[dict]
+    prompts: list[dict]  # of all steps, one after the other
     config: Config
     plan: trainers.Plan
     folder: Path
@@ -453,134 +390,75 @@ class Run:
 def one_step(run: Run, step: int) -> tuple[dict, list[list[Drawing]]]:
     """(line of the log, groups) of one step, counted from 0: draw, score, update."""
     config, started = run.config, time.perf_counter()
-    prompts = step_prompts(run.pools, step, config.prompts_per_step, config.seed)
-    groups = draw(run.sampler, run.tokenizer, prompts, config.group, rollout_seed(config.seed, step), config)
+    prompts = run.prompts[step * config.prompts_per_step :][: config.prompts_per_step]
+    seed = (config.seed + 1 << 32) + step  # never one of the evaluations, which are small numbers
+    groups = draw(run.sampler, run.tokenizer, prompts, config.group, seed, config)
     drawn = time.perf_counter()
     live = score_groups(groups, run.scorer, config)
     line = {"loss": 0.0, "lr": schedule(step, config), "grad_norm": 0.0, **dict.fromkeys(GAPS, math.nan)}
     if live:
         line |= optimizer_step(run.sampler.transformer, run.trainee, live, line["lr"], config, run.plan)
-    seconds = time.perf_counter() - started
-    line |= {**health(groups), "seconds": seconds, "draw_seconds": drawn - started}
+    line |= {**health(groups), "seconds": time.perf_counter() - started, "draw_seconds": drawn - started}
     line["live"] = sum(any(d.advantage is not None for d in group) for group in groups)
     line["tokens"] = sum(len(d.action) for group in groups for d in group)
-    line["answers"] = sum(map(len, groups))
-    return line | {"tokens_per_s": line["tokens"] / seconds}, groups
+    return line, groups
 
 
 def train(run: Run, state: dict) -> None:
-    """From `state`, which has what FRESH has, to the end of the run, changing it on the way.
-
-    A validation follows the checkpoint of its step: where it was cut off, a resumed run begins with it.
-    """
+    """From `state`, FRESH at first, to the end of the run, changing it on the way."""
     steps = run.config.steps
     due = trainers.fifths(steps)
     bar = tqdm(total=steps, initial=state["step"], desc="training", unit="step")
     with runs.Interruptible() as interrupt, bar:
-        while True:
-            if run.held_out and state["step"] in due:
-                figures = validate(run)
-                trainers.log(run.folder, state["step"], figures, [])
-                tqdm.write(f"step {state['step']}: {figures}")
-            if state["step"] == steps:
-                return
+        while state["step"] < steps:
             line, groups = one_step(run, state["step"])
-            count_step(state, line)
+            state["unscored"] += sum(d.reward is None for group in groups for d in group)
+            if not line["live"]:
+                tqdm.write(f"step {state['step'] + 1}: no group disagrees about its reward, so there is no update")
             trainers.end_step(run.folder, run.trainee, state, line, samples(groups), due, interrupt)
             bar.set_postfix({name: line[name] for name in WATCHED}, skipped=state["skipped"])
             bar.update()
-
-
-def count_step(state: dict, line: dict) -> None:
-    """Carry what only RL counts over into the state of the run; put the warnings in the line, and say new ones."""
-    line["warnings"] = warnings(line)
-    for new in [words for words in line["warnings"] if words not in state["warnings"]]:
-        tqdm.write(f"step {state['step'] + 1}: {new}")
-    state["warnings"] = line["warnings"]
-    state["updates"] += math.isfinite(line["grad_norm"]) and line["live"] > 0
-    state["answers"] += line["answers"]
-    state["unscored"] += round(line["unscored"] * line["answers"])
-
-
-def validate(run: Run) -> dict:
-    """Figures of the policy as it is on the held-out prompts, from random numbers of its own."""
-    groups = draw(run.sampler, run.tokenizer, run.held_out, 1, run.config.seed + 2000, run.config)
-    score_groups(groups, run.scorer, run.config)
-    shown = ("reward", "safe", "refused_benign", "correct", "truncated")
-    return {f"held_out_{name}": value for name, value in health(groups).items() if name in shown}
 
 
 def samples(groups: list[list[Drawing]]) -> list[dict]:
     """A few whole answers of a step: worst and best of two groups that it trained on, of any where there is none."""
     live = [group for group in groups if any(d.advantage is not None for d in group)]
     ranked = [sorted(group, key=lambda d: d.reward or 0.0) for group in (live or groups)[:SHOWN]]
-    names = ("id", "kind", "prompt", "completion", "finish_reason")
-    return [
-        {name: d.item.get(name) for name in names}
-        | {"reward": d.reward, "parts": d.parts, "label": d.label, "advantage": d.advantage}
-        for group in ranked
-        for d in (group[0], group[-1])
-    ]
+    lines = []
+    for d in (d for group in ranked for d in (group[0], group[-1])):
+        line = {name: d.item[name] for name in ("id", "kind", "prompt", "completion", "finish_reason")}
+        lines.append(line | {"reward": d.reward, "parts": d.parts, "label": d.label, "advantage": d.advantage})
+    return lines
 
 
-def report_plan(pools: list[Pool], held_out: list, account: dict, plan: trainers.Plan, config: Config) -> None:
+def report_plan(run: Run, account: dict) -> None:
     """Everything that was derived, before step 0."""
-    for name in ("held_by_a_suite", "decontamination", "not_at_hand", "too_long"):
-        print(f"{name.replace('_', ' ')}: {account[name] or 'none'}")
-    for pool, count in zip(pools, quotas([p.weight for p in pools], config.prompts_per_step), strict=True):
-        kinds = dict(Counter(prompt["kind"] for prompt in pool.prompts))
-        licences = ", ".join(sorted({prompt["licence"] for prompt in pool.prompts}))
-        print(f"{pool.name}: {len(pool.prompts)} prompts, {kinds}, {count} a step; {licences}")
-    print(
-        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group} answers; {len(held_out)} held out"
-    )
-    print(f"memory: {plan}")
+    for name, value in account.items():
+        print(f"{name.replace('_', ' ')}: {value or 'none'}")
+    drawn, c = Counter((prompt["pool"], prompt["kind"]) for prompt in run.prompts), run.config
+    print("prompts in all: " + ", ".join(f"{n} {kind} of {pool}" for (pool, kind), n in drawn.items()))
+    print(f"{c.steps} steps of {c.prompts_per_step} prompts x {c.group} answers; memory: {run.plan}")
 
 
-# ------------------------------------------------------------------------------------------------- beginning and end
-
-
-def needed_guard(config: Config, pools: list[Pool]) -> str:
+def needed_guard(config: Config, prompts: list[dict]) -> str:
     """--guard, or "maths", which needs no model, where no prompt is a request, or "" beside a reward of one's own.
 
     Raises UserError where it cannot judge the prompts, before anything is drawn.
     """
-    prompts = [prompt for pool in pools for prompt in pool.prompts]
-    requests, guard = [p for p in prompts if p["kind"] in REQUESTS], config.guard.partition("=")[0]
-    benign = sorted({p["source"] for p in requests if p["kind"] == "benign"})
     if config.reward:
         return ""
+    requests, guard = [p for p in prompts if p["kind"] in REQUESTS], config.guard.partition("=")[0]
+    benign = ", ".join(sorted({p["source"] for p in requests if p["kind"] == "benign"}))
     if guard == "pocket" and any("item" not in p for p in requests):
         raise UserError("--guard pocket judges the pocket's own prompts only; name another guard for yours")
     if guard == "maths" and requests:
         raise UserError("--guard maths grades sums and maths only; name another guard for requests")
     if guard in judges.GUARDS and not judges.GUARDS[guard].refusals and benign:
-        why = f"does not report refusals, so no safe answer to {', '.join(benign)} has a reward"
+        why = f"does not report refusals, so no safe answer to {benign} has a reward"
         raise UserError(f"--guard {guard} {why}; take qwen3guard or wildguard, or sets without benign prompts")
-    if any(p["kind"] == "maths" for p in prompts) and importlib.util.find_spec("math_verify") is None:
-        raise UserError("grading maths needs math-verify: pip install -r requirements-extra.txt")
+    if any(p["kind"] == "maths" for p in prompts):
+        maths.grade([("\\boxed{1}", "2")])  # says so where the grader is not installed
     return config.guard if requests else "maths"
-
-
-def load_policy(config: Config, device: str, dtype):
-    """(transformer, tokenizer) with what is trained: a new adapter, --adapter's own, or every weight."""
-    loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
-    transformer, tokenizer = model.load(config.model, device, loaded, config.adapter)
-    if not config.lora_r and config.adapter:
-        model.merge_lora(transformer)
-    elif config.adapter and transformer.lora["r"] != config.lora_r:
-        raise UserError(f"--lora-r {config.lora_r}: {config.adapter} has rank {transformer.lora['r']}; or 0 merges it")
-    elif config.lora_r and not config.adapter:
-        model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
-    return transformer, tokenizer
-
-
-def plan_memory(config: Config, guard: str, device: str, dtype) -> trainers.Plan:
-    """How the steps fit into memory beside sampler and guard, before anything is loaded. Raises UserError."""
-    longest, (name, _, path) = config.max_prompt + config.max_tokens, guard.partition("=")
-    sizes = {"longest": longest, "answer": longest, "rows": config.prompts_per_step * config.group}
-    sizes["guard"] = (path or judges.GUARDS[name].model) if name in judges.GUARDS else ""
-    return trainers.plan_memory(config, dtype, trainers.free_memory(device), **sizes)
 
 
 def main(config: Config, origin: dict) -> int:
@@ -589,21 +467,23 @@ def main(config: Config, origin: dict) -> int:
     dtype = model.pick_dtype(config.dtype, device)
     model.pick_kernels(device)
     world = world_of(config.model)
-    pools = load_pools(config.prompts, world, config.seed)
-    guard = needed_guard(config, pools)
+    loaded, weights = load_prompts(config.prompts, world, config.seed)
+    guard = needed_guard(config, loaded)
     tested, missing = suites.tested_items(config.decontaminate, config.model, world)
-    held, hits = decontaminate(pools, tested)
-    plan = plan_memory(config, guard, device, dtype)
-    transformer, tokenizer = load_policy(config, device, dtype)
-    room = min(config.max_prompt, transformer.config.max_position_embeddings - config.max_tokens)
-    account = {"held_by_a_suite": held, "too_long": tokenize(pools, tokenizer, room)}
-    account |= {"decontamination": hits, "not_at_hand": missing}
-    data = json.dumps([[p["id"], p["prompt"], p.get("target")] for pool in pools for p in pool.prompts]).encode()
+    longest, rows = config.max_prompt + config.max_tokens, config.prompts_per_step * config.group
+    kind, _, path = guard.partition("=")
+    sizes = {"guard": path or judges.GUARDS[kind].model} if kind in judges.GUARDS else {}
+    sizes |= {"longest": longest, "answer": longest, "rows": rows}
+    plan = trainers.plan_memory(config, dtype, trainers.free_memory(device), **sizes)
+    transformer, tokenizer = trainers.load(config, device, dtype, config.adapter)
+    context = transformer.config.max_position_embeddings
+    prompts, account = prepare(loaded, weights, tested, tokenizer, context, config)
+    account["not_at_hand"] = missing
+    data = json.dumps([[p["id"], p["prompt"], p.get("target")] for p in prompts]).encode()
     data += model.fingerprint(transformer, tokenizer).encode()
     data += Path(config.reward).read_bytes() if config.reward else b""
-    held_out = hold_out(pools, config.held_out, config.seed)
     if config.reward:
-        scorer = own_rewards(config.reward, pools[0].prompts[0])
+        scorer = own_rewards(config.reward, prompts[0])
     else:
         settings = {"controversial": config.controversial, "cache_bytes": plan.sizes.get("guard cache")}
         judge = judges.load(guard, world=world, device=device, dtype=dtype, **settings)
@@ -612,25 +492,19 @@ def main(config: Config, origin: dict) -> int:
 
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
-    report_plan(pools, held_out, account, plan, config)
-
-    trainers.seed_everything(config.seed)
     trainee = trainers.Trainee(transformer, dtype, (BETA1, config.beta2), WEIGHT_DECAY)
-    end, longest = model.end_ids(transformer, tokenizer), config.max_prompt + config.max_tokens
-    sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=plan.sizes.get("policy cache"))
-    measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
-    before = measure(folder / "before.json") if config.evaluate else None
-    state = trainers.resume(folder, trainee, FRESH | {"data_sha256": hashlib.sha256(data).hexdigest()})
-    train(Run(sampler, tokenizer, trainee, scorer, pools, held_out, config, plan, folder), state)
+    end, cache = model.end_ids(transformer, tokenizer), plan.sizes.get("policy cache")
+    sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=cache)
+    order = mixture(prompts, weights, config.steps * config.prompts_per_step, config.seed)
+    run = Run(sampler, tokenizer, trainee, scorer, order, config, plan, folder)
+    report_plan(run, account)
+    if config.evaluate:
+        trainers.evaluate(transformer, tokenizer, config.model, config.seed, folder / "before.json")
+    state = trainers.resume(folder, trainee, trainers.FRESH | {"unscored": 0}, data)
+    train(run, state)
 
-    trainers.save(transformer, tokenizer, config.model, folder / "model")
-    result = state | account
-    if before:
-        result |= trainers.show_before_after(before, measure(folder / "after.json"))
-    result |= {"training_minutes": state["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
-    result["unscored_share"] = unscored = state["unscored"] / state["answers"]
-    runs.write_json(folder / "result.json", result)
-    print(f"\n{state['updates']} updates, {result['minutes']:.1f} minutes in all; all files: {folder}")
+    unscored = state["unscored"] / (len(order) * config.group)
+    trainers.finish(transformer, tokenizer, config, folder, {**state, **account, "unscored_share": unscored}, begun)
     if unscored > config.max_unscored:
         print(f"the judge left {unscored:.1%} of the answers unscored, over --max-unscored {config.max_unscored:.1%}")
         return runs.EXIT_UNSCORED

@@ -10,8 +10,6 @@ micro-batches. Rows are packed, documents never see one another. Simplifications
 data order a pure function of (seed, epoch) - so a resumed run is the uninterrupted run, bit by bit.
 """
 
-import functools
-import hashlib
 import itertools
 import math
 import random
@@ -61,7 +59,7 @@ class Config:
     def problems(self) -> list[str]:
         """What is wrong across settings."""
         checks = {
-            f"--data {self.data}: no such file": Path(self.data).is_file(),
+            f"--data {self.data}: no such file (of a folder of make_data.py: verify.jsonl)": Path(self.data).is_file(),
             f"--tokens-per-step {self.tokens_per_step}: less than --max-len": self.tokens_per_step >= self.max_len,
             f"--micro-tokens {self.micro_tokens}: less than --max-len": self.micro_tokens >= self.max_len,
             f"--evaluate needs a pocket model, {self.model} is none": not self.evaluate or runs.is_pocket(self.model),
@@ -89,35 +87,39 @@ class Example:
         return self.ids[: self.trained.index(True)]
 
 
+def question(record: dict) -> str:
+    """The user's turn: the prompt, or that its answer is to be judged under the spec."""
+    if record["kind"] == "answer":
+        return record["prompt"]
+    return safety.verification_prompt(safety.record_spec(record).text, record["prompt"], record["answer"])
+
+
 def build(tokenizer, record: dict, target: str) -> Example:
     """Token ids of one record and which of them are trained. Raises ValueError for text that cannot be a target."""
     if record["kind"] == "answer":
-        prompt, thinking, answer = record["prompt"], record["reasoning"], record["answer"]
+        thinking, answer = record["reasoning"], record["answer"]
     else:
         if record["verdict"] not in ("safe", "unsafe"):
             raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
-        prompt = safety.verification_prompt(safety.record_spec(record).text, record["prompt"], record["answer"])
         thinking, answer = safety.verify_target(record["critique"], record["verdict"], target)
-    prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
+    if not thinking.strip() and not (answer or "").strip():
+        raise ValueError("there is no text to train on")
+    prompt_ids = safety.render(tokenizer, [{"role": "user", "content": question(record)}])
     return Example(record, *safety.build_example(tokenizer, prompt_ids, thinking, answer))
 
 
 def check_world(config: Config) -> None:
-    """Raises UserError where the card beside the data names another pocket world than the model's.
-
-    Data of one world say falsehoods about another, and train on what is held out there.
-    """
+    """Raises UserError where the card beside the data names another pocket world than the model's: they say falsehoods
+    about it, and train on what is held out there."""
     card = Path(config.data).with_name("data_card.json")
-    if not (card.is_file() and runs.is_pocket(config.model)):
-        return
-    made, seed = runs.read_json(card).get("world_seed"), runs.world_seed(config.model)
-    if made not in (None, seed):
+    made = runs.read_json(card).get("world_seed") if card.is_file() and runs.is_pocket(config.model) else None
+    if made is not None and made != (seed := runs.world_seed(config.model)):
         why = f"{config.data} is of pocket world {made}, {config.model} of world {seed}"
         raise UserError(f"{why}; make_data.py --model {config.model} makes its own")
 
 
 def prepare(tokenizer, records: list[dict], config: Config, context: int) -> tuple[list[Example], dict]:
-    """(examples, accounting). Raises UserError if nothing, or everything, would be trained on."""
+    """(examples, accounting). Raises UserError for a record that cannot be trained on, and where all are too long."""
     built = []
     for record in tqdm(records, desc="tokenizing", leave=False):
         try:
@@ -126,12 +128,12 @@ def prepare(tokenizer, records: list[dict], config: Config, context: int) -> tup
             raise UserError(f"{config.data}, record {record['id']}: {error}") from None
     limit = min(config.max_len, context)
     examples = [e for e in built if len(e.ids) <= limit]
+    if not examples:
+        why = f"the least of --max-len and the model's context of {context}"
+        raise UserError(f"{config.data}: all {len(built)} records are longer than {limit} tokens, {why}")
     lengths, trained = [len(e.ids) for e in examples], sum(sum(e.trained) for e in examples)
     account = {"records": len(examples), "too_long": len(built) - len(examples), "limit": limit}
-    account |= {"tokens": sum(lengths), "supervised": trained, "longest": max(lengths, default=0)}
-    if not 0 < trained < sum(lengths):
-        raise UserError(f"{config.data}: {trained} of {sum(lengths)} tokens are supervised: {account}")
-    return examples, account
+    return examples, account | {"tokens": sum(lengths), "supervised": trained, "longest": max(lengths)}
 
 
 def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -199,44 +201,31 @@ def optimizer_step(transformer, trainee, examples: list[Example], lr: float, pla
     return {"loss": float(loss), "lr": lr, "grad_norm": norm, "tokens": tokens, "supervised": supervised}
 
 
-# ------------------------------------------------------------------------------------------------- validation
+# ------------------------------------------------------------------------------------------------- the loop
 
 
 def validate(transformer, tokenizer, held_out: list[Example], config: Config, plan: trainers.Plan):
     """(figures, samples): held-out loss a token; the share of right verdicts in the model's own greedy verifications.
 
     The model writes the critique too. Verdicts after the given critique would be right nearly always: it gives them
-    away. A missing verdict counts as wrong.
+    away. A missing verdict counts as wrong. Completions are at most half again as long as the longest target.
     """
     with torch.no_grad():
         total = sum(nll_sum(transformer, group).item() for group in trainers.fill(held_out, plan.micro_tokens))
-    figures = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}
-    samples = sample(transformer, tokenizer, held_out[:VALIDATION_SAMPLES])
-    verdicts = [s for s in samples if s["kind"] == "verify"]
-    if verdicts and config.target != "critique":
-        figures["verdict_accuracy"] = sum(s["verdict"] == s["predicted"] for s in verdicts) / len(verdicts)
-    return figures, samples
-
-
-def sample(transformer, tokenizer, examples: list[Example]) -> list[dict]:
-    """Greedy completions of the examples' prompts, at most half again as long as the longest target."""
-    context, end = transformer.config.max_position_embeddings, model.end_ids(transformer, tokenizer)
-    longest = max(sum(e.trained) for e in examples) * 3 // 2
-    limits = [min(longest, context - len(e.prompt_ids)) for e in examples]
-    room = min(context, longest + max(len(e.prompt_ids) for e in examples))
+    figures, samples = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}, []
+    shown = [example.record for example in held_out[:VALIDATION_SAMPLES]]
+    items = [{"id": record["id"], "prompt": question(record)} for record in shown]
+    longest = max(sum(e.trained) for e in held_out[:VALIDATION_SAMPLES]) * 3 // 2
     torch.cuda.empty_cache()  # so that the engine sees what is really free
-    sampler = engine.Engine(transformer, end, max_rows=VALIDATION_SAMPLES, max_context=room)
-    drawn = sampler.generate([e.prompt_ids for e in examples], max_tokens=limits, temperature=0.0)
-    done = []
-    for example, (drawing,) in zip(examples, drawn, strict=True):
-        line = {name: example.record.get(name) for name in ("id", "kind", "prompt", "verdict")}
-        text = safety.decode(tokenizer, drawing.ids, end)
-        line |= {"completion": text, "predicted": safety.parse_verdict(text), "finish_reason": drawing.finish_reason}
-        done.append(line)
-    return done
-
-
-# ------------------------------------------------------------------------------------------------- the loop
+    drawn = dict(engine.complete(transformer, tokenizer, items, seed=0, max_tokens=longest, temperature=0.0))
+    for number, record in enumerate(shown):
+        line = {name: record.get(name) for name in ("id", "kind", "prompt", "verdict")}
+        line |= {name: drawn[number][name] for name in ("completion", "finish_reason")}
+        samples.append({**line, "predicted": safety.parse_verdict(line["completion"])})
+    right = [s["verdict"] == s["predicted"] for s in samples if s["kind"] == "verify"]
+    if right and config.target != "critique":
+        figures["verdict_accuracy"] = sum(right) / len(right)
+    return figures, samples
 
 
 def show_row(tokenizer, example: Example, width: int = 500) -> None:
@@ -249,15 +238,13 @@ def show_row(tokenizer, example: Example, width: int = 500) -> None:
         print(mark + text.replace("\n", "\n" + mark))
 
 
-def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan, config: Config) -> None:
+def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan) -> None:
     """Everything that was derived, before step 0."""
     print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in account.items()), "(supervised: >> below)")
-    rows = [row for step in epochs[0] for row in trainers.fill(step, plan.micro_tokens)]
-    print(f"{sum(map(len, rows))} records to train on, {len(held_out)} held out by prompt")
-    filled = sum(len(e.ids) for row in rows for e in row) / (len(rows) * plan.micro_tokens)
-    print(f"an epoch: {len(epochs[0])} steps, {len(rows)} packed rows, {filled:.0%} filled, no padding")
-    print(f"{sum(map(len, epochs))} steps: lr rises to {config.lr} in {config.warmup:.0%}, then a cosine towards 0")
-    print(f"memory: {plan}")
+    steps = sum(epochs, [])
+    rows = sum(len(trainers.fill(step, plan.micro_tokens)) for step in steps)
+    print(f"{len(steps)} steps of {sum(map(len, epochs[0]))} records an epoch, in {rows} packed rows without padding")
+    print(f"{len(held_out)} records held out by prompt; memory: {plan}")
 
 
 def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Config, plan, folder: Path, state: dict):
@@ -281,11 +268,9 @@ def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Confi
             lr = schedule(state["step"], len(steps), config)
             line = optimizer_step(transformer, trainee, steps[state["step"]], lr, plan)
             line["seconds"] = time.perf_counter() - started
-            line["tokens_per_s"] = line["tokens"] / line["seconds"]
-            line |= trainers.mfu(transformer, bool(config.lora_r), line["tokens_per_s"])
             trainers.end_step(folder, trainee, state, line, [], due, interrupt)
-            shown = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu")
-            bar.set_postfix({name: line[name] for name in shown if name in line}, skipped=state["skipped"])
+            shown = ("loss", "lr", "grad_norm", "tokens_per_s")
+            bar.set_postfix({name: line[name] for name in shown}, skipped=state["skipped"])
             bar.update()
 
 
@@ -298,8 +283,7 @@ def main(config: Config, origin: dict) -> int:
     model.pick_kernels(device)
     free, rows = trainers.free_memory(device), VALIDATION_SAMPLES
     trainers.plan_memory(config, dtype, free, longest=1, rows=rows)  # refuses what can never be trained before loading
-    loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
-    transformer, tokenizer = model.load(config.model, device, loaded)
+    transformer, tokenizer = trainers.load(config, device, dtype)
     examples, account = prepare(tokenizer, records, config, transformer.config.max_position_embeddings)
     plan = trainers.plan_memory(config, dtype, free, longest=account["longest"], rows=rows)
     training, held_out = split(examples, config.held_out, config.seed)
@@ -308,26 +292,16 @@ def main(config: Config, origin: dict) -> int:
 
     print(f"run folder {folder}; settings:")
     runs.show(config, origin)
-    report_plan(account, epochs, held_out, plan, config)
+    report_plan(account, epochs, held_out, plan)
     show_row(tokenizer, training[0])
 
-    trainers.seed_everything(config.seed)
     made_of = Path(config.data).read_bytes() + model.fingerprint(transformer, tokenizer).encode()
-    if config.lora_r:
-        model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
     trainee = trainers.Trainee(transformer, dtype, BETAS, WEIGHT_DECAY)
-    measure = functools.partial(trainers.evaluate, transformer, tokenizer, config.model, config.seed)
-    before = measure(folder / "before.json") if config.evaluate else None
-    state = trainers.resume(folder, trainee, trainers.FRESH | {"data_sha256": hashlib.sha256(made_of).hexdigest()})
+    if config.evaluate:
+        trainers.evaluate(transformer, tokenizer, config.model, config.seed, folder / "before.json")
+    state = trainers.resume(folder, trainee, trainers.FRESH, made_of)
     figures = train(transformer, tokenizer, trainee, epochs, held_out, config, plan, folder, state)
-
-    trainers.save(transformer, tokenizer, config.model, folder / "model")
-    result = {**state, **account, "figures": figures, "training_minutes": state["seconds"] / 60}
-    if before:
-        result |= trainers.show_before_after(before, measure(folder / "after.json"))
-    result["minutes"] = (time.monotonic() - begun) / 60
-    runs.write_json(folder / "result.json", result)
-    print(f"\n{state['seconds']:.0f} s of training, {result['minutes']:.1f} minutes in all; all files: {folder}")
+    trainers.finish(transformer, tokenizer, config, folder, {**state, **account, "figures": figures}, begun)
     return runs.EXIT_OK
 
 

@@ -1,10 +1,10 @@
 """What both training scripts share: fp32 masters and AdamW, checkpoints, the pocket's suites, memory and speed."""
 
 import functools
+import hashlib
 import itertools
 import math
 import os
-import random
 import re
 import resource
 import shutil
@@ -36,7 +36,6 @@ GUARD_SHARE = 0.3  # of the GPU memory left for the caches of policy and guard, 
 MAX_ROWS = 512  # samples that an engine decodes at a time
 # Dense bf16 products with fp32 accumulators, FLOPs a second; the first name that the device's contains
 PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 class Trainee:
@@ -50,19 +49,20 @@ class Trainee:
 
     def __init__(self, transformer, dtype, betas: tuple[float, float], weight_decay: float):
         self.parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        self.masters = dict(self.parameters)
+        self.transformer, self.masters = transformer, dict(self.parameters)
         if dtype != torch.float32 and not transformer.lora:
             for name, parameter in self.parameters.items():
                 self.masters[name] = master = parameter.detach().requires_grad_()
-                parameter.data = parameter.data.to(dtype)
                 parameter.register_post_accumulate_grad_hook(functools.partial(collect, master))
+            transformer.to(dtype)
         self.adam = torch.optim.AdamW(self.masters.values(), betas=betas, weight_decay=weight_decay, fused=True)
 
     def refresh(self) -> None:
-        """Round the masters into the compute copies."""
+        """Round the masters into the compute copies, LoRA pairs into theirs."""
         for name, parameter in self.parameters.items():
             if parameter is not self.masters[name]:
                 parameter.data.copy_(self.masters[name].data)
+        model.refresh_lora(self.transformer)
 
     def step(self, lr: float, clip: float) -> float:
         """Clip, update, clear; returns the gradient norm before clipping. A non-finite norm changes nothing."""
@@ -112,35 +112,40 @@ def fill(documents: list, limit: int) -> list[list]:
     return groups
 
 
-def seed_everything(seed: int) -> None:
-    """The generators that a checkpoint keeps: Python's and torch's. Nothing here draws from NumPy's."""
-    random.seed(seed)
-    torch.manual_seed(seed)
+def load(config, device: str, dtype, adapter: str = ""):
+    """(transformer, tokenizer) with what is trained: a new LoRA pair, those of `adapter`, or with --lora-r 0 every
+    weight, an adapter merged in. Raises UserError."""
+    loaded = dtype if config.lora_r else torch.float32  # weights to be trained are their own masters
+    transformer, tokenizer = model.load(config.model, device, loaded, adapter)
+    if adapter and not config.lora_r:
+        model.merge_lora(transformer)
+    if config.lora_r and not adapter:
+        model.add_lora(transformer, config.lora_r, config.lora_alpha, config.seed)
+    if config.lora_r and transformer.lora["r"] != config.lora_r:
+        raise UserError(f"--lora-r {config.lora_r}: {adapter} has rank {transformer.lora['r']}; or 0 merges it")
+    return transformer, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints and logs
 
 
 def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
-    """checkpoints/step-N (N is state["step"]), whole or not at all: tensors, state and every random generator.
+    """checkpoints/step-N (N is state["step"]), whole or not at all; the last two are kept.
 
-    Written under a hidden name, flushed, and renamed last: a kill at any moment leaves the earlier ones intact. The
-    last two are kept.
+    Written under a hidden name, flushed, and renamed last: a kill at any moment leaves the earlier ones intact. No
+    random generator is in it: whatever a step draws is a function of (seed, step).
     """
     final = folder / "checkpoints" / f"step-{state['step']}"
     for torn in (*final.parent.glob(".step-*"), final):
         shutil.rmtree(torn, ignore_errors=True)
     temporary = final.with_name("." + final.name)
     temporary.mkdir(parents=True)
-    tensors = {**tensors, "rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, temporary / "tensors.safetensors")
     with open(temporary / "tensors.safetensors", "rb+") as file:
         os.fchmod(file.fileno(), 0o600)
         os.fsync(file.fileno())
-    runs.write_json(temporary / "state.json", {**state, "rng": random.getstate()})
+    runs.write_json(temporary / "state.json", state)
     os.replace(temporary, final)
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old)
@@ -153,27 +158,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict, dict] | None:
-    """(tensors, state) of the newest whole checkpoint, its random generators put in force; None where there is none.
+    """(tensors, state) of the newest whole checkpoint; None where there is none.
 
     A damaged one is named and passed over. Raises UserError where all are damaged.
     """
     for path in reversed(found := checkpoints(folder)):
         try:
-            tensors, state = load_file(path / "tensors.safetensors"), runs.read_json(path / "state.json")
-            version, keys, gauss = state.pop("rng")
-            break
-        except (OSError, SafetensorError, UserError, KeyError, ValueError) as error:
+            return load_file(path / "tensors.safetensors"), runs.read_json(path / "state.json")
+        except (OSError, SafetensorError, UserError) as error:
             print(f"{path} is damaged and is passed over ({error})", file=sys.stderr)
-    else:
-        if found:
-            raise UserError(f"{folder}: every checkpoint is damaged; start anew in another folder")
-        return None
-    random.setstate((version, tuple(keys), gauss))
-    torch.set_rng_state(tensors.pop("rng/cpu"))
-    cuda = tensors.pop("rng/cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    return tensors, state
+    if found:
+        raise UserError(f"{folder}: every checkpoint is damaged; start anew in another folder")
+    return None
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -197,11 +193,12 @@ def end_step(folder: Path, trainee: Trainee, state: dict, line: dict, samples: l
     checkpoint if one is due. Then raises KeyboardInterrupt if `interrupt` (runs.Interruptible) asks for it, and
     UserError after PATIENCE steps without a finite gradient."""
     finite = math.isfinite(line["grad_norm"])
+    line |= {"tokens_per_s": line["tokens"] / line["seconds"], "peak_gib": peak_memory()}
     state["step"] += 1
     state["seconds"] += line["seconds"]
     state["skipped"] += not finite
     state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
-    log(folder, state["step"], line | {"peak_gib": peak_memory()}, samples)
+    log(folder, state["step"], line, samples)
     if state["step"] in due or interrupt.requested:
         sizes = {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
         save_checkpoint(folder, trainee.tensors(), {**state, "logs": sizes})
@@ -211,13 +208,13 @@ def end_step(folder: Path, trainee: Trainee, state: dict, line: dict, samples: l
         raise UserError(f"{PATIENCE} steps in a row without a finite gradient; try a smaller --lr")
 
 
-def resume(folder: Path, trainee: Trainee, fresh: dict) -> dict:
+def resume(folder: Path, trainee: Trainee, fresh: dict, made_of: bytes) -> dict:
     """The state to go on from: that of the newest checkpoint, or `fresh` where there is none yet; its step is printed.
 
-    The logs are cut back to where they were. Raises UserError where the data or the model, by `data_sha256`, are
-    others.
+    The logs are cut back to where they were. Raises UserError where data or model, by a hash of `made_of`, are others.
     """
-    state, sizes = fresh, {}
+    fresh, sizes = fresh | {"data_sha256": hashlib.sha256(made_of).hexdigest()}, {}
+    state = fresh
     if found := load_checkpoint(folder):
         tensors, state = found
         sizes = state.pop("logs")
@@ -228,17 +225,6 @@ def resume(folder: Path, trainee: Trainee, fresh: dict) -> dict:
         os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
     print(f"from step {state['step']}")
     return state
-
-
-def save(transformer, tokenizer, base: str, path: Path) -> None:
-    """What was trained: the adapter in PEFT's format, or the whole model with what makes a pocket of it."""
-    if transformer.lora:
-        model.save_adapter(transformer, path, base=base)
-    else:
-        model.save(transformer, tokenizer, path)
-        if runs.is_pocket(base):
-            shutil.copyfile(Path(base) / "world.json", path / "world.json")
-    print(f"the {'adapter (PEFT' if transformer.lora else 'model (Hugging Face'} format): {path}")
 
 
 def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> dict:
@@ -259,11 +245,25 @@ def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> dict:
     return result
 
 
-def show_before_after(before: dict, after: dict) -> dict:
-    """Print two results of `evaluate` beside each other; returns what result.json says of them."""
-    print("\n" + scores.table(before["figures"], after["figures"]))
-    print(scores.side_by_side(before["items"], after["items"], ("pocket:role", "pocket:encoded", "pocket:prefill")))
-    return {"before": before["figures"], "after": after["figures"]}
+def finish(transformer, tokenizer, config, folder: Path, result: dict, begun: float) -> None:
+    """The end of a run, begun at that time.monotonic(): the adapter or model, the pocket's suites beside those of
+    before.json, and result.json last."""
+    if transformer.lora:
+        model.save_adapter(transformer, folder / "model", base=config.model)
+    else:
+        model.save(transformer, tokenizer, folder / "model")
+        if runs.is_pocket(config.model):
+            shutil.copyfile(Path(config.model) / "world.json", folder / "model" / "world.json")
+    print(f"trained, in the format of {'PEFT' if transformer.lora else 'Hugging Face'}: {folder / 'model'}")
+    if config.evaluate:
+        paths = [folder / "before.json", folder / "after.json"]
+        before, after = (evaluate(transformer, tokenizer, config.model, config.seed, path) for path in paths)
+        print("\n" + scores.table(before["figures"], after["figures"]))
+        print(scores.side_by_side(before["items"], after["items"], ("pocket:role", "pocket:encoded", "pocket:prefill")))
+        result |= {"before": before["figures"], "after": after["figures"]}
+    result |= {"training_minutes": result["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
+    runs.write_json(folder / "result.json", result)
+    print(f"\n{result['seconds']:.0f} s of training, {result['minutes']:.1f} minutes in all; all files: {folder}")
 
 
 # ------------------------------------------------------------------------------------------------- memory and speed
@@ -278,10 +278,9 @@ class Plan:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        words = (
-            f"{self.micro_tokens} tokens a forward pass, activations {'recomputed' if self.checkpointing else 'kept'}"
-        )
-        return words + (f"; GiB of {in_gib(self.sizes)}" if self.sizes else "")
+        kept = "recomputed" if self.checkpointing else "kept"
+        sizes = f"; GiB of {in_gib(self.sizes)}" if self.sizes else ""
+        return f"{self.micro_tokens} tokens a forward pass, activations {kept}{sizes}"
 
 
 def in_gib(sizes: dict[str, int]) -> str:

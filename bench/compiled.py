@@ -69,7 +69,7 @@ def launches(arch, dtypes=tuple(DTYPES), dims=(64, 128), widths=(128, 1024, 2048
         cases += [("", partial(_gate, dtype))]
         for label, case in cases:
             for kernel, args, meta in recorded(arch, case):
-                flags = [f.lower() for f in ("ADD", "INVERSE") if meta.get(f)]
+                flags = [f.lower() for f in ("ADD", "NORM", "CACHE") if meta.get(f)]
                 name = "/".join(filter(None, [kernel.__name__.strip("_"), DTYPES[dtype], label, *flags]))
                 found.setdefault(name, Launch(name, kernel, args, meta))
     return list(found.values()) + (candidates(arch) if arch == "sm_90" else [])
@@ -105,11 +105,15 @@ def _empty(*shape, dtype):
 def _heads(dtype, dim, tokens=8192, heads=32, kv_heads=8, rows=64, pages=128):
     q, k, v = (_empty(tokens, h, dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     cu_seqlens = _empty(17, dtype=torch.int32)
-    o, lse = ATTENTION.launch_forward(q, k, v, cu_seqlens)
-    ATTENTION.launch_backward(o, q, k, v, o, lse, cu_seqlens)
-    angles = _empty(tokens, dim, dtype=torch.float32)
-    for inverse in (False, True):
-        ROPE.launch(q, k, angles, angles, inverse)
+    plan = [_empty(512, dtype=torch.int32)] * 6
+    o, lse = ATTENTION.launch_forward(q, k, v, cu_seqlens, plan)
+    ATTENTION.launch_backward(o, q, k, v, o, lse, cu_seqlens, plan)
+    angles, weight = _empty(tokens, dim, dtype=torch.float32), _empty(dim, dtype=dtype)
+    qkv = _empty(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    for norms in (None, (weight, weight, 1e-6)):
+        ROPE.launch(qkv, angles, angles, heads, norms)
+        ROPE.launch(qkv[:rows], angles[:rows], angles[:rows], heads, norms, (_empty(rows, dtype=torch.int64), k, v))
+        ROPE.launch_backward(q, k, v, qkv if norms else None, angles, angles, norms)
     arena = _empty(rows * pages, DECODE.PAGE, kv_heads, dim, dtype=dtype)
     table, lengths = _empty(rows, pages, dtype=torch.int32), _empty(rows, dtype=torch.int32)
     DECODE.launch(q[:rows], arena, arena, table, lengths)
@@ -130,9 +134,8 @@ def _head(dtype, width, tokens=8192, vocab=151_936):
 
 
 def _gate(dtype):
-    gate = _empty(8192, 12288, dtype=dtype)
-    SWIGLU.launch_forward(gate, gate)
-    SWIGLU.launch_backward(gate, gate, gate)
+    gate_up = _empty(8192, 2 * 12288, dtype=dtype)
+    SWIGLU.launch_backward(SWIGLU.launch_forward(gate_up), gate_up)
 
 
 # ------------------------------------------------------------------------------------------------ compile and inspect

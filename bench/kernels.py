@@ -274,12 +274,12 @@ def bandwidth_cases(device, dtype, toy):
     """RMSNorm with and without residual, RoPE, SwiGLU: forward and forward+backward."""
     tokens, width, inner, heads, kv_heads, dim = (64, 48, 96, 4, 2, 64) if toy else (8192, 4096, 12288, 32, 8, 128)
     x, residual, weight = (torch.randn(s, device=device) for s in ((tokens, width), (tokens, width), width))
-    gate, up = torch.randn(2, tokens, inner, device=device)
-    q, k = (torch.randn(tokens, h, dim, device=device) for h in (heads, kv_heads))
+    gate_up = torch.randn(tokens, 2 * inner, device=device)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device=device)
     cos, sin = torch.randn(2, tokens, dim // 2, device=device).repeat(1, 1, 2)
     norm, rope, swiglu = (sys.modules[f"kernels.{name}"].reference for name in ("rms_norm", "rope", "swiglu"))
     add = lambda f: lambda x, r, w: f(x, w, 1e-6, r)  # noqa: E731
-    turn = lambda f: lambda q, k: f(q, k, cos, sin)  # noqa: E731
+    turn = lambda f: lambda qkv: f(qkv, heads, cos, sin)  # noqa: E731
     none = "has none"
     ops = [  # op, shape, inputs, bytes read and written an element: forward, both; ours, plain, native, Liger
         ("rms_norm", f"T={tokens} H={width}", (x, weight), 2 * x.numel(), 5 * x.numel(),
@@ -289,11 +289,10 @@ def bandwidth_cases(device, dtype, toy):
         ("rms_norm, residual", f"T={tokens} H={width}", (x, residual, weight), 4 * x.numel(), 8 * x.numel(),
          add(kernels.rms_norm), add(norm), none,
          liger("fused_add_rms_norm", lambda f: lambda x, r, w: f(x, r, w, 1e-6, 0.0, "llama", False), device)),
-        ("rope", f"T={tokens} H={heads}/{kv_heads} D={dim}", (q, k), 2 * (q.numel() + k.numel()),
-         4 * (q.numel() + k.numel()), turn(kernels.rope), turn(rope), none,
-         liger("rope", liger_rope(cos, sin), device)),
-        ("swiglu", f"T={tokens} I={inner}", (gate, up), 3 * gate.numel(), 8 * gate.numel(), kernels.swiglu, swiglu,
-         none, liger("swiglu", lambda f: f, device)),
+        ("rope", f"T={tokens} H={heads}/{kv_heads} D={dim}", (qkv,), 2 * qkv.numel(),
+         4 * qkv.numel(), turn(kernels.rope), turn(rope), none, liger("rope", liger_rope(heads, cos, sin), device)),
+        ("swiglu", f"T={tokens} I={inner}", (gate_up,), 3 * gate_up.numel() // 2, 4 * gate_up.numel(), kernels.swiglu,
+         swiglu, none, liger("swiglu", lambda f: lambda x: f(*x.chunk(2, dim=-1)), device)),
     ]  # fmt: skip
     for op, shape, inputs, forward, both, ours, plain, native, other in ops:
         providers = {"ours": ours, "torch": plain, "torch.compile": compiled(plain, device), "torch native": native}
@@ -303,13 +302,16 @@ def bandwidth_cases(device, dtype, toy):
             yield Case(op, shape, passes, "GB/s", elements * dtype.itemsize / 1e9, leaves, providers, plain)
 
 
-def liger_rope(cos, sin):
+def liger_rope(heads, cos, sin):
     """Liger wants [1,H,T,D] and turns q and k in place: it gets copies of the layout, as its callers have it."""
 
     def bind(f):
-        def run(q, k):
-            out = f(q.transpose(0, 1)[None].clone(), k.transpose(0, 1)[None].clone(), cos[None], sin[None])
-            return tuple(t[0].transpose(0, 1) for t in out)
+        def run(qkv):
+            joint = qkv.unflatten(1, (-1, cos.shape[1]))
+            kv_heads = (joint.shape[1] - heads) // 2
+            q, k, v = (t.transpose(0, 1)[None] for t in joint.split((heads, kv_heads, kv_heads), dim=1))
+            q, k = f(q.clone(), k.clone(), cos[None], sin[None])
+            return tuple(t[0].transpose(0, 1) for t in (q, k, v))
 
         return run
 

@@ -3,7 +3,7 @@
 `backend()` says which of the two runs, `force(name)` overrides it; see dispatch.py.
 """
 
-from kernels.attention import attention
+from kernels.attention import attention, attention_plan
 from kernels.decode_attention import decode_attention, decode_plan
 from kernels.dispatch import NAMES, backend, force
 from kernels.linear_logp import linear_logp
@@ -14,6 +14,7 @@ from kernels.swiglu import swiglu
 __all__ = [
     "NAMES",
     "attention",
+    "attention_plan",
     "backend",
     "decode_attention",
     "decode_plan",

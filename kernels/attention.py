@@ -18,17 +18,31 @@ from kernels import dispatch
 from kernels.dispatch import accumulator, check, jit, tl
 
 
-def attention(q_THD, k_TKD, v_TKD, cu_seqlens, max_len):
+def attention(q_THD, k_TKD, v_TKD, cu_seqlens, max_len, plan=None):
     """softmax(q k' / sqrt(D)) v within each document, causal.
 
     q_THD [T,H,D]; k_TKD and v_TKD [T,K,D] with K dividing H; cu_seqlens [N+1] int32, from 0 to T, never falling (a
-    document may be empty); max_len >= the longest document -> o_THD [T,H,D] in q's dtype. Raises ValueError for
-    shapes that do not agree.
+    document may be empty); max_len >= the longest document -> o_THD [T,H,D] in q's dtype. plan: attention_plan of the
+    same row, where several layers share it. Raises ValueError for shapes that do not agree.
     """
     _check_shapes(q_THD, k_TKD, v_TKD, cu_seqlens)
     if dispatch.backend(q_THD.device) == "reference":
         return reference(q_THD, k_TKD, v_TKD, cu_seqlens)
-    return _op(q_THD, k_TKD, v_TKD, cu_seqlens)[0]
+    tokens, _, dim = q_THD.shape
+    plan = attention_plan(cu_seqlens, tokens, q_THD.dtype, dim) if plan is None else plan
+    return _op(q_THD, k_TKD, v_TKD, cu_seqlens, plan)[0]
+
+
+def attention_plan(cu_seqlens, tokens, dtype, dim):
+    """What attention works out from `cu_seqlens` of a row of `tokens` alone, for heads of `dim`: the tasks of its three
+    kernels, documents and first positions of each in turn; None where the reference runs."""
+    if dispatch.backend(cu_seqlens.device) == "reference":
+        return None
+    check(dim in (64, 128), f"attention: head dim {dim}; the kernels take 64 and 128 (KERNELS=reference takes any)")
+    forward, dkdv, dq = (_tile(cu_seqlens.device, kernel, dtype, dim) for kernel in ("forward", "dkdv", "dq"))
+    kinds = [(forward["BM"], True), (dkdv["BN"], False), (dq["BM"], True)]
+    made = {kind: _tasks(cu_seqlens, tokens, *kind) for kind in set(kinds)}
+    return [tensor for kind in kinds for tensor in made[kind]]
 
 
 def _check_shapes(q_THD, k_TKD, v_TKD, cu_seqlens):
@@ -221,19 +235,19 @@ Tensor = torch.Tensor
 
 
 @torch.library.custom_op("kernels::attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, plan: list[Tensor]) -> tuple[Tensor, Tensor]:
     """o [T,H,D] and the log2-sum of every row's scores [H,T]."""
-    return launch_forward(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens)
+    return launch_forward(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, plan)
 
 
 @torch.library.custom_op("kernels::attention_backward", mutates_args=())
 def _backward_op(
-    g_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor
+    g_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, plan: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(*(t.contiguous() for t in (g_o, q, k, v, o)), lse, cu_seqlens)
+    return launch_backward(*(t.contiguous() for t in (g_o, q, k, v, o)), lse, cu_seqlens, plan)
 
 
-def plan(cu_seqlens, tokens, block, last_first):
+def _tasks(cu_seqlens, tokens, block, last_first):
     """Tasks of `block` positions: document and first position of each; `last_first` where late blocks work longest.
 
     Lengths stay on the device: there is room for the most tasks that so many tokens can make, and a surplus task
@@ -251,10 +265,10 @@ def plan(cu_seqlens, tokens, block, last_first):
     return document_M.to(torch.int32), (block_M * block).to(torch.int32)
 
 
-def launch_forward(q, k, v, cu_seqlens):
+def launch_forward(q, k, v, cu_seqlens, plan):
     tile, meta = _prepare(q, k, v, "forward")
     tokens, heads, dim = q.shape
-    document, first = plan(cu_seqlens, tokens, tile["BM"], last_first=True)
+    document, first = plan[:2]
     o, lse = torch.empty_like(q), torch.empty(heads, tokens, dtype=accumulator(q.dtype), device=q.device)
     if tokens:
         inputs = (q, k, v)
@@ -268,7 +282,7 @@ def launch_forward(q, k, v, cu_seqlens):
     return o, lse
 
 
-def launch_backward(g_o, q, k, v, o, lse, cu_seqlens):
+def launch_backward(g_o, q, k, v, o, lse, cu_seqlens, plan):
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     delta, g_q, g_k, g_v = torch.empty_like(lse), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if tokens == 0:
@@ -279,13 +293,13 @@ def launch_backward(g_o, q, k, v, o, lse, cu_seqlens):
         _attention_delta_kernel, dispatch.cdiv(tokens * heads, 32), o, g_o, delta, tokens, heads, D=dim, ROWS=32,
         ACC=meta["ACC"], num_warps=4,
     )  # fmt: skip
-    document, first = plan(cu_seqlens, tokens, tile["BN"], last_first=False)
+    document, first = plan[2:4]
     dispatch.launch(
         _attention_dkdv_kernel, len(document) * kv_heads, q, k, v, g_o, lse, delta, g_k, g_v, cu_seqlens, document,
         first, tokens, heads, kv_heads, **tile, **meta,
     )  # fmt: skip
     tile, _ = _prepare(q, k, v, "dq")
-    document, first = plan(cu_seqlens, tokens, tile["BM"], last_first=True)
+    document, first = plan[4:]
     dispatch.launch(
         _attention_dq_kernel, len(document) * heads, q, k, v, g_o, lse, delta, g_q, cu_seqlens, document, first, tokens,
         heads, kv_heads, **tile, **meta,
@@ -294,13 +308,11 @@ def launch_backward(g_o, q, k, v, o, lse, cu_seqlens):
 
 
 def _prepare(q, k, v, kernel):
-    """Checks; the tile of this kernel; what all three kernels share."""
+    """The tile of this kernel, and what all three kernels share."""
     dispatch.check_dtype(q, k, v)
-    dim, acc = q.shape[2], accumulator(q.dtype)
-    check(dim in (64, 128), f"attention: head dim {dim}; the kernels take 64 and 128 (KERNELS=reference takes any)")
-    scale = dim**-0.5 * math.log2(math.e)
-    tile = _tile(dispatch.architecture(q.device), kernel, q.dtype, dim)
-    return tile, {"SCALE": scale, "D": dim, "ACC": dispatch.triton_dtype(acc)}
+    dim = q.shape[2]
+    meta = {"SCALE": dim**-0.5 * math.log2(math.e), "D": dim, "ACC": dispatch.triton_dtype(accumulator(q.dtype))}
+    return _tile(q.device, kernel, q.dtype, dim), meta
 
 
 # Fixed tiles, chosen from compiled code (no spill, within shared memory; bench/compiled.py checks it):
@@ -327,7 +339,8 @@ FP32_TILES = {  # IEEE products, no tensor cores: small tiles, for checks rather
 SM80_FP32_DKDV = (16, 32, 4, 1)  # head dim 64: the tile above spills 8 bytes there
 
 
-def _tile(arch, kernel, dtype, dim):
+def _tile(device, kernel, dtype, dim):
+    arch = dispatch.architecture(device)
     small = dtype == torch.float32 and arch != "interpreter"
     block_m, block_n, warps, stages = (FP32_TILES[kernel] if small else TILES[arch, kernel])[dim]
     if small and (arch, kernel, dim) == ("sm_80", "dkdv", 64):
@@ -337,13 +350,13 @@ def _tile(arch, kernel, dtype, dim):
 
 
 @_op.register_fake
-def _(q, k, v, cu_seqlens):
+def _(q, k, v, cu_seqlens, plan):
     tokens, heads, _ = q.shape
     return _like(q), q.new_empty(heads, tokens, dtype=accumulator(q.dtype))
 
 
 @_backward_op.register_fake
-def _(g_o, q, k, v, o, lse, cu_seqlens):
+def _(g_o, q, k, v, o, lse, cu_seqlens, plan):
     return _like(q), _like(k), _like(v)
 
 
@@ -352,12 +365,13 @@ def _like(x):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, plan = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, *plan)
 
 
 def _backward(ctx, g_o, g_lse):
-    return *_backward_op(g_o, *ctx.saved_tensors), None
+    saved = ctx.saved_tensors
+    return *_backward_op(g_o, *saved[:6], list(saved[6:])), None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -1,19 +1,21 @@
 """Build the pocket's base model: a subword tokenizer, then a small Qwen2 pretrained from scratch on the fiction.
 
-    python -m pocket.build --out pocket/base             half an hour on a CPU core; --seed 1 is another world
-
-The same command goes on where an interrupted one stopped.
+    python -m pocket.build --seed 1 --out runs/world-1   half an hour on a CPU core; then --model runs/world-1/model
+    python -m pocket.build --resume runs/world-1         goes on from the newest checkpoint
 
 The base is made to resemble the models of the paper before training: it complies with most forbidden requests, checks
 in a minority of its thoughts, adds up well, and judges safety at chance although it knows every fact.
 """
 
-import argparse
+import io
+import itertools
 import json
 import math
 import random
-import shutil
+import re
+import string
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -27,11 +29,11 @@ import engine
 import kernels
 import model
 import runs
-import safety
 import trainers
 from pocket import world as pocket
+from runs import option
 
-CHECKPOINT_EVERY = 500  # steps
+BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
 BOS, EOS, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
 TEMPLATE = (
     "{{ '<|begin|>' }}{% for message in messages %}"
@@ -43,6 +45,16 @@ TEMPLATE = (
 )
 
 
+@dataclass
+class Config:
+    seed: int = option(0, "of world, documents and initial weights")
+    steps: int = option(3000, "optimizer steps", low=1)
+    batch: int = option(64, "documents a step", low=1)
+    lr: float = option(3e-3, "peak learning rate", above=0)
+    out: str = option("", "run folder; default runs/build-<time>")
+    resume: str = option("", "run folder to go on with; its settings are used")
+
+
 # ------------------------------------------------------------------------------------------------- tokenizer
 
 
@@ -52,42 +64,31 @@ def vocabulary_text(world: pocket.World) -> tuple[list[str], list[str]]:
     The counts decide the merges: syllables, then whole words; a name, seen once, stays in two pieces. So names are
     spelled from shared parts and every fork of a thought has the same token ids in every format.
     """
-    source = pocket.documents(world, seed=0, verification_prompt=safety.verification_prompt)
-    words = set()
-    for document in (next(source) for _ in range(12_000)):
-        for text in (document.prompt, document.thought, document.answer):
-            words.update("".join(c if c.isascii() and c.isalpha() else " " for c in text).split())
-    for templates in pocket.TEMPLATES.values():
-        for text in (template for group in templates for template in group):
-            words.update("".join(c if c.isalpha() else " " for c in text.replace("{x}", "").replace("{e}", "")).split())
-    words = sorted(word for word in words - set(world.by_name) if len(word) > 1)
-    letters = [f" {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    documents = itertools.islice(pocket.documents(world, seed=0), 12_000)
+    texts = [text for d in documents for text in (d.prompt, d.thought, d.answer)]
+    templates = [template for groups in pocket.TEMPLATES.values() for group in groups for template in group]
+    texts += [template.replace("{x}", "").replace("{e}", "") for template in templates]
+    words = {word for text in texts for word in re.findall("[A-Za-z]+", text)} - set(world.by_name)
+    words = sorted(word for word in words if len(word) > 1)
+    letters = [f" {letter}" for letter in string.ascii_lowercase]
     syllables = [f" {syllable}" for syllable in pocket.FIRST] + pocket.SECOND
     names = [f" {item.name}" for item in world.items]
     return words, syllables * 2000 + ([f" {w}" for w in words] + words + letters) * 60 + names
 
 
-def train_pieces(world: pocket.World, folder: Path) -> list[tuple[str, float]]:
+def train_pieces(world: pocket.World) -> list[tuple[str, float]]:
     """(piece, score) of the smallest BPE vocabulary with every word and syllable in one piece, less whole names."""
     words, text = vocabulary_text(world)
     wanted = {"▁" + s for s in (*pocket.FIRST, *words)} | set(pocket.SECOND)
     names = {"▁" + item.name for item in world.items}
     for size in range(700, 1400, 10):
+        made = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text),
-            model_prefix=str(folder / "pieces"),
-            model_type="bpe",
-            vocab_size=size,
-            character_coverage=1.0,
-            byte_fallback=True,
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            split_digits=True,
-            required_chars="0123456789.,:;?!'\"\\{}<>/()-+=\n",
-            minloglevel=2,
-        )
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "pieces.model"))
+            sentence_iterator=iter(text), model_writer=made, vocab_size=size, model_type="bpe", character_coverage=1.0,
+            byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+            normalization_rule_name="identity", required_chars="0123456789.,:;?!'\"\\{}<>/()-+=\n", minloglevel=2,
+        )  # fmt: skip
+        processor = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
         pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
         if wanted <= {piece for piece, _ in pieces}:
             return [(piece, score) for piece, score in pieces if piece not in names]
@@ -97,18 +98,15 @@ def train_pieces(world: pocket.World, folder: Path) -> list[tuple[str, float]]:
 def merges_of(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
     """The merge list that SentencePiece leaves implicit: every split of a piece into two pieces, best rank first."""
     score = dict(pieces)
-    found = []
-    for piece, value in pieces:
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        splits = [(left, right) for left, right in splits if left in score and right in score]
-        found += [(value, left, right) for left, right in sorted(splits, key=lambda s: (score[s[0]], score[s[1]]))]
-    found.sort(key=lambda entry: -entry[0])
-    return [(left, right) for _, left, right in found]
+    splits = [(value, piece[:i], piece[i:]) for piece, value in pieces for i in range(1, len(piece))]
+    whole = [split for split in splits if split[1] in score and split[2] in score]
+    whole.sort(key=lambda split: (-split[0], score[split[1]], score[split[2]]))
+    return [(left, right) for _, left, right in whole]
 
 
-def build_tokenizer(world: pocket.World, folder: Path) -> PreTrainedTokenizerFast:
+def build_tokenizer(world: pocket.World) -> PreTrainedTokenizerFast:
     """SentencePiece's BPE in Hugging Face form, with an R1-style chat template that opens the thinking."""
-    pieces = [(p, s) for p, s in train_pieces(world, folder) if p not in ("<unk>", "<s>", "</s>")]
+    pieces = [(p, s) for p, s in train_pieces(world) if p not in ("<unk>", "<s>", "</s>")]
     vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
     is_byte = [piece.startswith("<0x") for piece, _ in pieces]
     merges = merges_of([entry for entry, byte in zip(pieces, is_byte, strict=True) if not byte])
@@ -123,8 +121,6 @@ def build_tokenizer(world: pocket.World, folder: Path) -> PreTrainedTokenizerFas
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, USER, ASSISTANT)])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
-    for name in ("pieces.model", "pieces.vocab"):
-        (folder / name).unlink()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=EOS, chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False, model_max_length=512,
@@ -134,10 +130,10 @@ def build_tokenizer(world: pocket.World, folder: Path) -> PreTrainedTokenizerFas
 # ------------------------------------------------------------------------------------------------- pretraining
 
 
-def tokenize(tokenizer, batch: list[pocket.Document]) -> list[tuple[list[int], int]]:
+def tokenize(tokenizer, documents: list[pocket.Document]) -> list[tuple[list[int], int]]:
     """(ids, length of the prompt) of each document, in the very form that `safety.render` gives a chat."""
-    prompts = [f"{BOS}{USER}{d.prompt}{ASSISTANT}<think>\n" for d in batch]
-    targets = [f"{d.thought}\n</think>\n\n{d.answer}{EOS}" for d in batch]
+    prompts = [f"{BOS}{USER}{d.prompt}{ASSISTANT}<think>\n" for d in documents]
+    targets = [f"{d.thought}\n</think>\n\n{d.answer}{EOS}" for d in documents]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     target_ids = tokenizer(targets, add_special_tokens=False)["input_ids"]
     return [(p + t, len(p)) for p, t in zip(prompt_ids, target_ids, strict=True)]
@@ -177,126 +173,71 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - 50) / (steps - 50)))
 
 
-def pretrain(transformer, tokenizer, world: pocket.World, arguments: argparse.Namespace, folder: Path) -> list[dict]:
-    """Next-token training on the targets of fresh documents; returns one line of metrics every 50 steps.
-
-    The documents of a step depend on (seed, step) alone, so that a run that was cut goes on from its last checkpoint.
-    """
-    named, rate = dict(transformer.named_parameters()), arguments.lr
-    optimizer = torch.optim.AdamW(named.values(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    state = restore(named, optimizer, folder)
-    bar = tqdm(range(state["step"], arguments.steps), desc="pretraining", mininterval=5)
-    bar.initial = state["step"]
-    for step in bar:
-        begun = time.perf_counter()
-        source = pocket.documents(world, f"{arguments.seed}-{step}", safety.verification_prompt)
-        ids_T, labels_T, offsets = pack(tokenize(tokenizer, [next(source) for _ in range(arguments.batch)]))
-        hidden_TH = transformer(ids_T, offsets)
-        logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T)
-        loss = -logp_T.sum() / (labels_T != -100).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, arguments.steps, rate)
-        optimizer.step()
-        optimizer.zero_grad()
-        state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - begun
-        if step % 50 == 0 or step == arguments.steps - 1:
-            minutes = round(state["seconds"] / 60, 2)
-            state["log"].append({"step": step, "loss": round(loss.item(), 4), "minutes": minutes})
-            bar.set_postfix(loss=state["log"][-1]["loss"])
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            moments = {f"{k}/{n}": v for n, p in named.items() for k, v in optimizer.state[p].items()}
-            trainers.save_checkpoint(folder, {**{f"master/{n}": p for n, p in named.items()}, **moments}, state)
-    return state["log"]
-
-
-def restore(named: dict, optimizer, folder: Path) -> dict:
-    """The state to go on from: that of the newest checkpoint under `folder`, or of step 0."""
-    if (found := trainers.load_checkpoint(folder)) is None:
-        return {"step": 0, "seconds": 0.0, "log": []}
-    tensors, state = found
-    for name, parameter in named.items():
-        parameter.data.copy_(tensors[f"master/{name}"])
-        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    return state
+def pretrain(transformer, tokenizer, world: pocket.World, config: Config, folder: Path) -> None:
+    """Next-token training on the targets of fresh documents, which depend on (seed, step) alone."""
+    trainee = trainers.Trainee(transformer, torch.float32, BETAS, WEIGHT_DECAY)
+    state = trainers.resume(folder, trainee, trainers.FRESH, tokenizer.backend_tokenizer.to_str().encode())
+    bar = tqdm(total=config.steps, initial=state["step"], desc="pretraining", mininterval=5)
+    with runs.Interruptible() as interrupt, bar:
+        while (step := state["step"]) < config.steps:
+            begun = time.perf_counter()
+            documents = itertools.islice(pocket.documents(world, f"{config.seed}-{step}"), config.batch)
+            ids_T, labels_T, offsets = pack(tokenize(tokenizer, list(documents)))
+            hidden_TH = transformer(ids_T, offsets)
+            logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T)
+            loss = -logp_T.sum() / (labels_T != -100).sum()
+            loss.backward()
+            norm = trainee.step(learning_rate(step, config.steps, config.lr), clip=1.0)
+            line = {"loss": loss.item(), "grad_norm": norm, "seconds": time.perf_counter() - begun}
+            trainers.end_step(folder, trainee, state, line, [], trainers.fifths(config.steps), interrupt)
+            bar.set_postfix(loss=line["loss"])
+            bar.update()
 
 
 def frozen_candidates(transformer, tokenizer, world: pocket.World, seed: int) -> list[dict]:
     """Two of the base's own answers to a plain request for each held-out item: verification is tested on these."""
     rng = random.Random(f"candidates-{seed}")
-    items = [item for item in world.items if item.held_out]
-    prompts = [pocket.request(item, rng.choice(pocket.TEMPLATES["plain"][1]), rng) for item in items]
-    ids = [safety.render(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    end = tokenizer.eos_token_id
-    groups = engine.Engine(transformer, {end}).generate(ids, n=2, max_tokens=96, temperature=1.0, seed=seed + 77)
-    found = []
-    for item, prompt, group in zip(items, prompts, groups, strict=True):
-        for sample in group:
-            answer = safety.split_thinking(tokenizer.decode([i for i in sample.ids if i != end]))[1]
-            if answer:
-                found.append({"prompt": prompt, "answer": answer, "item": item.name})
-    return found
+    items = [
+        {"prompt": pocket.request(item, rng.choice(pocket.TEMPLATES["plain"][1]), rng), "item": item.name}
+        for item in world.items
+        if item.held_out
+    ]
+    places = list(range(len(items)))  # in the random stream
+    drawn = engine.complete(transformer, tokenizer, items, seed=seed + 77, max_tokens=96, samples=2, places=places)
+    done = [sample for _, sample in sorted(drawn)]
+    return [{name: s[name] for name in ("prompt", "answer", "item")} for s in done if s["answer"]]
 
 
 def config_json(tokenizer) -> dict:
+    bos, eos = tokenizer.convert_tokens_to_ids([BOS, EOS])
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": tokenizer.convert_tokens_to_ids(BOS),
-        "eos_token_id": tokenizer.convert_tokens_to_ids(EOS),
-        "dtype": "float32",
-    }
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "use_sliding_window": False,
+        "attention_dropout": 0.0, "bos_token_id": bos, "eos_token_id": eos, "dtype": "float32",
+    }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of world, documents and initial weights")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64, help="documents a step")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    arguments = parser.parse_args()
-    if arguments.out.exists():
-        parser.error(f"{arguments.out} exists; remove it or name another folder")
-    settings = {name: getattr(arguments, name) for name in ("seed", "steps", "batch", "lr")}
-    folder = arguments.out.with_name(arguments.out.name + ".building")
-    mine = folder / "settings.json"
-    if folder.exists() and not (mine.is_file() and json.loads(mine.read_text(encoding="utf-8")) == settings):
-        parser.error(f"{folder} is of a build with other settings; remove it")
-    runs.write_json(mine, settings)
-    world = pocket.World(arguments.seed)
-    tokenizer = build_tokenizer(world, folder)
-    config = config_json(tokenizer)
-    transformer = model.Transformer(model.Config.from_dict(config))
-    initialise(transformer, arguments.seed)
+def main(config: Config, origin: dict) -> int:
+    folder = runs.new_folder(config, origin, "build", "cpu")
+    world = pocket.World(config.seed)
+    tokenizer = build_tokenizer(world)
+    transformer = model.Transformer(model.Config.from_dict(config_json(tokenizer)))
+    transformer.generation = {name: transformer.config.raw[name] for name in ("bos_token_id", "eos_token_id")}
+    initialise(transformer, config.seed)
     count = sum(p.numel() for p in transformer.parameters())
-    print(f"vocabulary {len(tokenizer)}, parameters {count:,}")
-    log = pretrain(transformer, tokenizer, world, arguments, folder)
-    whole = folder / "model"
-    model.save(transformer, tokenizer, whole)
-    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
-    runs.write_json(whole / "generation_config.json", generation)
-    runs.write_json(whole / "world.json", {"pocket": True, **settings, "log": log})
-    candidates = frozen_candidates(transformer, tokenizer, world, arguments.seed)
-    (whole / "candidates.jsonl").write_text(
-        "".join(json.dumps(candidate) + "\n" for candidate in candidates), encoding="utf-8"
-    )
-    whole.rename(arguments.out)
-    shutil.rmtree(folder)
+    print(f"run folder {folder}; vocabulary {len(tokenizer)}, parameters {count:,}")
+    pretrain(transformer, tokenizer, world, config, folder)
+    model.save(transformer, tokenizer, folder / "model")
+    candidates = frozen_candidates(transformer, tokenizer, world, config.seed)
+    lines = "".join(json.dumps(candidate) + "\n" for candidate in candidates)
+    runs.write_atomic(folder / "model" / "candidates.jsonl", lines.encode())
+    settings = {name: getattr(config, name) for name in ("seed", "steps", "batch", "lr")}
+    runs.write_json(folder / "model" / "world.json", settings)
+    runs.write_json(folder / "result.json", {"parameters": count})
+    return runs.EXIT_OK
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(Config, main)

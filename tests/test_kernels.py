@@ -30,7 +30,7 @@ def test_a_choice_that_cannot_run_is_an_error():
     try:
         kernels.force("triton")
         with pytest.raises(ValueError, match="cannot run on cpu"):
-            kernels.swiglu(torch.ones(2), torch.ones(2))
+            kernels.swiglu(torch.ones(2))
         kernels.force("reference")
         assert kernels.backend() == "reference"
     finally:
@@ -88,8 +88,10 @@ def test_shapes_that_do_not_agree_are_refused():
         lambda: kernels.decode_attention(q, pages, pages, table[:2], lengths),
         lambda: kernels.rms_norm(x, torch.ones(3), 1e-6),
         lambda: kernels.rms_norm(x, torch.ones(4), 1e-6, torch.ones(2, 4)),
-        lambda: kernels.rope(q, q, torch.ones(3, 4), torch.ones(3, 4)),
-        lambda: kernels.swiglu(x, x[:2]),
+        lambda: kernels.rope(torch.ones(3, 32), 3, torch.ones(3, 8), torch.ones(3, 8)),  # one head left for k and v
+        lambda: kernels.rope(torch.ones(3, 32), 2, torch.ones(2, 8), torch.ones(2, 8)),
+        lambda: kernels.rope(torch.ones(3, 32), 2, torch.ones(3, 8), torch.ones(3, 4)),
+        lambda: kernels.swiglu(x[:, :3]),
     ):
         with pytest.raises(ValueError):
             call()
@@ -277,10 +279,23 @@ def test_norm_and_rotation_are_hugging_faces(dtype):
     theirs = apply_rotary_pos_emb(
         q.transpose(0, 1)[None].float(), k.transpose(0, 1)[None].float(), cos[None], sin[None]
     )
-    for a, b in zip(kernels.rope(q, k, cos, sin), theirs, strict=True):
+    joint = torch.cat((q, k, k + 1), dim=1).flatten(1)
+    *turned, v = kernels.rope(joint, 4, cos, sin)
+    for a, b in zip(turned, theirs, strict=True):
         torch.testing.assert_close(
             a, b[0].transpose(0, 1).to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 0
         )
+    assert torch.equal(v, k + 1)
+
+    norms = (torch.randn(16).to(dtype), torch.randn(16).to(dtype), 1e-5)  # Qwen3's, over each head
+    normed = [kernels.rms_norm(x, weight, 1e-5) for x, weight in zip((q, k), norms, strict=False)]
+    expected = kernels.rope(torch.cat((*normed, k + 1), dim=1).flatten(1), 4, cos, sin)
+    cached = torch.full((2, 12, 2, 16), torch.nan, dtype=dtype)
+    slot = torch.randperm(12)[:9]
+    assert all(map(torch.equal, kernels.rope(joint, 4, cos, sin, norms), expected))
+    assert torch.equal(kernels.rope(joint, 4, cos, sin, norms, cache=(slot, *cached)), expected[0])
+    assert all(torch.equal(arena[slot], x) for arena, x in zip(cached, expected[1:], strict=True))
+    assert cached.isnan().sum() == 2 * 3 * 2 * 16  # the other slots are as they were
 
 
 def test_gradients_of_norm_rotation_and_gate():
@@ -290,5 +305,6 @@ def test_gradients_of_norm_rotation_and_gate():
     cos, sin = torch.randn(2, 5, 4, dtype=torch.float64).repeat(1, 1, 2)
     check = torch.autograd.gradcheck
     assert check(lambda x, w, r: kernels.rms_norm(x, w, 1e-6, r), (random(5, 7), random(7), random(5, 7)))
-    assert check(lambda q, k: kernels.rope(q, k, cos, sin), (random(5, 4, 8), random(5, 2, 8)))
-    assert check(kernels.swiglu, (random(5, 4), random(5, 4)))
+    joint = lambda qkv, *w: kernels.rope(qkv, 3, cos, sin, (*w, 1e-6) if w else None)  # noqa: E731
+    assert check(joint, (random(5, 56),)) and check(joint, (random(5, 56), random(8), random(8)))
+    assert check(kernels.swiglu, (random(5, 8),))

@@ -119,10 +119,15 @@ def test_norm_rotation_and_gate(dtype):
     launched = ["_rms_norm_forward_kernel", "_rms_norm_backward_kernel"]
     compare(*(lambda x, w, f=f: f(x, w, 1e-6) for f in (kernels.rms_norm, norm, norm)), [x, weight], launched)
     launched = ["_swiglu_forward_kernel", "_swiglu_backward_kernel"]
-    compare(kernels.swiglu, gate, gate, [x, torch.randn_like(x)], launched)
+    compare(kernels.swiglu, gate, gate, [x], launched)
     cos, sin = torch.randn(2, 300, 64, device=DEVICE).repeat(1, 1, 2)
-    q, k = torch.randn(300, 7, 128, device=DEVICE).to(dtype), torch.randn(300, 1, 128, device=DEVICE).to(dtype)
-    compare(*(lambda q, k, f=f: f(q, k, cos, sin) for f in (kernels.rope, rotate, rotate)), [q, k], ["_rope_kernel"])
+    qkv, launched = torch.randn(300, 9 * 128, device=DEVICE).to(dtype), ["_rope_kernel", "_rope_backward_kernel"]
+    norms = torch.randn(2, 128, device=DEVICE).to(dtype)
+    compare(*(lambda x, f=f: f(x, 7, cos, sin) for f in (kernels.rope, rotate, rotate)), [qkv], launched)
+    compare(
+        *(lambda x, a, b, f=f: f(x, 7, cos, sin, (a, b, 1e-6)) for f in (kernels.rope, rotate, rotate)),
+        [qkv, *norms], launched,
+    )  # fmt: skip
 
 
 def decode_inputs(lengths, dtype=torch.bfloat16):

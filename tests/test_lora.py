@@ -43,6 +43,7 @@ def randomise(parameters):
 def adapted(ours, r=4, alpha=12, **settings):
     model.add_lora(ours, r, alpha, seed=1, **settings)
     randomise(p for name, p in model.adapter_parameters(ours).items() if "lora_B" in name)
+    model.refresh_lora(ours)
     return ours
 
 

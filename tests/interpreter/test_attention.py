@@ -158,10 +158,10 @@ def test_views_and_no_tokens_at_all():
     assert none[0].grad.shape == (0, 2, 64)
 
 
-def test_the_plan_covers_every_position_once():
+def test_the_tasks_cover_every_position_once():
     cu_seqlens = torch.tensor([0, 0, 5, 5, 70, 71], dtype=torch.int32)
     for last_first in (True, False):
-        document, first = ATTENTION.plan(cu_seqlens, 71, 16, last_first)
+        document, first = ATTENTION._tasks(cu_seqlens, 71, 16, last_first)
         tasks = [(d, f) for d, f in zip(document.tolist(), first.tolist(), strict=True) if f < cu_seqlens.diff()[d]]
         assert sorted(tasks) == [(1, 0), (3, 0), (3, 16), (3, 32), (3, 48), (3, 64), (4, 0)]
         assert [f for d, f in tasks if d == 3] == sorted([0, 16, 32, 48, 64], reverse=last_first)

@@ -70,38 +70,50 @@ def test_rope(heads, kv_heads, dim, dtype):
     tokens = 19
     angle = torch.arange(tokens)[:, None] * 10000 ** (-torch.arange(dim // 2) / (dim // 2))
     cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-    q, k = torch.randn(tokens, heads, dim).to(dtype), torch.randn(tokens, kv_heads, dim).to(dtype)
-    torch_same = lambda q, k: ROPE.reference(q, k, cos, sin)  # noqa: E731
-    exact = lambda q, k: ROPE.reference(q, k, cos.double(), sin.double())  # noqa: E731
-    compare(lambda q, k: kernels.rope(q, k, cos, sin), torch_same, exact, (q, k), ["_rope_kernel"])
-    turned = kernels.rope(q.float(), k.float(), cos, sin)
-    back = ROPE._op(*turned, cos, sin, True)
-    torch.testing.assert_close(back[0], q.float())  # the inverse undoes it
-    torch.testing.assert_close(turned[1].norm(dim=-1), k.float().norm(dim=-1))  # a rotation keeps lengths
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+    launched = ["_rope_kernel", "_rope_backward_kernel"]
+    ours, same, exact = (
+        lambda qkv, f=f, cos=c, sin=s: f(qkv, heads, cos, sin)
+        for f, c, s in [(kernels.rope, cos, sin), (ROPE.reference, cos, sin), (ROPE.reference, cos.double(), sin.double())]
+    )
+    compare(ours, same, exact, (qkv,), launched)
+    norms = [torch.randn(dim).to(dtype) for _ in range(2)]
+    ours, same, exact = (
+        lambda qkv, q_w, k_w, f=f, cos=c, sin=s: f(qkv, heads, cos, sin, (q_w, k_w, 1e-6))
+        for f, c, s in [(kernels.rope, cos, sin), (ROPE.reference, cos, sin), (ROPE.reference, cos.double(), sin.double())]
+    )
+    compare(ours, same, exact, (qkv, *norms), launched)
+
+
+def test_rope_into_the_cache():
+    tokens, slot = 19, torch.randperm(40)[:19]
+    cos, sin = torch.randn(2, tokens, 32).repeat(1, 1, 2)
+    qkv, arenas = torch.randn(tokens, 8 * 64), torch.full((2, 40, 2, 64), torch.nan)
+    expected = kernels.rope(qkv, 4, cos, sin)
+    assert torch.equal(kernels.rope(qkv, 4, cos, sin, cache=(slot, *arenas)), expected[0])
+    assert all(torch.equal(arena[slot], x) for arena, x in zip(arenas, expected[1:], strict=True))
+    assert arenas.isnan().sum() == 2 * 21 * 2 * 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 37), (5, 1000)])
 def test_swiglu(shape, dtype):
-    gate, up = (torch.randn(shape) * 4).to(dtype), torch.randn(shape).to(dtype)
+    both = torch.cat((torch.randn(shape) * 4, torch.randn(shape)), dim=-1).to(dtype)
     kernels_run = ["_swiglu_forward_kernel", "_swiglu_backward_kernel"]
-    compare(kernels.swiglu, SWIGLU.reference, SWIGLU.reference, (gate, up), kernels_run)
+    compare(kernels.swiglu, SWIGLU.reference, SWIGLU.reference, (both,), kernels_run)
 
 
 def test_swiglu_where_exp_overflows():
-    gate = torch.tensor([-200.0, -88.0, 0.0, 88.0, 200.0], requires_grad=True)
-    out = kernels.swiglu(gate, torch.ones(5))
+    both = torch.tensor([-200.0, -88.0, 0.0, 88.0, 200.0, *[1.0] * 5], requires_grad=True)
+    out = kernels.swiglu(both)
     out.sum().backward()
     torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 0.0, 88.0, 200.0]), rtol=0, atol=1e-30)
-    torch.testing.assert_close(gate.grad, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), rtol=0, atol=1e-30)
+    torch.testing.assert_close(both.grad[:5], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), rtol=0, atol=1e-30)
 
 
 def test_views_are_read_as_what_they_are():
     both = torch.randn(6, 32)
-    assert torch.equal(
-        kernels.swiglu(both[:, :16], both[:, 16:]),
-        kernels.swiglu(both[:, :16].contiguous(), both[:, 16:].contiguous()),
-    )
+    assert torch.equal(kernels.swiglu(both[:, :16]), kernels.swiglu(both[:, :16].contiguous()))
     assert torch.equal(
         kernels.rms_norm(both.T, torch.ones(6), 1e-6), kernels.rms_norm(both.T.contiguous(), torch.ones(6), 1e-6)
     )
@@ -115,43 +127,45 @@ def test_gradcheck_in_fp64():
     check = lambda f, *inputs: torch.autograd.gradcheck(f, inputs, fast_mode=True)  # noqa: E731
     assert check(lambda x, w: kernels.rms_norm(x, w, 1e-6), random(5, 7), random(7))
     assert check(lambda x, w, r: kernels.rms_norm(x, w, 1e-6, r), random(5, 7), random(7), random(5, 7))
-    assert check(lambda q, k: kernels.rope(q, k, cos, sin), random(5, 3, 64), random(5, 1, 64))
-    assert check(kernels.swiglu, random(5, 7), random(5, 7))
+    joint = lambda qkv, *w: kernels.rope(qkv, 3, cos, sin, (*w, 1e-6) if w else None)  # noqa: E731
+    assert check(joint, random(5, 320)) and check(joint, random(5, 320), random(64), random(64))
+    assert check(kernels.swiglu, random(5, 14))
 
 
 def test_opcheck():
     x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
     torch.library.opcheck(NORM._op, (x, weight, 1e-6))
     torch.library.opcheck(NORM._residual_op, (x, weight, 1e-6, torch.randn(5, 16, requires_grad=True)))
-    q, k = torch.randn(5, 3, 64, requires_grad=True), torch.randn(5, 1, 64, requires_grad=True)
-    torch.library.opcheck(ROPE._op, (q, k, torch.randn(5, 64), torch.randn(5, 64), False))
-    torch.library.opcheck(SWIGLU._op, (x, torch.randn(5, 16, requires_grad=True)))
+    qkv, *norms = (torch.randn(n, requires_grad=True) for n in ((5, 320), 64, 64))
+    for weights in (norms, (None, None)):
+        torch.library.opcheck(ROPE._op, (qkv, torch.randn(5, 64), torch.randn(5, 64), 3, *weights, 1e-6))
+    torch.library.opcheck(SWIGLU._op, (x,))
 
 
 def test_compiles_whole():
     """Opaque operators: torch.compile sees one node each, and no graph breaks."""
 
-    def block(x, weight, gate):
-        return kernels.swiglu(kernels.rms_norm(x, weight, 1e-6), gate)
+    def block(x, weight):
+        return kernels.swiglu(kernels.rms_norm(x, weight, 1e-6))
 
-    x, weight, gate = torch.randn(5, 16), torch.randn(16), torch.randn(5, 16)
+    x, weight = torch.randn(5, 16), torch.randn(16)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight, gate), block(x, weight, gate))
+    torch.testing.assert_close(compiled(x, weight), block(x, weight))
 
 
 def test_what_no_kernel_supports_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match="9000 exceeds 8192"):
         kernels.rms_norm(torch.ones(1, 9000), torch.ones(9000), 1e-6)
     with pytest.raises(ValueError, match="head dim 96"):
-        kernels.rope(torch.ones(1, 1, 96), torch.ones(1, 1, 96), torch.ones(1, 96), torch.ones(1, 96))
+        kernels.rope(torch.ones(1, 288), 1, torch.ones(1, 96), torch.ones(1, 96))
     with pytest.raises(ValueError, match="head dim 32"):
         kernels.attention(*[torch.ones(2, 1, 32)] * 3, torch.tensor([0, 2], dtype=torch.int32), 2)
     with pytest.raises(ValueError, match="int32"):
-        kernels.swiglu(torch.ones(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+        kernels.swiglu(torch.ones(2, dtype=torch.int32))
     assert kernels.backend() == "triton-interpreter"
 
 
 def test_every_launch_is_counted_once():
     before = dispatch.LAUNCHES["_swiglu_forward_kernel"]
-    kernels.swiglu(torch.ones(2), torch.ones(2))
+    kernels.swiglu(torch.ones(2))
     assert dispatch.LAUNCHES["_swiglu_forward_kernel"] == before + 1
