@@ -251,11 +251,11 @@ class Joint:
 
     def product(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y [T,O], and x A' [T,R] where there are pairs."""
-        y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
         if not self.pairs:
-            return y_TO, None
+            return F.linear(x_TI, self.weight_OI, self.bias_O), None
         xa_TR = F.linear(x_TI, self.a_RI)
-        return y_TO.addmm_(xa_TR, self.b_OR.T), xa_TR
+        y_TO = F.linear(xa_TR, self.b_OR, self.bias_O)  # first, for the large product can add to it at no cost
+        return y_TO.addmm_(x_TI, self.weight_OI.T), xa_TR
 
 
 def together(parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -280,16 +280,14 @@ class JointProduct(torch.autograd.Function):
     def backward(ctx, g_TO):
         joint, (x_TI, xa_TR), n = ctx.joint, ctx.saved_tensors, len(ctx.joint.linears)
         needed, g_TI, g_weights, g_biases, g_pairs = ctx.needs_input_grad, None, [None] * n, [None] * n, []
+        g_xa_TR = g_TO @ joint.b_OR if joint.pairs else None
         if needed[0]:
-            g_TI = g_TO @ joint.weight_OI
+            g_TI = (g_xa_TR @ joint.a_RI).addmm_(g_TO, joint.weight_OI) if joint.pairs else g_TO @ joint.weight_OI
         if any(needed[2 : 2 + n]):
             g_weights = (g_TO.T @ x_TI).split(joint.sizes)
         if any(needed[2 + n : 2 + 2 * n]):
             g_biases = g_TO.sum(0).split(joint.sizes)
         if joint.pairs:
-            g_xa_TR = g_TO @ joint.b_OR
-            if needed[0]:
-                g_TI.addmm_(g_xa_TR, joint.a_RI)
             g_a_RI, g_b_OR = (g_xa_TR.T @ x_TI).float(), (g_TO.T @ xa_TR).float()
             for linear, outputs, ranks in joint.pairs:
                 g_pairs += [g_a_RI[ranks], g_b_OR[outputs, ranks] * linear.lora_scale]

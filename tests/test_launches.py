@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import model
+import trainers
 from bench import launches
+from bench.engine import QWEN3_0_6B, R1_DISTILL_1_5B
 
 SNAPSHOT = json.loads(launches.SNAPSHOT.read_text())
 
@@ -49,3 +51,20 @@ def test_views_and_allocations_start_nothing_and_a_copy_does():
 def test_reading_a_value_back_to_the_host_is_an_error():
     with launches.counting(), pytest.raises((RuntimeError, NotImplementedError)):
         torch.zeros(3).sum().item()
+
+
+@pytest.mark.parametrize("raw", [R1_DISTILL_1_5B, QWEN3_0_6B])
+def test_the_memory_plan_knows_what_backward_keeps_of_a_layer(raw):
+    def kept(layers):
+        with launches.counting():
+            transformer = model.Transformer(model.Config.from_dict(raw | {"num_hidden_layers": layers}))
+            own = {p.untyped_storage()._cdata for p in transformer.to(torch.bfloat16).parameters()}
+            saved = {}
+            pack = lambda t: saved.setdefault(t.untyped_storage()._cdata, t) is None or t  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                transformer(torch.empty(4096, dtype=torch.int64), torch.empty(9, dtype=torch.int32))
+            sizes = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
+            return sizes, trainers.training_bytes(transformer, 0, torch.bfloat16, 4096, False)["activations"]
+
+    (one, planned_one), (two, planned_two) = kept(1), kept(2)
+    assert two - one == pytest.approx(planned_two - planned_one, rel=0.005)

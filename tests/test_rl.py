@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import engine
 import kernels
+import maths
 import model
 import runs
 import suites
@@ -19,7 +20,7 @@ import train_rl
 import trainers
 from pocket.world import world_of
 from tests import families, tiny
-from train_rl import Config, Drawing, Pool, Run
+from train_rl import Config, Drawing, Run
 from trainers import Plan
 
 SMALL = {"prompts": ("none",), "reward": "none.py", "evaluate": False, "lora_r": 0, "device": "cpu"}
@@ -27,7 +28,7 @@ PLAN = Plan(16384)
 
 
 def settings(**changes) -> Config:
-    return Config(**{**SMALL, "prompts_per_step": 4, "group": 4, "max_tokens": 12, "held_out": 0, **changes})
+    return Config(**{**SMALL, "prompts_per_step": 4, "group": 4, "max_tokens": 12, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +310,7 @@ def run_step(folder, monkeypatch, trainee_of=fresh, scorer=by_length, **changes)
     tokenizer, texts = families.tokenizer("r1-qwen"), [f"brew {i}" for i in range(6)]
     prompts = [{"id": t, "prompt": t, "kind": "harmful", "source": "test", "ids": tokenizer.encode(t)} for t in texts]
     sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=64)
-    pools = [Pool("test", 1.0, prompts)]
-    run = Run(sampler, tokenizer, trainee, scorer, pools, [], settings(**changes), PLAN, folder)
+    run = Run(sampler, tokenizer, trainee, scorer, prompts, settings(**changes), PLAN, folder)
     line, groups = train_rl.one_step(run, 0)
     return transformer, trainee, line, groups
 
@@ -336,7 +336,6 @@ def test_a_step_without_a_live_group_makes_no_update_and_says_so(folder, monkeyp
         assert line["live"] == 0 and line["loss"] == 0 and math.isnan(line["max_gap"])
         assert line["zero_variance_right"] == (value == 1.0) and line["zero_variance_wrong"] == (value == 0.0)
         assert line["unscored"] == (value is None)
-        assert any("no update" in words for words in train_rl.warnings(line))
 
 
 def test_an_answer_without_a_score_is_left_out_of_loss_and_mean(folder, monkeypatch):
@@ -359,20 +358,13 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(folder, monkeypatc
     before = weights(fresh(folder)[0])
     transformer, trainee, line, _ = run_step(folder, monkeypatch, lr=1e-2)
     assert torch.equal(weights(transformer), before) and not trainee.adam.state
-    state = {**train_rl.FRESH}
-    for _ in range(2):
-        train_rl.count_step(state, line)
-    assert not math.isfinite(line["grad_norm"]) and state["updates"] == 0 and state["answers"] == 32
-    train_rl.count_step(state, {**line, "grad_norm": 0.1})
-    assert state["updates"] == 1
+    assert not math.isfinite(line["grad_norm"])
 
 
 def test_a_rollout_is_a_function_of_seed_and_step(folder, monkeypatch):
     drawings = [run_step(folder, monkeypatch, lr=0.0, seed=seed)[3] for seed in (0, 0, 1)]
     actions = [[d.action for group in groups for d in group] for groups in drawings]
     assert actions[0] == actions[1] != actions[2]
-    seeds = {train_rl.rollout_seed(seed, step) for seed in range(50) for step in range(50)}
-    assert len(seeds) == 2500 and min(seeds) > 10**9
 
 
 def test_weights_that_have_diverged_are_named(folder, monkeypatch):
@@ -481,54 +473,40 @@ GUARDED = [
 
 @pytest.mark.parametrize(("guard", "prompt", "message"), GUARDED)
 def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_asks_not_needed(guard, prompt, message):
-    pools = [Pool("s", 1, [{"prompt": "p", "source": "s", **prompt}])]
-    assert train_rl.needed_guard(settings(guard=guard), pools) == ""  # with a reward of one's own
+    prompts = [{"prompt": "p", "source": "s", **prompt}]
+    assert train_rl.needed_guard(settings(guard=guard), prompts) == ""  # with a reward of one's own
     if message:
         with pytest.raises(runs.UserError, match=message):
-            train_rl.needed_guard(settings(guard=guard, reward=""), pools)
+            train_rl.needed_guard(settings(guard=guard, reward=""), prompts)
     else:
         asked = prompt["kind"] in ("harmful", "benign")
-        assert train_rl.needed_guard(settings(guard=guard, reward=""), pools) == (guard if asked else "maths")
+        assert train_rl.needed_guard(settings(guard=guard, reward=""), prompts) == (guard if asked else "maths")
 
 
 def test_maths_without_its_grader_is_refused(monkeypatch):
-    monkeypatch.setattr(train_rl.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(maths.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(runs.UserError, match="pip install"):
-        train_rl.needed_guard(settings(guard="maths", reward=""), [Pool("s", 1, [{"kind": "maths"}])])
+        train_rl.needed_guard(settings(guard="maths", reward=""), [{"kind": "maths"}])
 
 
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-def pool(name, n, weight=None):
-    return Pool(name, weight or n, [{"id": f"{name}{i}", "prompt": f"{name} {i}"} for i in range(n)])
+def pool(name, *texts):
+    return [{"id": f"{name}{i}", "prompt": text, "pool": name} for i, text in enumerate(texts)]
 
 
-def test_every_step_has_the_same_share_of_each_pool():
-    assert train_rl.quotas([1, 1, 3], 64) == [13, 13, 38]
-    assert train_rl.quotas([1, 1, 1], 64) == [22, 21, 21] and train_rl.quotas([5], 3) == [3]
-    pools = [pool("a", 10), pool("b", 30)]
-    for step in range(20):
-        names = [p["prompt"][0] for p in train_rl.step_prompts(pools, step, 8, seed=0)]
-        assert names.count("a") == 2 and names.count("b") == 6
-
-
-def test_every_prompt_comes_once_before_any_comes_twice():
-    pools = [pool("a", 12)]
-    ids = [p["id"] for step in range(6) for p in train_rl.step_prompts(pools, step, 4, seed=5)]
-    assert sorted(ids[:12]) == sorted(ids[12:]) == sorted(p["id"] for p in pools[0].prompts) and ids[:12] != ids[12:]
-    assert [p["id"] for p in train_rl.step_prompts(pools, 4, 4, seed=5)] == ids[16:20]
-    assert [p["id"] for p in train_rl.step_prompts(pools, 4, 4, seed=6)] != ids[16:20]
-
-
-def test_held_out_prompts_are_on_one_side_only():
-    pools = [pool("a", 10), pool("b", 10)]
-    pools[1].prompts[0] = {"id": "again", "prompt": pools[0].prompts[3]["prompt"]}
-    held_out = train_rl.hold_out(pools, 6, seed=1)
-    left = {p["prompt"] for each in pools for p in each.prompts}
-    assert len(held_out) == 6 and not left & {p["prompt"] for p in held_out} and len(left) == 13
-    with pytest.raises(runs.UserError, match="leaves no prompt"):
-        train_rl.hold_out([pool("a", 1), pool("b", 40)], 20, seed=0)
+def test_pools_are_mixed_by_weight_and_every_prompt_comes_once_before_any_comes_twice():
+    prompts, weights = pool("a", *"0123456789") + pool("b", *"abcdefghijklmnopqrstuvwxyzABCD"), {"a": 1.0, "b": 3.0}
+    drawn = train_rl.mixture(prompts, weights, 160, seed=5)
+    assert "".join(p["pool"] for p in drawn) == "babb" * 40
+    ids = [p["id"] for p in drawn if p["pool"] == "b"]
+    rounds = [ids[i : i + 30] for i in range(0, 120, 30)]
+    assert all(sorted(each) == sorted(p["id"] for p in prompts[10:]) for each in rounds) and rounds[0] != rounds[1]
+    assert train_rl.mixture(prompts, weights, 80, seed=5) == drawn[:80]
+    assert train_rl.mixture(prompts, weights, 160, seed=6) != drawn
+    rare = train_rl.mixture(prompts, {"a": 0.001, "b": 1.0}, 2000, seed=0)
+    assert [p["pool"] for p in rare].count("a") == 2  # a small weight gets its share in the long run
 
 
 def test_words_of_prompts(monkeypatch):
@@ -539,44 +517,41 @@ def test_words_of_prompts(monkeypatch):
         return [{"prompt": str(i)} for i in range(limit or 7)]
 
     monkeypatch.setattr(train_rl.suites, "prompts", prompts)
-    pools = train_rl.load_pools(("a", "b@2.5", "pocket:rl#3", "own=x/y.jsonl@2#5"), None, 0)
-    assert [(p.name, p.weight) for p in pools] == [("a", 7), ("b", 2.5), ("pocket:rl", 3), ("own=x/y.jsonl", 2)]
+    found, weights = train_rl.load_prompts(("a", "b@2.5", "pocket:rl#3", "own=x/y.jsonl@2#5"), None, 0)
+    assert weights == {"a": 7, "b": 2.5, "pocket:rl": 3, "own=x/y.jsonl": 2} and len(found) == 7 + 7 + 3 + 5
     assert asked == [(["a"], 0), (["b"], 0), (["pocket:rl"], 3), (["own=x/y.jsonl"], 5)]
-    with pytest.raises(runs.UserError, match="weight must be positive"):
-        train_rl.load_pools(("a@0",), None, 0)
-    for word in ("", "a\nb"):
-        with pytest.raises(runs.UserError, match="is no NAME, NAME@WEIGHT or NAME#LIMIT"):
-            train_rl.load_pools((word,), None, 0)
+    for words in (("a@0",), ("a#0",), ("",), ("a\nb",), ("a", "a@2")):
+        with pytest.raises(runs.UserError, match="NAME, NAME@WEIGHT or NAME#LIMIT, numbers above 0, each NAME once"):
+            train_rl.load_prompts(words, None, 0)
 
 
-def test_decontamination_counts_over_all_pools():
-    pools, item = [pool("a", 4), pool("b", 4)], {"suite": "s", "kind": "harmful"}
-    held = [pools[0].prompts[1]["prompt"], pools[1].prompts[0]["prompt"], pools[1].prompts[2]["prompt"], "another"]
-    assert train_rl.decontaminate(pools, []) == (0, {}) and [len(p.prompts) for p in pools] == [4, 4]
-    dropped, counts = train_rl.decontaminate(pools, [item | {"prompt": text.upper()} for text in held])
-    assert dropped == 3 and counts == {"s": {"exact": 3, "8-gram": 0}} and [len(p.prompts) for p in pools] == [3, 2]
-    assert not set(held) & {prompt["prompt"] for p in pools for prompt in p.prompts}
-    twins = [Pool("same", 1, [{"id": "same/0", "prompt": text}]) for text in ("kept", "held")]
-    with pytest.raises(runs.UserError, match="suites of --decontaminate hold all of it"):  # one id, two prompts
-        train_rl.decontaminate(twins, [item | {"prompt": "held"}])
+HELD = [{"suite": "s", "kind": "harmful", "prompt": text} for text in ("BREW it!", "another")]
+
+
+def test_prompts_that_a_suite_holds_or_that_are_too_long_are_dropped_and_counted():
+    tokenizer, weights = families.tokenizer("r1-qwen"), {"a": 1.0, "b": 1.0}
+    prompts = pool("a", "mix", "mix mix", "mix " * 40) + pool("b", "brew it", "brew that")
+    kept, account = train_rl.prepare(prompts, weights, HELD, tokenizer, 512, settings(max_prompt=20))
+    assert [p["prompt"] for p in kept] == ["mix", "mix mix", "brew that"] and all(len(p["ids"]) <= 20 for p in kept)
+    assert account == {"held_by_a_suite": 1, "decontamination": {"s": {"exact": 1, "8-gram": 0}}, "too_long": 1}
+    assert train_rl.prepare(prompts, weights, [], tokenizer, 512, settings())[1]["held_by_a_suite"] == 0
+    for changes, message in (
+        ({"max_prompt": 2}, "--prompts a, b: none is left; of all 5 prompts 1 are held by a suite .* 4 are too long"),
+        ({"max_tokens": 600}, "context of 512 tokens less --max-tokens 600"),
+        ({"max_prompt": 20}, "--prompts b: none is left.* 2 are held by a suite"),
+    ):
+        tested = HELD + [HELD[0] | {"prompt": "brew that"}] * (changes == {"max_prompt": 20})
+        with pytest.raises(runs.UserError, match=message):
+            train_rl.prepare(prompts, weights, tested, tokenizer, 512, settings(**changes))
 
 
 def test_no_suite_of_the_pocket_holds_what_its_rl_trains_on():
     world = world_of("pocket/base")
-    pools = train_rl.load_pools(("pocket:rl",), world, 0)
+    prompts, _ = train_rl.load_prompts(("pocket:rl",), world, 0)
     tested, missing = suites.tested_items(("pocket",), "pocket/base", world)
-    assert train_rl.decontaminate(pools, tested)[0] == 0 and len(pools[0].prompts) == 3072 and missing == {}
+    assert len(suites.decontaminate(prompts, tested)[0]) == len(prompts) == 3072 and missing == {}
     assert {"pocket:plain", "pocket:sums", "pocket:verify"} <= {item["suite"] for item in tested}
-    assert {prompt["kind"] for prompt in pools[0].prompts} == {"harmful", "benign", "sum"}
-
-
-def test_prompts_that_are_too_long_are_dropped_and_counted():
-    tokenizer = families.tokenizer("r1-qwen")
-    pools = [Pool("a", 1, [{"prompt": "mix " * n} for n in (1, 2, 40)])]
-    assert train_rl.tokenize(pools, tokenizer, 20) == 1
-    assert [len(p["ids"]) <= 20 for p in pools[0].prompts] == [True, True]
-    with pytest.raises(runs.UserError, match="no prompt has at most 2 tokens"):
-        train_rl.tokenize(pools, tokenizer, 2)
+    assert {prompt["kind"] for prompt in prompts} == {"harmful", "benign", "sum"}
 
 
 # ------------------------------------------------------------------------------------------------- health
@@ -600,45 +575,26 @@ def test_the_health_line():
     wanted = {
         "reward": 4 / 7, "reward_harmful": 0.5, "reward_benign": 1 / 3, "reward_maths": 1.0, "safe": 0.5,
         "refused_benign": 1 / 3, "correct": 1.0, "zero_variance_right": 0.25, "zero_variance_wrong": 0.25,
-        "truncated": 1 / 8, "unscored": 1 / 8, "entropy": 0.75, "length": 2.0, "same_text": 7 / 8,
+        "truncated": 1 / 8, "unscored": 1 / 8, "entropy": 0.75, "length": 2.0,
     }  # fmt: skip
     assert line == pytest.approx(wanted)
-
-
-def test_collapse_is_put_in_words():
-    fine = {"live": 9, "refused_benign": 0.1, "safe": 0.5, "same_text": 0.1, "truncated": 0.0}
-    fine |= {"unscored": 0.0, "kl_sampler": 1e-4}
-    assert train_rl.warnings(fine) == []
-    nothing = fine | {"refused_benign": math.nan, "safe": math.nan, "kl_sampler": math.nan}
-    assert train_rl.warnings(nothing) == []
-    for change, word in [
-        ({"live": 0}, "no update"), ({"refused_benign": 0.9}, "refused"), ({"safe": 0.0}, "harmful"),
-        ({"same_text": 0.7}, "commonest"), ({"truncated": 0.5}, "--max-tokens"),
-        ({"unscored": 0.5}, "unscored"), ({"kl_sampler": 0.1}, "disagree"),
-    ]:  # fmt: skip
-        (said,) = train_rl.warnings(fine | change)
-        assert word in said
 
 
 # ------------------------------------------------------------------------------------------------- memory
 
 
-def test_the_plan_is_for_the_longest_row_and_leaves_room_for_the_guard(folder, tmp_path, monkeypatch):
-    other = tiny.model_folder(tmp_path / "guard", num_hidden_layers=4)
-    config, guard = settings(model=str(folder), reward="", max_prompt=20, max_tokens=100), f"qwen3guard={other}"
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
-    plan = train_rl.plan_memory(replace(config, micro_tokens=1), guard, "cuda", torch.bfloat16)
+def test_the_plan_is_for_the_longest_row_and_leaves_room_for_the_guard(folder, tmp_path):
+    other = str(tiny.model_folder(tmp_path / "guard", num_hidden_layers=4))
+    config, sizes = settings(model=str(folder), micro_tokens=1), {"longest": 120, "answer": 120, "rows": 16}
+    plan = trainers.plan_memory(config, torch.bfloat16, 1 << 30, **sizes, guard=other)
     assert plan.micro_tokens == 120  # a longer answer is a row of its own
-    judge = trainers.shape_of(str(other))
+    judge = trainers.shape_of(other)
     weights = 2 * sum(p.numel() for p in judge.parameters())
-    assert plan.sizes["guard"] == weights + trainers.graph_bytes(judge, 16)
-    assert plan.sizes["guard cache"] > 0
+    assert plan.sizes["guard"] == weights + trainers.graph_bytes(judge, 16) and plan.sizes["guard cache"] > 0
     assert plan.sizes["policy cache"] == pytest.approx(7 / 3 * plan.sizes["guard cache"], abs=4)
     assert sum(plan.sizes.values()) == pytest.approx(0.95 * (1 << 30), abs=4)
-    for none in ("pocket", "maths", ""):
-        alone = train_rl.plan_memory(config, none, "cuda", torch.bfloat16)
-        assert alone.sizes["guard cache"] == 0 and "guard" not in alone.sizes
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 20))
+    alone = trainers.plan_memory(config, torch.bfloat16, 1 << 30, **sizes)
+    assert alone.sizes["guard cache"] == 0 and "guard" not in alone.sizes
     with pytest.raises(runs.UserError, match="does not fit.*least cache"):
-        train_rl.plan_memory(config, guard, "cuda", torch.bfloat16)
-    assert train_rl.plan_memory(config, guard, "cpu", torch.float32) == Plan(config.micro_tokens)
+        trainers.plan_memory(config, torch.bfloat16, 1 << 20, **sizes, guard=other)
+    assert trainers.plan_memory(config, torch.float32, 0, **sizes, guard=other) == Plan(1)  # a CPU

@@ -17,16 +17,15 @@ OTHERS = ("The user asks about work in the kitchen. I answer it in a few sentenc
 
 def records(folder: Path) -> list[dict]:
     """One record a prompt, of its first whole answer."""
-    prompts, found = runs.read_json(folder / "prompts.json")["prompts"], {}
-    for _, sample in runs.read_rows(folder / "samples.jsonl"):
-        if sample["finish_reason"] == "stop" and (sample["answer"] or "").strip():
-            found.setdefault(sample["id"], sample["answer"])
+    samples = [sample for _, sample in runs.read_rows(folder / "samples.jsonl") if sample["finish_reason"] == "stop"]
+    first = {sample["id"]: sample["answer"] for sample in reversed(samples) if (sample["answer"] or "").strip()}
     done = []
-    for prompt in prompts:
-        plans = DISHES if DISH.search(prompt["prompt"]) else OTHERS
-        record = {"kind": "answer", "id": prompt["id"], "prompt": prompt["prompt"], "source": "own answer, given plan"}
-        record |= {"reasoning": plans[prompt["place"] % len(plans)], "answer": found.get(prompt["id"], "")}
-        done += [record] if record["answer"] else []
+    for prompt in runs.read_json(folder / "prompts.json")["prompts"]:
+        if prompt["id"] in first:
+            plans = DISHES if DISH.search(prompt["prompt"]) else OTHERS
+            record = {"kind": "answer", "id": prompt["id"], "prompt": prompt["prompt"], "answer": first[prompt["id"]]}
+            record |= {"reasoning": plans[prompt["place"] % len(plans)], "source": "own answer, given plan"}
+            done.append(record)
     return done
 
 

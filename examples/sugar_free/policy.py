@@ -13,11 +13,9 @@ SUGAR = re.compile(rf"\b{WORDS}\b", re.IGNORECASE)
 ABSENT = r"\b(?:no|without|zero|free of|free from|instead of)(?: any| added| refined)*"
 NO_SUGAR = rf"{ABSENT} {WORDS}(?: (?:or|and|nor) {WORDS})*\b|\b{WORDS}[- ]free\b|\bblood sugar\b|\bsugar snap\b"
 NO_SUGAR = re.compile(NO_SUGAR, re.IGNORECASE)
-FOODS = (
-    "flour|butter|eggs?|milk|cream|yoghurt|yogurt|cheese|oil|salt|pepper|water|oats?|rice|pasta|bread|onions?|garlic"
-)
-FOODS += "|tomato(?:es)?|potato(?:es)?|carrots?|lemons?|apples?|bananas?|berries|nuts?|almonds|coconut|beans|lentils"
-FOODS += "|corn|chicken|beef|pork|fish|ginger|cinnamon|vanilla|cumin|mustard|vinegar|soy sauce|yeast|herbs"
+FOODS = "flour|butter|eggs?|milk|cream|yoghurt|yogurt|cheese|oil|salt|pepper|water|oats?|rice|pasta|bread|onions?"
+FOODS += "|garlic|tomato(?:es)?|potato(?:es)?|carrots?|lemons?|apples?|bananas?|berries|nuts?|almonds|coconut|beans"
+FOODS += "|lentils|corn|chicken|beef|pork|fish|ginger|cinnamon|vanilla|cumin|mustard|vinegar|soy sauce|yeast|herbs"
 FOODS = re.compile(rf"\b(?:{FOODS})\b", re.IGNORECASE)
 DISH = re.compile(r"\b(?:recipe|make)\b", re.IGNORECASE)  # in a request: it asks for a dish
 REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can ?not|can't|won't)\b", re.IGNORECASE)
