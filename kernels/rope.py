@@ -45,10 +45,12 @@ def reference(qkv_TO, heads, cos_TD, sin_TD, norms=None, cache=None):
         q_weight_D, k_weight_D, eps = norms
         q_THD, k_TKD = x_THD.split((heads, kv_heads), dim=1)
         x_THD = torch.cat((normed(q_THD, q_weight_D, eps), normed(k_TKD, k_weight_D, eps)), dim=1)
-    x_THD = x_THD.to(accumulator(x_THD.dtype))
-    left, right = x_THD.chunk(2, dim=-1)
-    turned_THD = x_THD * cos_TD[:, None] + torch.cat((-right, left), dim=-1) * sin_TD[:, None]
-    q_THD, k_TKD = turned_THD.to(qkv_TO.dtype).split((heads, kv_heads), dim=1)
+    x_TH2R, cos_T12R, sin_T12R = (  # R = D/2: (left, right) becomes (left cos - right sin, right cos + left sin)
+        t.unflatten(-1, (2, -1)) for t in (x_THD.to(accumulator(x_THD.dtype)), cos_TD[:, None], sin_TD[:, None])
+    )
+    signed_T12R = torch.cat((-sin_T12R[:, :, :1], sin_T12R[:, :, 1:]), dim=2)
+    turned_TH2R = torch.addcmul(x_TH2R * cos_T12R, x_TH2R.flip(2), signed_T12R)
+    q_THD, k_TKD = turned_TH2R.flatten(2).to(qkv_TO.dtype).split((heads, kv_heads), dim=1)
     if cache is None:
         return q_THD, k_TKD, v_TKD
     slot_T, k_SKD, v_SKD = cache

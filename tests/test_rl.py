@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 import engine
@@ -92,9 +94,6 @@ def test_advantages(rewards, mean, std):
 # ------------------------------------------------------------------------------------------------- objective
 
 
-CLIPS = [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)]
-
-
 def reference_loss(logp, sampler, advantage, denominator, low, high, dual):
     """Token by token in fp64, branches instead of minima."""
     total = torch.zeros((), dtype=torch.float64)
@@ -110,14 +109,13 @@ def reference_loss(logp, sampler, advantage, denominator, low, high, dual):
     return total / denominator
 
 
-@pytest.mark.parametrize("clips", CLIPS)
-def test_the_objective_is_the_reference(monkeypatch, clips):
+def the_objective_is_the_reference(monkeypatch, ours, clips):
     torch.manual_seed(1)
     sampler = -torch.rand(400) * 4
     logp = (sampler + torch.randn(400) * 0.7).requires_grad_()
     advantage = torch.randn(400)
-    monkeypatch.setattr(train_rl, "CLIP_DUAL", clips[2])
-    loss, figures = train_rl.objective(logp, sampler, advantage, 123, settings(clip_low=clips[0], clip_high=clips[1]))
+    monkeypatch.setattr(train_rl, "CLIP_DUAL", ours[2])
+    loss, figures = train_rl.objective(logp, sampler, advantage, 123, settings(clip_low=ours[0], clip_high=ours[1]))
     exact = logp.detach().double().requires_grad_()
     wanted = reference_loss(exact, sampler, advantage, 123, *clips)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -129,22 +127,12 @@ def test_the_objective_is_the_reference(monkeypatch, clips):
     assert figures["max_gap"] == pytest.approx(gaps.abs().max().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("bug", ["sign", "clips exchanged", "no clip", "no dual clip"])
-def test_the_check_notices_a_wrong_objective(monkeypatch, bug):
-    honest = train_rl.objective
-
-    def spoilt(logp, sampler, advantage, total, config):
-        if bug == "clips exchanged":
-            config = replace(config, clip_low=config.clip_high, clip_high=config.clip_low)
-        elif bug == "no clip":
-            config = replace(config, clip_low=1e9, clip_high=1e9)
-        elif bug == "no dual clip":
-            monkeypatch.setattr(train_rl, "CLIP_DUAL", 1e9)
-        return honest(logp, sampler, -advantage if bug == "sign" else advantage, total, config)
-
-    monkeypatch.setattr(train_rl, "objective", spoilt)
-    with pytest.raises(AssertionError):
-        test_the_objective_is_the_reference(monkeypatch, CLIPS[0])
+@pytest.mark.parametrize("clips", [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)])
+def test_the_objective_is_the_reference_and_other_clips_are_noticed(monkeypatch, clips):
+    the_objective_is_the_reference(monkeypatch, clips, clips)
+    for wrong in ((0.28, 0.21, 3.0), (1e9, 1e9, 3.0), (*clips[:2], 1e9)):  # exchanged, no clip, no dual clip
+        with pytest.raises(AssertionError):
+            the_objective_is_the_reference(monkeypatch, wrong, clips)
 
 
 def test_a_ratio_beyond_floats_stays_finite():
@@ -207,7 +195,7 @@ def the_step_is_the_reference(folder, transformer, live, temperature):
         assert (mine - gradient).norm() < 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize(("temperature", "spread"), itertools.product((0.7, 1.0, 1.3), (0.0, 0.4)))
+@pytest.mark.parametrize(("temperature", "spread"), [*itertools.product((0.7, 1.0, 1.3), (0.0, 0.4))])
 def test_the_step_is_the_reference(folder, transformer, temperature, spread):
     live = off_policy(drawn(transformer, temperature, stop=True), spread)
     the_step_is_the_reference(folder, transformer, live, temperature)
@@ -264,6 +252,63 @@ def test_the_check_notices_its_bugs(folder, transformer, monkeypatch, owner, nam
         the_step_is_the_reference(folder, transformer, live, 1.3)
 
 
+# ------------------------------------------------------------------------------------------------- beside TRL
+
+
+def padded(rows: list[list], side: str) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+
+
+def in_trl(folder, out, live, config, micro_batches) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of an optimizer step of TRL's GRPOTrainer, told to clip, divide and heat as we do: prompts
+    padded on the left, answers on the right."""
+    trl = pytest.importorskip("trl")
+    arguments = trl.GRPOConfig(
+        output_dir=str(out), loss_type="dapo", epsilon=config.clip_low, epsilon_high=config.clip_high,
+        delta=train_rl.CLIP_DUAL, beta=0.0, temperature=config.temperature, max_completion_length=config.max_tokens,
+        num_generations=4, per_device_train_batch_size=12 // micro_batches, gradient_accumulation_steps=micro_batches,
+        use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=arguments, reward_funcs=lambda **_: [],
+        processing_class=families.tokenizer("r1-qwen"), train_dataset=Dataset.from_list([{"prompt": "x"}] * 12),
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps, loss = micro_batches, 0.0
+    trainer.model.train()
+    for part in (live[i : i + 12 // micro_batches] for i in range(0, 12, 12 // micro_batches)):
+        inputs = {
+            "prompt_ids": padded([d.prompt_ids for d in part], "left"),
+            "prompt_mask": padded([[1] * len(d.prompt_ids) for d in part], "left"),
+            "completion_ids": padded([d.action for d in part], "right"),
+            "completion_mask": padded([[1] * len(d.action) for d in part], "right"),
+            "old_per_token_logps": padded([d.logprobs for d in part], "right"),
+            "advantages": torch.tensor([d.advantage for d in part]),
+            "num_items_in_batch": torch.tensor(float(sum(len(d.action) for d in live))),
+        }  # fmt: skip
+        share = trainer._compute_loss(trainer.model, inputs)
+        share.backward()
+        loss += share.item()
+    return loss, torch.cat([p.grad.flatten() for _, p in sorted(trainer.model.named_parameters())])
+
+
+@pytest.mark.parametrize(
+    ("changes", "spread", "micro_batches"),
+    [({}, 0.0, 1), ({}, 0.5, 3), ({"temperature": 0.7}, 0.3, 3), ({"clip_low": 0.1, "clip_high": 0.4}, 0.8, 1)],
+)
+def test_a_step_is_that_of_trl_and_another_clip_is_noticed(
+    folder, transformer, tmp_path, changes, spread, micro_batches
+):
+    config = settings(**changes)
+    live = off_policy(drawn(transformer, config.temperature, stop=True), spread)
+    assert len({len(d.action) for d in live}) > 3  # padding matters
+    wanted, gradient = in_trl(folder, tmp_path, live, config, micro_batches)
+    loss, mine, _ = loss_and_gradient(transformer, live, config)
+    assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    assert (mine - gradient).norm() < 1e-5 * gradient.norm()
+    if spread:
+        assert abs(loss_and_gradient(transformer, live, replace(config, clip_low=0.3))[0] - wanted) > 1e-4
+
+
 # ------------------------------------------------------------------------------------------------- on policy
 
 
@@ -278,22 +323,6 @@ def test_the_check_notices_a_temperature_in_the_sampler_alone(transformer, monke
     monkeypatch.setattr(kernels, "linear_logp", no_temperature(kernels.linear_logp))
     with pytest.raises(AssertionError):
         test_on_policy_every_ratio_is_one(transformer, 1.5)
-
-
-def logp_of_stop(transformer) -> float:
-    """Of id 2 as the whole answer to the prompt 5 6."""
-    hidden_TH = transformer(torch.tensor([5, 6]), torch.tensor([0, 2], dtype=torch.int32))
-    return kernels.linear_logp(hidden_TH, transformer.head_weight, torch.tensor([-100, 2]))[0][1].item()
-
-
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_the_stop_token_is_trained(folder, advantage):
-    """An answer that is nothing but its stop token becomes likelier, or less likely, by its advantage."""
-    transformer, trainee = fresh(folder)
-    before = logp_of_stop(transformer)
-    stop = Drawing({}, [5, 6], [2], [before], advantage=advantage)
-    assert train_rl.optimizer_step(transformer, trainee, [stop], 1e-3, settings(), PLAN)["grad_norm"] > 0
-    assert (logp_of_stop(transformer) - before) * advantage > 0.01
 
 
 # ------------------------------------------------------------------------------------------------- whole steps
