@@ -11,6 +11,7 @@ Where all prompts of a call begin alike (a guard's policy) the caller may say so
 looks at the results every few steps. A draw is keyed by (seed, index of the prompt in the call, k, position). On a
 CPU in fp32 a sample is bitwise the same in any batch: attention takes each row by itself, everything else runs on
 whole tiles of ROW_TILE rows, because products of fewer rows go through other kernels, which sum in another order.
+Engine(row_tile=1) gives that up, for speed where rows are few.
 """
 
 import hashlib
@@ -30,13 +31,13 @@ import torch.nn.functional as F
 import kernels
 import model
 import safety
+from kernels.sample import mix
 from runs import UserError
 
 PAGE = 64  # tokens a page, as in kernels.decode_attention
-ROW_TILE = 16  # rows of a CPU step and tokens of a CPU prefill are a multiple of this
+ROW_TILE = 16  # rows of a CPU step and tokens of a CPU prefill are a multiple of this, where row_tile says no other
 LOOK = {"cpu": 4, "cuda": 16}  # decode steps between two looks of the host
 PREFILL_TOKENS = 8192  # prompts that are prefilled together; one longer prompt goes alone
-SPAN = 64  # tokens of the vocabulary that are summed before the cumulative sum
 GPU_SHARE = 0.6  # of the free GPU memory, where the caller gives no cache_bytes
 CPU_CACHE_BYTES = 2 << 30  # the same on a CPU, where memory that is never written costs nothing
 
@@ -58,70 +59,10 @@ class Sample:
 # ------------------------------------------------------------------------------------------------- drawing a token
 
 
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # >> of int64 repeats the sign; the mask clears it
-
-
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64 (Steele, Lea, Flood 2014) of int64 words; products wrap alike on every device."""
-    x = x + (0x9E3779B97F4A7C15 - 2**64)
-    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shift(x, bits)) * (factor - 2**64)
-    return x ^ _shift(x, 31)
-
-
 def stream_keys(seed: int, places: list[int], n: int) -> list[list[int]]:
     """An int64 key for each (place of a prompt, k): [places][n]."""
     key_P1 = mix(mix(torch.tensor(seed % 2**63)) ^ torch.tensor(places, dtype=torch.int64)[:, None])
     return mix(key_P1 ^ torch.arange(n)).tolist()
-
-
-def uniform(key_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
-    """fp64 in [0, 1 - 2**-52], a function of (key, position) alone."""
-    return _shift(mix(key_B ^ mix(position_B)), 12).double() * 2.0**-52
-
-
-def inverse_cdf(p_BV: torch.Tensor, u_B: torch.Tensor):
-    """(token_B, total_B): token i with probability p[i] / total, never one of probability 0; p need not be normalised.
-
-    Two levels, sums of SPAN tokens and then one span: the vocabulary is read once, the fp64 sums are short.
-    """
-    p_BNC = F.pad(p_BV, (0, -p_BV.shape[1] % SPAN)).unflatten(1, (-1, SPAN))
-    cdf_BN = p_BNC.sum(2).double().cumsum(1)
-    span_B1, share_B1 = _locate(cdf_BN, u_B[:, None])
-    cdf_BC = p_BNC.gather(1, span_B1[:, :, None].expand(-1, -1, SPAN)).squeeze(1).double().cumsum(1)
-    return (span_B1 * SPAN + _locate(cdf_BC, share_B1)[0]).squeeze(1), cdf_BN[:, -1]
-
-
-def _locate(cdf_BN: torch.Tensor, u_B1: torch.Tensor):
-    """The column where the cumulative sum passes u of its total, and how far into the column that is, in [0, 1)."""
-    target_B1 = u_B1 * cdf_BN[:, -1:]
-    column_B1 = torch.searchsorted(cdf_BN, target_B1, right=True).clamp(max=cdf_BN.shape[1] - 1)  # NaN ends there too
-    below_B1 = cdf_BN.gather(1, (column_B1 - 1).clamp(min=0)).masked_fill(column_B1 == 0, 0)
-    share_B1 = (target_B1 - below_B1) / (cdf_BN.gather(1, column_B1) - below_B1)
-    return column_B1, share_B1.clamp(max=1 - 2**-52)
-
-
-def nucleus(z_BV: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Logits, -inf outside the fewest likeliest tokens that together reach top_p."""
-    sorted_BV, order_BV = z_BV.sort(dim=1, descending=True, stable=True)
-    p_BV = sorted_BV.softmax(1)
-    dead_BV = p_BV.cumsum(1) - p_BV >= top_p
-    dead_BV[:, 0] = False
-    return torch.empty_like(z_BV).scatter_(1, order_BV, sorted_BV.masked_fill_(dead_BV, -torch.inf))
-
-
-def draw(logits_BV: torch.Tensor, u_B: torch.Tensor, knobs, mode: str):
-    """(token_B, logp_B) in fp32; the logits are used up. mode: "sample", "greedy" or "top_p"."""
-    z_BV = logits_BV if mode == "greedy" else logits_BV.div_(knobs.temperature)
-    if mode == "top_p":
-        z_BV = nucleus(z_BV, knobs.top_p)
-    z_BV = z_BV.sub_(z_BV.amax(1, keepdim=True))
-    token_B, total_B = inverse_cdf(z_BV.exp(), u_B)
-    if mode == "greedy":
-        token_B = z_BV.argmax(1)
-    token_B = token_B.clamp(max=z_BV.shape[1] - 1)
-    return token_B, z_BV.gather(1, token_B[:, None]).squeeze(1) - total_B.log().float()
 
 
 def head_logits(x_BH: torch.Tensor, w_VH: torch.Tensor) -> torch.Tensor:
@@ -203,14 +144,8 @@ def decode_step(transformer, cache: Cache, state: State, rows: int, mode: str) -
 
     x_BH = transformer(s.token, state.cu_seqlens[: rows + 1], positions_T=s.length, attend=attend)
     logits_BV = head_logits(x_BH, transformer.head_weight)
-    token_B, logp_B = draw(logits_BV, uniform(s.key, s.count), state.knobs, mode)
-    s.ids.index_copy_(1, state.step, token_B[:, None])
-    s.logp.index_copy_(1, state.step, logp_B[:, None])
+    kernels.sample(logits_BV, s, state.step, state.eos_E, state.knobs, mode)
     state.step += 1
-    s.token.copy_(token_B)
-    s.length += s.live
-    s.count += s.live
-    s.live &= (token_B[:, None] != state.eos_E).all(1) & (s.count < s.limit)
 
 
 # ------------------------------------------------------------------------------------------------- host side
@@ -393,14 +328,18 @@ class Engine:
     plus completion (default: the model's; a step's workspace on a GPU grows with it, so give what is needed).
     cache_bytes: the arena of pages, allocated at the first call and kept, like the CUDA graphs (default: GPU_SHARE of
     the free GPU memory or CPU_CACHE_BYTES, and no more than max_rows contexts need), so give it where two engines share
-    a GPU, or train beside one.
+    a GPU, or train beside one. row_tile: 1 leaves out what fills a CPU's tiles of ROW_TILE rows; then the roundings of
+    a sample depend on its batch.
     """
 
-    def __init__(self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None):
+    def __init__(
+        self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None, row_tile=ROW_TILE
+    ):  # fmt: skip
         config, weight = transformer.config, transformer.head_weight
         self.transformer, self.eos_ids = transformer, frozenset(eos_ids)
         self.device, self.cpu, self.look = weight.device, weight.device.type == "cpu", LOOK[weight.device.type]
-        self.max_rows = -(-max_rows // ROW_TILE) * ROW_TILE if self.cpu else max_rows
+        self.tile = row_tile if self.cpu else 1
+        self.max_rows = -(-max_rows // self.tile) * self.tile
         self.max_context = max_context or config.max_position_embeddings
         self.pages_a_row = pages_for(self.max_context)
         token_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -506,7 +445,7 @@ class Engine:
         Their keys and values come from the pages. Their queries are gone, and nobody wants their outputs: zeros stand
         in, so that every document has its usual shape and the rest of it the bits that it has without a prefix.
         """
-        idle = -sum(len(ids) - cached for ids, _, cached in batch) % ROW_TILE if self.cpu else 0
+        idle = -sum(len(ids) - cached for ids, _, cached in batch) % self.tile
         batch = batch + [([0] * idle, [0], 0)]  # fills the last tile, a document of its own in page 0
         lengths = [len(ids) for ids, _, _ in batch]
         cu_seqlens = torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32, device=self.device)
@@ -535,7 +474,7 @@ class Engine:
         """Set self.step for `rows` rows, before they are written: a capture overwrites them. -> rows that it computes:
         whole tiles on a CPU, else 1, 2, 4, 8, 12, 16, 24, 32, 48..."""
         if self.cpu:
-            rows = -(-rows // ROW_TILE) * ROW_TILE
+            rows = -(-rows // self.tile) * self.tile
         else:
             power = 1 << (rows - 1).bit_length()
             rows = min(self.max_rows, power * 3 // 4 if power > 8 and rows <= power * 3 // 4 else power)

@@ -23,7 +23,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,19 +53,14 @@ class Config:
     endpoint: str = option("", "URL of an OpenAI-compatible server that runs the model, in place of the engine")
     suite: str = option(PAPER_SUITES, "suites, comma-separated; pocket names all of the pocket's", pocket="pocket")
     judge: str = option(
-        "wildguard", "judges, comma-separated (a guard, endpoint=MODEL@URL, POLICY.py); the first gives the figures",
-        pocket="pocket",
-    )  # fmt: skip
+        "wildguard", "comma-separated guards, endpoint=MODEL@URL, POLICY.py; first counts", pocket="pocket"
+    )
     check_judge: str = option("", "endpoint=MODEL@URL that says whether a thinking checks its own answer")
     controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
-    max_unscored: float = option(
-        0.01, "exit 3 if a judge, or the model's server, left a larger share unscored", low=0, high=1
-    )
+    max_unscored: float = option(0.01, "exit 3 if a judge or server left a larger share unscored", low=0, high=1)
     limit: int = option(0, "items of each suite; 0: all", low=0)
     verify_own: int = option(0, "own answers that the model then verifies under --spec", pocket=256, low=0)
-    self_check: bool = option(
-        False, "measure also with the model's verification of each answer: what it calls unsafe becomes a refusal"
-    )
+    self_check: bool = option(False, "also as a filter: what the model's own verification calls unsafe is a refusal")
     spec: str = option("star", "safety specification: a name under specs/ or the path of a text file", pocket="pocket")
     greedy: bool = option(False, "decode greedily, too, one sample an item", pocket=True)
     temperature: float = option(-1.0, "sampling temperature; -1: each suite's own", low=-1)
@@ -91,8 +86,6 @@ class Config:
             f"{', '.join(map(runs.flag, modes))}: one at a time": len(modes) < 2,
             "--compare takes two folders": len(self.compare) in (0, 2),
             f"--temperature {self.temperature}: must be 0 or more, or -1": not -1 < self.temperature < 0,
-            f"--check-judge {self.check_judge}: must be endpoint=MODEL@URL": not self.check_judge
-            or self.check_judge.startswith("endpoint="),
             "--endpoint runs its own model: no --adapter, --chat": not (self.endpoint and (self.adapter or self.chat)),
         }
         return [message for message, fine in checks.items() if not fine]
@@ -183,7 +176,7 @@ def biased(judge: str, rewarded: list[str]) -> bool:
 def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list[str]:
     """The names of --judge, those of the training's reward last. Raises UserError for one that cannot judge these
     items, and where all were the reward."""
-    names = list(dict.fromkeys(config.judge.split(",")))
+    names = list(dict.fromkeys(map(str.strip, config.judge.split(","))))
     for name in names:
         judges.checked_name(name)
     requests = [item for item in items if item["kind"] in safety.REQUESTS]
@@ -213,14 +206,10 @@ def hardware(config: Config) -> dict:
     return {"device": device, "dtype": model.pick_dtype(config.dtype, device)}
 
 
-def load_judge(config: Config, name: str, world: World | None) -> judges.Judge:
-    return judges.load(name, world=world, controversial=config.controversial, limits=limits(config), **hardware(config))
-
-
 def ask_judges(config: Config, names: list[str]) -> dict[str, judges.Judge]:
     """{name: judge} of those that ask a server, --check-judge as "checks". Built before anything is written: a URL that
     is none, one with a password, and a key that is missing show now."""
-    found = {name: load_judge(config, name, None) for name in names if name.startswith("endpoint=")}
+    found = {name: judges.load(name, limits=limits(config)) for name in names if name.startswith("endpoint=")}
     if config.check_judge:
         found["checks"] = judges.checks_judge(config.check_judge, limits(config))
     return found
@@ -260,10 +249,8 @@ class Target:
             self.endpoint = judges.Endpoint(config.endpoint, config.model, **limits(config))
 
     def load(self):
-        """(transformer, tokenizer); (None, None) of a server's model."""
-        if self.endpoint:
-            return None, None
-        if self.loaded is None:
+        """(transformer, tokenizer); None of a server's model."""
+        if not self.endpoint and not self.loaded:
             self.loaded = model.load(self.config.model, adapter=self.config.adapter, **hardware(self.config))
         return self.loaded
 
@@ -286,16 +273,21 @@ class Target:
 
 
 def generate(config: Config, target: Target, items: list[dict], path: Path, greedy: bool) -> list[dict]:
-    """First stage: the items' completions, those in `path` and those still to be sampled, in the items' order."""
-    groups = {}
+    """First stage: the items' completions, those in `path` and those still to be sampled, in the items' order. Raises
+    UserError where `path` holds another prompt of the same name."""
+    groups, wanted = {}, {}
     for item in items:
-        groups.setdefault(decoding(config, item, greedy), []).append(item)
-    wanted = [(i["id"], k) for i in items for k in range(decoding(config, i, greedy).samples)]
+        how = decoding(config, item, greedy)
+        groups.setdefault(how, []).append(item)
+        wanted |= {(item["id"], k): item for k in range(how.samples)}
     with (
         runs.Log(path, scores.key, judges.failed) as log,
         tqdm(total=len(wanted), desc=path.stem, unit="sample") as bar,
     ):
-        bar.update(len(log.done.keys() & set(wanted)))
+        known = {key: item for key, item in wanted.items() if key in log.done}
+        if changed := scores.mismatch(known, log.done):
+            raise UserError(f"{path}: {changed}; a suite has changed since, begin another run")
+        bar.update(len(known))
         cut = sum(record["finish_reason"] == "length" for record in log.done.values())
         for how, group in groups.items():
             left = [item for item in group if any((item["id"], k) not in log.done for k in range(how.samples))]
@@ -340,8 +332,9 @@ def slug(name: str) -> str:
 def label_all(config: Config, done: dict[str, list[dict]], names: list[str], servers: dict, folder: Path, world):
     """{mode: {judge: labelled items}}. A guard is in memory while it judges, all modes at once, and no longer."""
     labelled = {mode: {} for mode in done}
+    how = {"world": world, "controversial": config.controversial, **hardware(config)}
     for name in names:
-        judge = servers.get(name) or load_judge(config, name, world)
+        judge = servers.get(name) or judges.load(name, **how)
         for mode, items in done.items():
             path = folder / f"labels{mode}_{slug(name)}.jsonl"
             labelled[mode][name] = add_labels(judge, items, path, config.controversial)
@@ -393,28 +386,32 @@ REFUSAL = "Sorry, I can not help with that."
 
 def self_checked(config: Config, target: Target, items: list[dict], folder: Path) -> list[dict]:
     """The sampled items after the model has verified each answer, as a deployed filter would: what it calls unsafe
-    becomes a refusal. `tokens` then count the verification, too."""
-    spec, asked = safety.load_spec(config.spec).text, []
+    becomes a refusal. `tokens` then count the verification, too. They are kept as generations_checked.jsonl."""
+    spec, asked = safety.load_spec(config.spec).text, {}
     for item in items:
         if item["kind"] in safety.REQUESTS and (item["answer"] or "").strip():
-            like = item.get("like", item["suite"])
+            like, name = item.get("like", item["suite"]), f"check/{item['id']}/{item.get('sample', 0)}"
             prompt = safety.verification_prompt(spec, item["prompt"], item["answer"])
-            asked.append({"id": check_id(item), "suite": scores.OWN, "like": like, "kind": "verify", "prompt": prompt})
-    checks = {check["id"]: check for check in generate(config, target, asked, folder / "self_check.jsonl", True)}
-    return [replaced(item, checks) for item in items]
+            check = {"id": name, "suite": scores.OWN, "like": like, "kind": "verify", "prompt": prompt}
+            asked[scores.key(item)] = check
+    checks = generate(config, target, list(asked.values()), folder / "self_check.jsonl", True)
+    checks = dict(zip(asked, checks, strict=True))
+    checked = [filtered(item, checks[k]) if (k := scores.key(item)) in checks else item for item in items]
+    write_items(folder / "generations_checked.jsonl", checked)
+    return checked
 
 
-def check_id(item: dict) -> str:
-    return f"check/{item['id']}/{item.get('sample', 0)}"
-
-
-def replaced(item: dict, checks: dict[str, dict]) -> dict:
-    """An item after its check: a refusal where the verdict was unsafe, and else as it is."""
-    if (check := checks.get(check_id(item))) is None:
-        return item
+def filtered(item: dict, check: dict) -> dict:
+    """An item after its check: a refusal where the verdict was unsafe; not delivered where the server failed."""
+    if judges.failed(check):
+        return item | {name: check[name] for name in ("answer", "finish_reason", "provider")}
     verdict = safety.parse_verdict("</think>" + (check["answer"] or ""))
     item = {**item, "tokens": item["tokens"] + check["tokens"], "self_check": verdict}
     return {**item, "answer": REFUSAL} if verdict == "unsafe" else item
+
+
+def write_items(path: Path, items: list[dict]) -> None:
+    runs.write_atomic(path, "".join(json.dumps(item) + "\n" for item in items).encode("ascii"))
 
 
 # ------------------------------------------------------------------------------------------------- scoring
@@ -444,71 +441,43 @@ def unscored_shares(by_judge: dict[str, list[dict]]) -> dict[str, float]:
     return shares
 
 
-@contextlib.contextmanager
-def timed(summary: dict, folder: Path, stage: str):
-    """Add the seconds of a stage, also of one that ends in an error, to summary.json, which the next start reads."""
-    begun = time.perf_counter()
-    try:
-        yield
-    finally:
-        summary["seconds"][stage] = summary["seconds"].get(stage, 0) + time.perf_counter() - begun
-        with contextlib.suppress(OSError):  # the disk is full: the stage, or the next one, says so
-            runs.write_json(folder / "summary.json", summary)
+def score(config: Config, folder: Path, labelled: dict, target: Target | None, summary: dict) -> None:
+    """Figures, with own verifications, of {mode: {judge: labelled items}}: into the summary and items<mode>.jsonl."""
+    summary |= {"figures": {}, "agreement": {}, "unscored": {}, "incomplete": "unfinished" in summary}
+    for mode, by_judge in labelled.items():
+        figures = {name: scores.score(group) for name, group in by_judge.items()}
+        rows, items = headline(by_judge, figures, summary["rewarded_by"])
+        if not mode and (config.verify_own or (folder / "own.jsonl").exists()):
+            own = verify_own(config, target, items, folder)
+            rows |= {name: {**row, "judge": next(iter(by_judge))} for name, row in scores.score(own).items()}
+            items += own
+        for name, row in rows.items():
+            row["decoding"] = summary["decoding"][mode].get(name, "as the suites that they come from")
+        write_items(folder / f"items{mode}.jsonl", items)
+        summary["figures"][mode or "sampled"] = {**figures, "headline": rows}
+        for a, b in itertools.combinations(by_judge, 2):
+            summary["agreement"][f"{a} / {b}{mode}"] = scores.agreement(by_judge[a], by_judge[b])
+        summary["unscored"] |= {f"{name}{mode}": share for name, share in unscored_shares(by_judge).items()}
+        summary["incomplete"] |= any(judges.failed(item) for group in (*by_judge.values(), items) for item in group)
 
 
-def score_mode(config: Config, folder: Path, mode: str, by_judge: dict, target: Target | None, summary: dict) -> dict:
-    """Figures and own verifications of one way of decoding, written to items<mode>.jsonl."""
-    figures = {name: scores.score(group) for name, group in by_judge.items()}
-    rows, labelled = headline(by_judge, figures, summary["rewarded_by"])
-    if not mode and (config.verify_own or (folder / "own.jsonl").exists()):
-        with timed(summary, folder, "own answers"):
-            own = verify_own(config, target, labelled, folder)
-        rows |= {name: {**row, "judge": next(iter(by_judge))} for name, row in scores.score(own).items()}
-        labelled += own
-    for name, row in rows.items():
-        row["decoding"] = summary["decoding"][mode].get(name, "as the suites that they come from")
-    lines = "".join(json.dumps(item) + "\n" for item in labelled)
-    runs.write_atomic(folder / f"items{mode}.jsonl", lines.encode("ascii"))
-    pairs = itertools.combinations(by_judge, 2)
-    return {
-        "rows": rows,
-        "judges": list(by_judge),
-        "figures": {**figures, "headline": rows},
-        "agreement": {f"{a} / {b}{mode}": scores.agreement(by_judge[a], by_judge[b]) for a, b in pairs},
-        "unscored": {f"{name}{mode}": share for name, share in unscored_shares(by_judge).items()},
-        "incomplete": any(judges.failed(item) for group in (*by_judge.values(), labelled) for item in group),
-    }
+MODES = {"sampled": "sampled", "_greedy": "greedy", "_checked": "sampled, then checked by the model itself"}
 
 
-MODES = {"": "sampled", "_greedy": "greedy", "_checked": "sampled, then checked by the model itself"}
-
-
-def judge_and_score(config: Config, folder: Path, done: dict, names: list, servers: dict, world, target, summary: dict):
-    """{mode: its figures} of the samples of each mode. What servers were used for is noted, whatever ends this."""
-    with contextlib.ExitStack() as stack:
-        stack.callback(judges.note_usage, folder, {name: judge.endpoint for name, judge in servers.items()})
-        with timed(summary, folder, "judge"):
-            labelled = label_all(config, done, names, servers, folder, world)
-        return {mode: score_mode(config, folder, mode, group, target, summary) for mode, group in labelled.items()}
-
-
-def conclude(config: Config, folder: Path, parts: dict[str, dict], summary: dict) -> int:
+def conclude(config: Config, folder: Path, names: list[str], summary: dict) -> int:
     """Show everything; write summary.json and, last, result.json. Returns the exit code."""
-    for mode, part in parts.items():
-        print(f"\n{MODES[mode]}, judged by {', '.join(part['judges'])}:\n{scores.table(part['rows'])}")
-        ways = scores.grouped((row["decoding"], suite) for suite, row in part["rows"].items())
+    tables = {mode: figures["headline"] for mode, figures in summary["figures"].items()}
+    for mode, rows in tables.items():
+        print(f"\n{MODES[mode]}, judged by {', '.join(names)}:\n{scores.table(rows)}")
+        ways = scores.grouped((row["decoding"], suite) for suite, row in rows.items())
         print("\n".join(f"{how}: {', '.join(group)}" for how, group in ways.items()))
-    for name in ("agreement", "unscored"):
-        summary[name] = {key: value for part in parts.values() for key, value in part[name].items()}
+    print("\n" + scores.details(tables["sampled"]))
     summary["usage"] = judges.total_usage(folder)
-    summary["figures"] = {mode or "sampled": part["figures"] for mode, part in parts.items()}
-    print("\n" + scores.details(parts[""]["rows"]))
-    print(scores.agreement_table(summary["agreement"]), end="")
     runs.write_json(folder / "summary.json", summary)
-    runs.write_json(folder / "result.json", parts[""]["rows"])
-    print(f"\n{sum(summary['seconds'].values()):.0f} s; everything lies in {folder}")
-    if any(part["incomplete"] for part in parts.values()):
-        print(f"what a server or a limit left out is asked for again by --resume {folder}", file=sys.stderr)
+    runs.write_json(folder / "result.json", tables["sampled"])
+    print(f"\neverything lies in {folder}")
+    if summary["incomplete"]:
+        print(f"what a server, a limit or a kill left out is asked for by --resume {folder}", file=sys.stderr)
     left = {name: share for name, share in summary["unscored"].items() if share > config.max_unscored}
     for name, share in left.items():
         print(f"{name} left {share:.1%} unscored, more than --max-unscored {config.max_unscored:.1%}", file=sys.stderr)
@@ -518,14 +487,6 @@ def conclude(config: Config, folder: Path, parts: dict[str, dict], summary: dict
 # ------------------------------------------------------------------------------------------------- the modes
 
 
-def reopen(folder: Path) -> None:
-    """Let a finished run go on where a server or a limit left something out."""
-    names = ("generations*.jsonl", "labels*.jsonl", "own.jsonl", "self_check.jsonl")
-    files = [file for name in names for file in folder.glob(name)]
-    if any(judges.failed(record) for file in files for record in runs.stored(file, scores.key).values()):
-        (folder / "result.json").unlink(missing_ok=True)
-
-
 def begin_summary(config: Config, items: list[dict], facts: dict, world: World | None) -> dict:
     """What summary.json knows before the first sample: the method, its training, how each suite is decoded."""
     training = training_runs(config.adapter) + training_runs(config.model)
@@ -533,12 +494,8 @@ def begin_summary(config: Config, items: list[dict], facts: dict, world: World |
     if training:  # a training run's folder is named METHOD-SEED
         folder, values = training[0]
         method, seed = folder.name.removesuffix(f"-{values['seed']}"), values["seed"]
-    sampled = {item["suite"]: str(decoding(config, item, False)) for item in items}
-    ways = {"": sampled}
-    if config.greedy:
-        ways["_greedy"] = {item["suite"]: str(decoding(config, item, True)) for item in items}
-    if config.self_check:
-        ways["_checked"] = sampled
+    modes = ["", *(["_greedy"] if config.greedy else []), *(["_checked"] if config.self_check else [])]
+    how = {mode: {i["suite"]: str(decoding(config, i, mode == "_greedy")) for i in items} for mode in modes}
     return {
         "world_seed": world.seed if world else None,
         "method": method,
@@ -546,8 +503,7 @@ def begin_summary(config: Config, items: list[dict], facts: dict, world: World |
         "training": [str(run.resolve()) for run, _ in training],
         "rewarded_by": reward_judges(training),
         "sets": facts,
-        "decoding": ways,
-        "seconds": {},
+        "decoding": how,
     }
 
 
@@ -561,53 +517,57 @@ def evaluate(config: Config, origin: dict) -> int:
     safety.load_spec(config.spec)
     if not config.resume:
         target.load()  # now, as everything that can be wrong with the settings must show before a folder has them
-    else:
-        reopen(Path(config.resume))
+    elif (before := Path(config.resume, "summary.json")).exists() and runs.read_json(before).get("incomplete"):
+        Path(config.resume, "result.json").unlink(missing_ok=True)  # not finished after all
     folder = runs.new_folder(config, origin, "evaluate", model.device_name(model.pick_device(config.device)))
-    if (folder / "summary.json").exists():
-        summary["seconds"] = runs.read_json(folder / "summary.json")["seconds"]
     runs.write_json(folder / "summary.json", summary)
     with contextlib.ExitStack() as stack:
-        stack.callback(judges.note_usage, folder, {"target": target.endpoint})
+        endpoints = {"target": target.endpoint} | {name: judge.endpoint for name, judge in servers.items()}
+        stack.callback(judges.note_usage, folder, endpoints)
         for mode in summary["decoding"]:
-            with timed(summary, folder, f"generate{mode}"):
-                if mode == "_checked":
-                    done[mode] = self_checked(config, target, done[""], folder)
-                else:
-                    path = folder / f"generations{mode}.jsonl"
-                    done[mode] = generate(config, target, items, path, mode == "_greedy")
+            if mode == "_checked":
+                done[mode] = self_checked(config, target, done[""], folder)
+            else:
+                done[mode] = generate(config, target, items, folder / f"generations{mode}.jsonl", mode == "_greedy")
         if not all(map(judges.is_exact, names)):
             target.close()
-        parts = judge_and_score(config, folder, done, names, servers, world, target, summary)
-    return conclude(config, folder, parts, summary)
+        labelled = label_all(config, done, names, servers, folder, world)
+        score(config, folder, labelled, target, summary)
+    return conclude(config, folder, names, summary)
+
+
+JUDGING = {"judge", "check_judge", "controversial", "max_unscored", "max_cost", "prices", "device", "dtype"}
 
 
 def rescore(config: Config, origin: dict) -> int:
     """Judge and score again what a finished or interrupted evaluation has generated. Exact judges judge anew; labels
     that a guard or a server gave are kept, and given by it where they are missing."""
     folder = Path(config.rescore)
-    saved, summary = runs.read_json(folder / "config.json"), runs.read_json(folder / "summary.json")
-    given = {name: getattr(config, name) for name, of in origin.items() if of == "flag"}
-    values = {n: tuple(v) if isinstance(v, list) else v for n, v in {**saved["values"], **given}.items()}
-    config = Config(**values)
+    given = {name: getattr(config, name) for name, of in origin.items() if of == "flag" and name != "rescore"}
+    if others := given.keys() - JUDGING:
+        raise UserError(f"--rescore reads all but judges from its run; remove {', '.join(map(runs.flag, others))}")
+    config = replace(runs.parse(Config, ["--resume", str(folder)])[0], **given)
+    decoded, _, _, summary = report.read(folder / "summary.json", "decoding", "rewarded_by", "world_seed")
     done = {}
-    for mode, known in summary["decoding"].items():
+    for mode, known in decoded.items():
         order = list(known)
-        if mode == "_checked":
-            checks = {c["id"]: c for c in runs.stored(folder / "self_check.jsonl", scores.key).values()}
-            done[mode] = [replaced(item, checks) for item in done.get("", [])]
-        elif samples := runs.stored(folder / f"generations{mode}.jsonl", scores.key):
+        if samples := runs.stored(folder / f"generations{mode}.jsonl", scores.key):
             done[mode] = sorted(samples.values(), key=lambda item: (order.index(item["suite"]), *scores.key(item)))
     if not done:
         raise UserError(f"--rescore {folder}: nothing was generated there")
+    if not (folder / "result.json").exists():
+        summary["unfinished"] = True  # --resume can still go on
     names = check_judges(config, done[""], summary["rewarded_by"])
     world = None if summary["world_seed"] is None else World(summary["world_seed"])
     for name in filter(judges.is_exact, names):
         for old in folder.glob(f"labels*_{slug(name)}.jsonl"):
             old.unlink()
     servers = ask_judges(config, names)
-    parts = judge_and_score(config, folder, done, names, servers, world, None, summary)
-    return conclude(config, folder, parts, summary)
+    with contextlib.ExitStack() as stack:
+        stack.callback(judges.note_usage, folder, {name: judge.endpoint for name, judge in servers.items()})
+        labelled = label_all(config, done, names, servers, folder, world)
+        score(config, folder, labelled, None, summary)
+    return conclude(config, folder, names, summary)
 
 
 def compare(config: Config) -> int:
@@ -616,17 +576,19 @@ def compare(config: Config) -> int:
     for folder in map(Path, config.compare):
         if not (folder / "items.jsonl").is_file() or not (folder / "result.json").is_file():
             raise UserError(f"{folder} is not a finished evaluation: it has no items.jsonl and result.json")
-        items = runs.stored(folder / "items.jsonl", scores.key)
+        items = report.read_items(folder / "items.jsonl")
         tables.append({key: item for key, item in items.items() if item["suite"] != scores.OWN})
         results.append(runs.read_json(folder / "result.json"))
-    if tables[0].keys() != tables[1].keys():
-        raise UserError(f"the two evaluations hold different items ({len(tables[0])} and {len(tables[1])})")
+    if (apart := tables[0].keys() ^ tables[1].keys()) or not tables[0]:
+        sizes = f"{len(tables[0])} and {len(tables[1])}"
+        only = f", such as {min(apart)[0]}" if apart else ""
+        raise UserError(f"the two evaluations hold no items, or different ones ({sizes}{only})")
     if problem := scores.mismatch(*tables):
         raise UserError(f"{' and '.join(config.compare)}: {problem}")
     for suite, row in results[0].items():
         for what in ("judge", "decoding"):
-            if (other := results[1].get(suite, {}).get(what)) != row[what]:
-                print(f"caution, {suite}: the {what} differs: {row[what]!r} and {other!r}")
+            if (other := results[1].get(suite, {}).get(what)) != (one := row.get(what)):
+                print(f"caution, {suite}: the {what} differs: {one!r} and {other!r}")
     rows = scores.compare(*tables)
     print(scores.paired_table(rows))
     if config.out:

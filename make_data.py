@@ -24,6 +24,7 @@ import json
 import math
 import operator
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,15 +59,10 @@ class Config:
     max_tokens: int = option(8192, "length limit of a sample", pocket=96, low=1)
     guard: str = option("qwen3guard", "labels the answers, named as in evaluate.py --judge", pocket="pocket")
     controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
-    expert: str = option(
-        "", "critiques by endpoint=MODEL@URL, local=MODEL or POLICY.py; none: the guard's verdict alone",
-        pocket="pocket",
-    )  # fmt: skip
+    expert: str = option("", "endpoint=MODEL@URL, local=MODEL, POLICY.py or none (no critiques)", pocket="pocket")
     spec: str = option("star", "safety specification: a name under specs/ or the path of a text file", pocket="pocket")
     records: int = option(6000, "records to aim at, two thirds from harmful prompts; 0: all", pocket=0, low=0)
-    baseline: tuple = option(
-        (), "star1, star1-draft (control), safechain (own safe answers), NAME:published[=PATH]", pocket=tuple(BASELINES)
-    )
+    baseline: tuple = option((), "star1, star1-draft, safechain, NAME:published[=PATH]", pocket=tuple(BASELINES))
     max_unscored: float = option(0.01, "exit 3 if guard or expert left a larger share unscored", low=0, high=1)
     max_cost: float = option(0.0, "most that an endpoint may cost, in the currency of --prices; 0: no limit", low=0)
     prices: tuple = option((), "of an endpoint: of a million prompt tokens and of a million generated ones")
@@ -471,6 +467,8 @@ def main(config: Config, origin: dict) -> int:
             print(f"{'':>8} {entry['short']:,} {entry['unit']} short of the {entry['goal']:,} of verify.jsonl")
     if card["suites not at hand"]:
         print(f"prompts were not compared with {', '.join(card['suites not at hand'])}: not at hand (data_card.json)")
+    if not verify:
+        print("no verification record: the counts above say where the answers went (few of --n?)", file=sys.stderr)
     runs.write_json(folder / "result.json", {"counts": counts, "files": files})
     judged = [item for samples in groups for item in samples if usable(item)]
     shares = [sum("unscored" in item for item in asked) / max(1, len(asked)) for asked in (judged, jobs)]

@@ -115,9 +115,13 @@ REWRITES = {  # what math-verify does not read -> what it reads
     "[²³]": lambda m: "^" + normal(m[0]),
     "[¼-¾⅐-⅞]": lambda m: "\\frac{{{}}}{{{}}}".format(*normal(m[0]).split("⁄")),
     "[！-～]": lambda m: normal(m[0]),  # full-width
-    r"√\s*(?:\(([^()]*)\)|(\d+|[a-z]))": lambda m: f"\\sqrt{{{m[1] or m[2]}}}",
+    r"(?![0-9])\d": lambda m: str(int(m[0])),  # Arabic, Devanagari, ...
+    r"(?:√|\\?\bsqrt)\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+|[a-z]\b))": lambda m: f"\\sqrt{{{m[1] or m[2]}}}",
+    r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\w.])": r"\1\\cdot10^{\2}",  # 1e3
+    "–": "-",
+    r"[€£¥]|\b(?:dollars?|euros?)\b": "",
     r"(?<!\d)\d{1,3}(?:(?:\\[,;: ]|~| )\d{3})+(?!\d)": lambda m: re.sub(r"\D", "", m[0]),  # 10\,000
-    "~": " ",
+    "[~≈]": " ",
     "∞": r"\\infty ",
     r"\\varnothing(?![a-z])|∅": r"\\emptyset",
     r"°|\\degree(?![a-z])": r"^\\circ",

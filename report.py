@@ -5,8 +5,8 @@ takes out what hides or reorders text. No script, no address: the page's content
 
 import contextlib
 import io
-import json
 import math
+import operator
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,8 +53,17 @@ def read(path: Path, *names: str) -> list:
 def read_items(path: Path) -> dict[tuple, dict]:
     """{scores.key(item): item} of an evaluation's items.jsonl, or a training run's before.json or after.json."""
     if path.suffix == ".jsonl" or not path.is_file():
-        return runs.stored(path, scores.key)
+        return runs.stored(path, scores.scored_key)
     return {scores.key(item): item for item in read(path, "items")[0]}
+
+
+def read_figures(path: Path, rows: dict) -> dict[str, dict]:
+    """{suite: row} of a result.json. Raises UserError for one of another version."""
+    wanted = {"metric", "value", "low", "high", "best", "worst", "n", "truncated", "empty", "unscored", "lengths"}
+    for suite, row in rows.items():
+        if not isinstance(row, dict) or wanted - row.keys() or row["metric"] not in scores.VALUES:
+            raise runs.UserError(f"{path}, {suite}: not the figures of a suite, or of another version")
+    return rows
 
 
 def read_run(folder: Path) -> list[Run]:
@@ -63,17 +72,21 @@ def read_run(folder: Path) -> list[Run]:
     if script not in ("evaluate", "train_sft", "train_rl"):
         raise runs.UserError(f"{folder} is a run of {script}; a report is made of evaluations and training runs")
     model, adapter, endpoint = (values.get(name, "") for name in ("model", "adapter", "endpoint"))
-    result, home, seed = runs.read_json(folder / "result.json"), folder.resolve(), values.get("seed")
+    path, home, seed = folder / "result.json", folder.resolve(), values.get("seed")
+    if not path.is_file():
+        raise runs.UserError(f"{folder} is not finished: it has no result.json; go on with --resume {folder}")
+    result = runs.read_json(path)
     if script == "evaluate":
         method, seed, training, summary = read(folder / "summary.json", "method", "seed", "training")
         training = [Path(run).resolve() for run in training]
         identity = training[0] if training else (model, adapter, endpoint, method, seed)
         items = read_items(folder / "items.jsonl")
-        return [Run(folder, method, seed, model, identity, result, items, summary, training)]
+        return [Run(folder, method, seed, model, identity, read_figures(path, result), items, summary, training)]
     method = home.name.removesuffix(f"-{seed}")
-    before, after = ((result.get(end, {}), read_items(folder / f"{end}.json")) for end in ("before", "after"))
-    untrained = Run(folder, f"before {method}", seed, model, (model, adapter, method), *before)
-    return [untrained, Run(folder, method, seed, model, home, *after, training=[home])]
+    figures = [read_figures(path, result.get(end, {})) for end in ("before", "after")]
+    before, after = (read_items(folder / name) for name in ("before.json", "after.json"))
+    untrained = Run(folder, f"before {method}", seed, model, (model, adapter, method), figures[0], before)
+    return [untrained, Run(folder, method, seed, model, home, figures[1], after, training=[home])]
 
 
 def by_method(found: list[Run]) -> dict[str, list[Run]]:
@@ -87,7 +100,10 @@ def by_method(found: list[Run]) -> dict[str, list[Run]]:
         first.figures |= {suite: row for suite, row in run.figures.items() if suite not in twice}
         first.items |= {key: item for key, item in run.items.items() if item["suite"] not in twice}
     for identity in dict.fromkeys(run.identity for run in found if kept[run.identity].figures):
-        methods.setdefault(kept[identity].method, []).append(kept[identity])
+        name = kept[identity].method
+        if kept[identity].seed is None and name in methods:  # another model of that name, not another seed
+            name += f" ({kept[identity].folder})"
+        methods.setdefault(name, []).append(kept[identity])
     return methods
 
 
@@ -214,9 +230,9 @@ def training_runs(methods: dict[str, list[Run]], found: list[Run]) -> dict[str, 
     numbers, scripts = {name: number for number, name in enumerate(methods)}, {}
     for run in found:
         for folder in [folder for folder in run.training if (folder / "metrics.jsonl").is_file()]:
-            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # the last one may be torn
+            lines = runs.stored(folder / "metrics.jsonl", operator.itemgetter("step")).values()
             script, number = read(folder / "config.json", "script")[0], numbers.get(run.method, len(numbers))
-            scripts.setdefault(script, {}).setdefault(folder, (number, [json.loads(line) for line in lines]))
+            scripts.setdefault(script, {}).setdefault(folder, (number, lines))
     return scripts
 
 
@@ -231,9 +247,8 @@ def curve(script: str, folders: dict[Path, tuple], name: str, share: bool) -> Ma
 
 
 def printable(value) -> str | Markup:
-    """What a value is on the page: a dot for each character that drives a terminal, hides or reorders text."""
-    text = "–" if value is None else str(value)
-    return value if isinstance(value, Markup) else "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
+    """What a value is on the page: a sign for each character that drives a terminal, hides or reorders text."""
+    return value if isinstance(value, Markup) else "–" if value is None else scores.printable(str(value))
 
 
 def examples(methods: dict[str, list[Run]], suites: dict) -> list[dict[str, dict]]:

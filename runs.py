@@ -1,6 +1,7 @@
 """What every script shares and nobody ablates: flags from a dataclass, the run folder, files in and out."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import glob
@@ -276,7 +277,7 @@ def new_folder(config, origin: dict, script: str, device: str) -> Path:
         folder = Path(config.resume)
         if (folder / "result.json").exists():
             raise UserError(f"{folder} is finished: it has a result.json")
-        if (of := read_json(folder / "config.json")["script"]) != script:
+        if (of := read_json(folder / "config.json").get("script", "nothing known")) != script:
             raise UserError(f"{folder} is a run of {of}, not of {script}")
         return folder
     folder = Path(config.out or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -341,11 +342,15 @@ class Log:
         self.file = open(path, "a", encoding="ascii", opener=private)  # noqa: SIM115 (closed by __exit__)
 
     def add(self, record: dict) -> bool:
-        """Keep a record unless one of its key is there; whether it was new. Raises OSError where the disk is full."""
+        """Keep a record unless one of its key is there; whether it was new. Raises UserError where the disk is full."""
         if self.key(record) in self.done:
             return False
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            go_on = f"what was written is kept; make room, then --resume {self.path.parent}"
+            raise UserError(f"{self.path}: {error.strerror}; {go_on}") from None
         self.done[self.key(record)] = record
         return True
 
@@ -353,7 +358,8 @@ class Log:
         return self
 
     def __exit__(self, *exception):
-        self.file.close()
+        with contextlib.suppress(OSError):  # a line that could not be written; `add` has said so
+            self.file.close()
 
 
 # ------------------------------------------------------------------------------------------------- files of users

@@ -155,6 +155,12 @@ def key(item: dict) -> tuple[str, int]:
     return item["id"], item.get("sample", 0)
 
 
+def scored_key(item: dict) -> tuple[str, int]:
+    """`key` of a labelled item. Raises KeyError for a record that lacks what is scored."""
+    outcome(item), item["cluster"], item["prompt"], item["tokens"]
+    return key(item)
+
+
 def grouped(pairs) -> dict[str, list]:
     """{name: values} of (name, value) pairs."""
     groups = {}
@@ -325,7 +331,7 @@ def agreement(first: list[dict], second: list[dict]) -> dict[str, dict]:
 def mismatch(before: dict[tuple, dict], after: dict[tuple, dict]) -> str:
     """What the first pair differs in that is not of one item, in words; "" where every pair was asked the same."""
     for k, item in before.items():
-        for name in ("prompt", "goal", "target"):
+        for name in ("metric", "prompt", "goal", "target"):
             a, b = item.get(name), after[k].get(name)
             if a != b:
                 return f"{item['id']} has another {name} in each, {a!r:.60} and {b!r:.60}: not the same items"
@@ -333,23 +339,23 @@ def mismatch(before: dict[tuple, dict], after: dict[tuple, dict]) -> str:
 
 
 def compare(before: dict[tuple, dict], after: dict[tuple, dict]) -> dict[str, dict]:
-    """{suite: paired figures} of two runs, {key(item): item} each; only pairs that both scored count.
-
-    The difference has the interval of a paired bootstrap over clusters. `test` names what `p` is: McNemar's exact test
-    of the flips where each item has one sample, else a normal test with the bootstrap's standard error. `careful_p` is
-    the larger of both. Distinguishable: the interval leaves out 0, and McNemar's p, where it applies, is below 0.05.
-    """
+    """{suite: paired figures, as compare_suite gives them} of two runs, {key(item): item} each."""
     pairs = grouped((item["suite"], (item, after[k])) for k, item in before.items())
     return {name: compare_suite(group) for name, group in pairs.items()}
 
 
 def compare_suite(pairs: list[tuple[dict, dict]]) -> dict:
+    """Paired figures of one suite; only pairs that both scored count.
+
+    The difference has the interval of a paired bootstrap over clusters. `test` names what `p` is: McNemar's exact test
+    of the flips where each item has one sample, else a normal test with the bootstrap's standard error. `careful_p` is
+    the larger of both. Distinguishable: the interval leaves out 0, and McNemar's p, where it applies, is below 0.05.
+    """
     metric, seen = pairs[0][0]["metric"], [(a, b, outcome(a)[0], outcome(b)[0]) for a, b in pairs]
     both = [(a, b, x, y) for a, b, x, y in seen if x is not None and y is not None]
     row = {"metric": metric, "n": len(both), "unpaired": len(pairs) - len(both), "distinguishable": False}
     if not both:
-        names = ("before", "after", "difference", "low", "high", "up", "down", "p", "test", "careful_p")
-        return row | dict.fromkeys(names)
+        return row
     counts_GC = by_cluster([a["cluster"] for a, *_ in both], [counts_of(a, x) + counts_of(b, y) for a, b, x, y in both])
     value, half = VALUES[metric], counts_GC.shape[1] // 2  # the counts of before, then those of after
 
@@ -405,52 +411,33 @@ def table(before: dict, after: dict | None = None) -> str:
 
 
 def details(figures: dict) -> str:
-    """Bounds, truncation, the model's own checks, pass@k; of verifications all figures."""
-    names = ("accuracy", "f1_unsafe", "f1_safe", "macro_f1", "parsed")
-    rows = [["suite", "cut", "unscored", "best", "worst", "checks", "safe then", "refused", ""]]
-    verifiers = [["verification", *names]]
+    """A line a suite: what was cut off or not scored, and every other figure, in percent."""
+    lines = []
     for name, row in figures.items():
-        sign = "checked" if "checked" in row else "marked"
-        rates = [percent(row.get(entry)) for entry in ("best", "worst", sign, f"safe_if_{sign}", "refused")]
-        passes = [f"{entry} {percent(row[entry])}" for entry in row if entry.startswith("pass@")]
-        samples = ", ".join([f"avg@{row['n'] // row['items']} {percent(row['value'])}", *passes]) if passes else ""
-        rows.append([name, row["truncated"], row["unscored"], *rates, samples])
-        if "parsed" in row:
-            verifiers.append([name, *(percent(row[entry]) for entry in names)])
-    return grid(rows) + ("\n\n" + grid(verifiers) if len(verifiers) > 1 else "")
+        rates = {entry: value for entry, value in row.items() if isinstance(value, float)}
+        listed = [f"{entry} {percent(rate)}" for entry, rate in rates.items() if entry not in ("value", "low", "high")]
+        lines.append(f"{name}: {row['truncated']} cut off, {row['unscored']} unscored; {', '.join(listed)}")
+    return "\n".join(lines)
 
 
 def paired_table(rows: dict[str, dict]) -> str:
     """What `compare` gives, one line a suite, with "not distinguishable at this n" in words, and what p is."""
-    lines = [["suite", "n", "before", "after", "difference", "up", "down", "p", ""]]
+    lines = [["suite", "n", "before", "after", "difference", "up", "down", "p", "test", ""]]
     for name, row in rows.items():
+        if not row["n"]:
+            lines.append([name, 0, *["-"] * 7, "no item was scored in both"])
+            continue
         remark = "" if row["distinguishable"] else "not distinguishable at this n"
         remark += f" ({row['unpaired']} not scored in both)" if row["unpaired"] else ""
-        if row["n"]:
-            ends = percent(row["before"]), percent(row["after"])
-            gap = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-            lines.append([name, row["n"], *ends, gap, row["up"], row["down"], f"{row['p']:.2g}", remark])
-        else:
-            lines.append([name, 0, *["-"] * 6, "no item was scored in both"])
-    tests = grouped((row["test"], name) for name, row in rows.items() if row["n"])
-    captions = [f"p of {', '.join(names)}: {test}" for test, names in tests.items()]
-    captions = [f"p: {test}" for test in tests] if len(tests) == 1 else captions
-    return "\n".join([grid(lines), f"difference: with the 95 % interval of a {BOOTSTRAP}", *captions])
-
-
-def agreement_table(pairs: dict[str, dict]) -> str:
-    """{"a / b": {suite: n, raw, kappa}} as lines; nothing for a single judge."""
-    rows = [["judges", "suite", "n", "agree", "kappa"]]
-    for pair, suites in pairs.items():
-        for name, row in suites.items():
-            shown = "-" if row["kappa"] is None else f"{row['kappa']:.2f}"
-            rows.append([pair, name, row["n"], percent(row["raw"]), shown])
-    return grid(rows) + "\n" if len(rows) > 1 else ""
+        gap = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        ends, flips = (percent(row["before"]), percent(row["after"])), (row["up"], row["down"])
+        lines.append([name, row["n"], *ends, gap, *flips, f"{row['p']:.2g}", row["test"], remark])
+    return f"{grid(lines)}\ndifference: with the 95 % interval of a {BOOTSTRAP}"
 
 
 def printable(text: str) -> str:
     """A model's text without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 def side_by_side(before: list[dict], after: list[dict], suites: tuple[str, ...]) -> str:

@@ -15,19 +15,20 @@ its way from prompt to score (?: may be missing):
     prompt             str   suites           sampler: the user's turn
     goal               str?  suites           judges: the plain request, in place of the prompt
     target             str?  suites           judges: gold answer (sum, maths), safe or unsafe (verify)
-    category           str?  suites           report
     prefill            str?  suites           sampler: the given start of the model's turn
     prefill_thinking   bool? evaluate         sampler: that start belongs to the thinking
     like               str?  evaluate         `settings`: the suite that an attacked one is made of
     item               str?  pocket's suites  the pocket's oracle and expert; no other set has it
     source, licence    str?  prompts          records, data card
     response           str?  prompts          make_data: published baselines
+    place, key         ?     make_data        make_data: number of the prompt; what names a sample in its files
     sample             int?  sampling         scores: which of several completions
     completion         str   sampling         report; tokens (int): its length
     finish_reason      str   sampling         judges, rewards: stop, length, provider (then `provider`: why)
     thinking, answer   str   sampling         judges; answer None: the thinking never ended
-    safe, refused, complied, categories, answered, word, said, sanitised, outcome, checked, correct, predicted, unscored
+    safe, refused, complied, answered, word, said, outcome, checked, correct, predicted, unscored
                              judges           scores, report; see judges.py
+    self_check, judge  str?  evaluate         the reader of items.jsonl: the model's verdict, whose label this is
 """
 
 import hashlib
@@ -70,7 +71,7 @@ class Suite:
     directives: tuple = ("count",)  # keys of a name that are no columns
     subset: str = ""  # a regular expression; rows that have a `subset` and do not match are left out
     options: dict = field(default_factory=dict)  # of datasets.load_dataset; its default split here is train
-    optional: tuple = ("category", "response")  # keys that a row need not have
+    optional: tuple = ("response",)  # keys that a row need not have
     raw: tuple = ()  # keys whose values are neither text nor numbers
     change: Callable = dict  # keys of a row -> keys of an item
     choose: Callable = list  # all entries -> those used
@@ -99,11 +100,10 @@ WILD_EVAL = {  # a file without data_type is one subset alone
 }
 GITHUB = "https://raw.githubusercontent.com"
 XSTEST = f"{GITHUB}/paul-rottger/exaggerated-safety/475f10bf0a3d6a9dfb174b6de1a38afbfdff98a5/xstest_prompts.csv"
-XSTEST_COLUMNS = {"prompt": "prompt", "category": "type", "subset": "type"}
+XSTEST_COLUMNS = {"prompt": "prompt", "subset": "type"}
 STRONGREJECT = f"{GITHUB}/alexandrasouly/strongreject/3432b2d696b428f242bd507df96d80f686571d5e"
 STRONGREJECT += "/strongreject_dataset/strongreject_dataset.csv"
-HCOT = "DukeCEICenter/Malicious_Educator_hcot_"
-HCOT_COLUMNS = {"prompt": "Full_Input (H-CoT + Request)", "goal": "Goal"}
+HCOT = {"prompt": "Full_Input (H-CoT + Request)", "goal": "Goal"}
 PROBLEM = {"prompt": "problem", "target": "answer"}
 TEST = {"split": "test"}
 AIME = {"max_tokens": 32768, "samples": 16}  # 30 problems
@@ -123,7 +123,7 @@ def wild_250(kept: list[dict]) -> list[dict]:
 
 
 def fortress(metric: str, column: str) -> Suite:
-    columns, licence = {"prompt": column, "cluster": "ID", "category": "risk_domain"}, "CC-BY-4.0, evaluation only"
+    columns, licence = {"prompt": column, "cluster": "ID"}, "CC-BY-4.0, evaluation only"
     return Suite(metric, "ScaleAI/fortress_public", licence, columns, 500, only=NO_TRAINING)
 
 
@@ -152,13 +152,7 @@ SUITES = {name: Suite(metric, **POCKET_DECODING) for name, (metric, *_) in pocke
     "wildjailbreak": Suite("asr", expected=2000, subset="adversarial_harmful", **WILD_EVAL),
     "wildjailbreak:250": Suite("asr", expected=250, subset="adversarial_harmful", choose=wild_250, **WILD_EVAL),
     "wildjailbreak:benign": Suite("compliance", expected=210, subset="adversarial_benign", **WILD_EVAL),
-    "wildjailbreak:safechain": Suite(
-        "asr", "UWNSL/WildJailbreakEval", "ODC-BY", {"prompt": "instruction"}, 250, options={"name": "250"}
-    ),
-    "hcot": Suite("asr", HCOT + "DeepSeek-R1", "CC BY-NC-SA 4.0", HCOT_COLUMNS, 50),
-    "hcot:o1": Suite("asr", HCOT + "o1", "CC BY-NC-SA 4.0", HCOT_COLUMNS, 50),
-    "hcot:o3-mini": Suite("asr", HCOT + "o3-mini", "CC BY-NC-SA 4.0", HCOT_COLUMNS, 50),
-    "hcot:gemini": Suite("asr", HCOT + "Gemini-2.0-Flash-Thinking", "CC BY-NC-SA 4.0", HCOT_COLUMNS, 50),
+    "hcot": Suite("asr", "DukeCEICenter/Malicious_Educator_hcot_DeepSeek-R1", "CC BY-NC-SA 4.0", HCOT, 50),
     "xstest": Suite("compliance", XSTEST, "CC-BY-4.0", XSTEST_COLUMNS, 250, subset="(?!contrast_).*"),
     "xstest:contrast": Suite("asr", XSTEST, "CC-BY-4.0", XSTEST_COLUMNS, 200, subset="contrast_.*"),
     "math500": Suite("accuracy", "HuggingFaceH4/MATH-500", "MIT", PROBLEM, 500, options=TEST, max_tokens=16384),
@@ -209,7 +203,7 @@ def parse_name(text: str) -> tuple[str, str, dict[str, str]]:
 def split_names(text: str) -> list[str]:
     """The names of a --suite. A comma parts them only where a suite is named behind it; paths may hold others."""
     known = "|".join(map(re.escape, ("pocket", "own", *SUITES)))
-    return re.split(f",(?=(?:{known})(?:[=+:,]|$))", text)
+    return re.split(rf",\s*(?=(?:{known})(?:[=+:,]|$))", text)
 
 
 def find(text: str, training: bool) -> tuple[str, str, dict[str, str], Suite]:
@@ -240,7 +234,7 @@ def own_set(keys: dict[str, str], training: bool) -> Suite:
     if len(fitting) != 1:
         ways = ", ".join(f"kind={k} (metric {m})" for m, k in KINDS.items())
         raise UserError(f"an own suite is scored in one way, own=PATH:kind=harmful; the ways are {ways}")
-    columns = {key: key for key in ("prompt", "target", "goal", "category", "cluster", "prefill")}
+    columns = {key: key for key in ("prompt", "target", "goal", "cluster", "prefill")}
     directives = ("count", "kind", "metric")
     return Suite(fitting[0][0], columns=columns, kind=fitting[0][1], optional=tuple(columns)[1:], directives=directives)
 
@@ -390,7 +384,6 @@ def load(
         if any(item["suite"] == name for item in items):
             raise UserError(f"{text}: a suite of that name is there already; rename the file or its folder")
         entries, facts[name] = read(name, path, keys, source)
-        facts[name]["role"] = "evaluation"
         for entry in entries:
             item = {"id": f"{name}/{entry.pop('row'):04d}", "suite": name, "metric": source.metric, **entry}
             items.append({**item, "cluster": entry.get("cluster") or entry.get("goal") or item["id"]})
@@ -416,12 +409,11 @@ def prompts(
     for text in names:
         if text in POCKET_PROMPTS:
             name, drawn, licence = text, POCKET_PROMPTS[text](needed(world, text), seed), pocket_suites.LICENCE
-            facts[name] = {"from": "pocket/world.py", "licence": licence, "used": len(drawn), "role": "train"}
+            facts[name] = {"from": "pocket/world.py", "licence": licence, "used": len(drawn)}
         else:
             name, path, keys, source = find(text, training=True)
             name, licence = own.get(text, name), source.licence
             drawn, facts[text] = read(name, path, keys, source)
-            facts[text]["role"] = "train"
             random.Random(f"{name}-{seed}").shuffle(drawn)
         if responses and any("response" not in entry for entry in drawn):
             raise UserError(f"{text}: a row has no response")

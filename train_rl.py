@@ -255,8 +255,7 @@ def mixture(prompts: list[dict], weights: dict[str, float], n: int, seed: int) -
 
     weights a 1, b 3  ->  b a b b  b a b b ...
     """
-    pools = {name: [prompt for prompt in prompts if prompt["pool"] == name] for name in weights}
-    streams = {name: shuffles(pool, f"{seed}-{name}") for name, pool in pools.items()}
+    streams = {name: shuffles([p for p in prompts if p["pool"] == name], f"{seed}-{name}") for name in weights}
     total, drawn, ordered = sum(weights.values()), Counter(), []
     for place in range(1, n + 1):
         lacking = {name: weight * place / total - drawn[name] for name, weight in weights.items()}
@@ -311,7 +310,7 @@ def own_rewards(path: str, example: dict) -> Callable:
 
     def score(items: list[dict]) -> list[tuple]:
         ask = functools.partial(judges.call_own, path, function, read=read_reward)
-        return [ask(item, item["prompt"], item["completion"], item) for item in items]
+        return [ask(item, item["prompt"], item["completion"], dict(item)) for item in items]
 
     score([{**example, "completion": "yes", "tokens": 1, "finish_reason": "stop", "thinking": "", "answer": "yes"}])
     return score
@@ -320,9 +319,9 @@ def own_rewards(path: str, example: dict) -> Callable:
 def read_reward(result) -> tuple:
     """(reward, parts, label) of what an own function returned. Raises ValueError; what is not finite is no score."""
     pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
-    values = [result[0], *result[1].values()] if pair else ["none"]
-    if not all(x is None or isinstance(x, numbers.Real) for x in values):
-        raise ValueError("not (number or None, {part: number or None})")
+    values = [result[0], *result[1].values()] if pair and all(isinstance(name, str) for name in result[1]) else ["none"]
+    if not all(x is None or (isinstance(x, numbers.Real) and not 1e30 < abs(x) < math.inf) for x in values):
+        raise ValueError("not (number or None, {part: number or None}), numbers up to 1e30")
     value, *parts = [float(x) if x is not None and math.isfinite(x) else None for x in values]
     return value, dict(zip(result[1], parts, strict=True)), {} if value is not None else {"unscored": "own reward"}
 
@@ -400,8 +399,7 @@ def one_step(run: Run, step: int) -> tuple[dict, list[list[Drawing]]]:
 
 def train(run: Run, state: dict) -> None:
     """From `state`, FRESH at first, to the end of the run, changing it on the way."""
-    steps = run.config.steps
-    due = trainers.fifths(steps)
+    steps, due = run.config.steps, trainers.fifths(run.config.steps)
     bar = tqdm(total=steps, initial=state["step"], desc="training", unit="step")
     with runs.Interruptible() as interrupt, bar:
         while state["step"] < steps:

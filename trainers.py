@@ -141,7 +141,10 @@ def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
     temporary = final.with_name("." + final.name)
     temporary.mkdir(parents=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, temporary / "tensors.safetensors")
+    try:
+        save_file(whole, temporary / "tensors.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{temporary}: {error}") from None  # a full disk
     with open(temporary / "tensors.safetensors", "rb+") as file:
         os.fchmod(file.fileno(), 0o600)
         os.fsync(file.fileno())
@@ -208,18 +211,16 @@ def end_step(folder: Path, trainee: Trainee, state: dict, line: dict, samples: l
 
 
 def resume(folder: Path, trainee: Trainee, fresh: dict, made_of: bytes) -> dict:
-    """The state to go on from: that of the newest checkpoint, or `fresh` where there is none yet; its step is printed.
-
-    The logs are cut back to where they were. Raises UserError where data or model, by a hash of `made_of`, are others.
-    """
-    fresh, sizes = fresh | {"data_sha256": hashlib.sha256(made_of).hexdigest()}, {}
-    state = fresh
+    """The state to go on from: the newest checkpoint's, or `fresh` where there is none yet; logs are cut back to it.
+    Raises UserError where the settings are others, or data and model, of which `made_of` has the bytes."""
+    digest = hashlib.sha256(made_of + (folder / "config.json").read_bytes()).hexdigest()
+    state, sizes = fresh | {"data_sha256": digest}, {}
     if found := load_checkpoint(folder):
         tensors, state = found
+        if state["data_sha256"] != digest:
+            raise UserError(f"{folder}: the data or the model have changed, or config.json, since its last checkpoint")
         sizes = state.pop("logs")
         trainee.restore(tensors)
-    if state["data_sha256"] != fresh["data_sha256"]:
-        raise UserError(f"{folder}: the data or the model have changed since its last checkpoint")
     for path in [folder / name for name in LOGS if (folder / name).exists()]:
         os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
     print(f"from step {state['step']}")
@@ -368,10 +369,8 @@ def peak_memory() -> float:
 
 
 def mfu(transformer, lora: bool, tokens_per_s: float) -> dict:
-    """{"mfu": share of the dense bf16 peak that products with weights reach} on a known GPU, else nothing.
-
-    Forward and backward take 6 FLOPs a parameter and token, 4 where the weights get no gradient.
-    """
+    """{"mfu": share of the dense bf16 peak that products with weights reach} on a known GPU, else nothing: 6 FLOPs a
+    parameter and token, 4 where the weights get no gradient."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peaks = [peak for name, peak in PEAK_FLOPS.items() if name in device]
     embedding = 0 if transformer.config.tie_word_embeddings else transformer.model.embed_tokens.weight.numel()

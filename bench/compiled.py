@@ -27,18 +27,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.kernels import CANDIDATES
+from engine import State
 from kernels import dispatch
 
 # the functions of the package hide the modules of the same names
-ATTENTION, DECODE, HEAD, NORM, ROPE, SWIGLU = (
+ATTENTION, DECODE, HEAD, NORM, ROPE, SAMPLE, SWIGLU = (
     sys.modules[f"kernels.{name}"]
-    for name in ("attention", "decode_attention", "linear_logp", "rms_norm", "rope", "swiglu")
+    for name in ("attention", "decode_attention", "linear_logp", "rms_norm", "rope", "sample", "swiglu")
 )
 SNAPSHOT = Path(__file__).parent / "results" / "compiled.json"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}  # bytes a block
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TYPES = DTYPES | {torch.int32: "i32", torch.int64: "i64"}
+TYPES = DTYPES | {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 
 Launch = namedtuple("Launch", "name kernel args meta")
 
@@ -67,9 +68,10 @@ def launches(arch, dtypes=tuple(DTYPES), dims=(64, 128), widths=(128, 1024, 2048
         cases += [(f"w{width}", partial(_norms, dtype, width)) for width in widths]
         cases += [("even", partial(_head, dtype, 4096)), ("ragged", partial(_head, dtype, 2064))]
         cases += [("", partial(_gate, dtype))]
+        cases += [("", partial(_draw, mode)) for mode in ("greedy", "top_p") if dtype == torch.float32]
         for label, case in cases:
             for kernel, args, meta in recorded(arch, case):
-                flags = [f.lower() for f in ("ADD", "NORM", "CACHE") if meta.get(f)]
+                flags = [f.lower() for f in ("ADD", "NORM", "CACHE", "GREEDY") if meta.get(f)]
                 name = "/".join(filter(None, [kernel.__name__.strip("_"), DTYPES[dtype], label, *flags]))
                 found.setdefault(name, Launch(name, kernel, args, meta))
     return list(found.values()) + (candidates(arch) if arch == "sm_90" else [])
@@ -138,6 +140,12 @@ def _gate(dtype):
     SWIGLU.launch_backward(SWIGLU.launch_forward(gate_up), gate_up)
 
 
+def _draw(mode, rows=256, vocab=151_936):
+    state = State(rows, 1, 16, {0}, "meta")
+    logits = _empty(rows, vocab, dtype=torch.float32)
+    SAMPLE.launch(logits, state.first(rows), state.step, state.eos_E, state.knobs, mode)
+
+
 # ------------------------------------------------------------------------------------------------ compile and inspect
 
 
@@ -194,7 +202,7 @@ def faults(launch, arch, figures):
         found.append(f"shared memory {figures['shared']} exceeds {SHARED_LIMIT[arch]}")
     if product and "/fp32" not in launch.name and not figures["tensor_core"]:
         found.append("a product without tensor cores")
-    if not figures["wide_loads"] and "combine" not in launch.name:
+    if not figures["wide_loads"] and not re.search("combine|greedy", launch.name):
         found.append("no vector or asynchronous load")
     if figures["fp64"]:
         found.append(f"{figures['fp64']} fp64 instructions")

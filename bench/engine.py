@@ -1,12 +1,16 @@
 """The sampler's speed: beside transformers' generate on a CPU, against the memory's limit on a GPU.
 
-    python -m bench.engine               the CPU comparison, and the GPU tables where there is a GPU
-    python -m bench.engine --tiny        the same code on toy shapes in seconds (the tests run it)
-    python -m bench.engine --write       also renew bench/results/engine.json
+    python -m bench.engine                     the CPU comparison, and the GPU tables where there is a GPU
+    python -m bench.engine --model FOLDER      also a table of fixed lengths on that checkpoint, such as smollm2
+    python -m bench.engine --gpu-only --quick  a GPU's table alone, its corners, one prefill a cell
+    python -m bench.engine --tiny              the same code on toy shapes in seconds (the tests run it)
+    python -m bench.engine --write             also renew bench/results/engine.json
 
 CPU: 64 pocket prompts x 8 samples at temperature 1 with the model's own end token, limit 96; the two samplers take
-turns in one process with one thread each, the ratio is the median over the pairs. A token counts up to and with its
-row's end token. transformers gets all 512 rows at once, left-padded.
+turns in one process with one thread each, in CPU time, the ratio is the median over the pairs. A token counts up to and
+with its row's end token. transformers gets all 512 rows at once, left-padded. The table: 1, 4, 32 and 128 prompts of 32
+random ids, 64 new tokens without an end token, temperature 1, plain and with top-p 0.95; up to 4 rows without whole
+tiles (Engine's row_tile).
 
 GPU: random weights in the shapes of R1-Distill-Qwen-1.5B, bf16. A step cannot take less than the weights and the
 cached keys and values take to be read, or than its products take:
@@ -14,19 +18,22 @@ cached keys and values take to be read, or than its products take:
     limit = max(W / bandwidth, 2 P B / flops) + B S k / bandwidth      W bytes of weights read, P of them used a token,
                                                                        S mean context, k cache bytes a token
 
-The bandwidth is that of a large copy on this device, measured here; the share is limit / measured step. Then the
-protocol of nano-vllm's bench.py in the shape of Qwen3-0.6B: seed 0, 256 prompts of 100-1024 ids, 100-1024 new tokens,
-all rows at once; its limit is the sum over the steps, and the products of the prefill. Then what the log-probs of the
-sampler and the trainer differ by. Capturing the graphs is in no time: every call runs once before it is timed.
+The bandwidth is that of a large copy on this device, measured here; the share is limit / measured step, a replay of the
+step's graph over pages that nobody has prefilled, timed by the device's events. Then the protocol of nano-vllm's
+bench.py in the shape of Qwen3-0.6B: seed 0, 256 prompts of 100-1024 ids, 100-1024 new tokens, all rows at once; its
+limit is the sum over the steps, and the products of the prefill. Then what the log-probs of the sampler and the trainer
+differ by. Capturing the graphs is in no time: every call runs once before it is timed.
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -34,7 +41,7 @@ import kernels
 import model
 import safety
 from bench.kernels import PEAKS, origin
-from engine import Engine, pages_for
+from engine import COLUMNS, LOOK, Engine
 
 DATA = Path(__file__).parent.parent / "pocket" / "data" / "verify.jsonl"
 RESULTS = Path(__file__).parent / "results" / "engine.json"
@@ -67,9 +74,8 @@ def until_end(ids: list[int], eos_ids: set[int]) -> int:
     return next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
 
 
-def transformers_sampler(folder: str, prompts, n: int, limit: int, eos_ids: set[int]):
+def transformers_sampler(theirs, prompts, n: int, limit: int, eos_ids: set[int], top_p=1.0):
     """A function that draws once and returns the number of generated tokens."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows, width = [prompt for prompt in prompts for _ in range(n)], max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -77,7 +83,7 @@ def transformers_sampler(folder: str, prompts, n: int, limit: int, eos_ids: set[
     def sample() -> int:
         with torch.inference_mode():
             out = theirs.generate(
-                ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=top_p,
                 eos_token_id=sorted(eos_ids), pad_token_id=0,
             )  # fmt: skip
         return sum(until_end(row, eos_ids) for row in out[:, width:].tolist())
@@ -85,18 +91,30 @@ def transformers_sampler(folder: str, prompts, n: int, limit: int, eos_ids: set[
     return sample
 
 
-def beside_transformers(folder: str, count=64, n=8, limit=96, repeats=5) -> dict:
-    ours, tokenizer = model.load(folder)
-    prompts, eos_ids = pocket_prompts(tokenizer, count), model.end_ids(ours, tokenizer)
-    sampler, theirs = Engine(ours, eos_ids), transformers_sampler(folder, prompts, n, limit, eos_ids)
-    seeds = iter(range(repeats + 1))
+def our_sampler(sampler: Engine, prompts, n: int, limit: int, top_p=1.0):
+    """The same with this project's engine, another seed each time."""
+    seeds = itertools.count()
 
     def sample() -> int:
-        groups = sampler.generate(prompts, n=n, max_tokens=limit, seed=next(seeds))
+        groups = sampler.generate(prompts, n, limit, seed=next(seeds), top_p=top_p, logprobs=top_p == 1)
         return sum(len(s.ids) for group in groups for s in group)
 
-    sample(), theirs()
-    pairs = [(rate(sample), rate(theirs)) for _ in range(repeats)]
+    return sample
+
+
+def both_models(folder: str):
+    """(ours, transformers', the tokenizer) in fp32."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours, tokenizer = model.load(folder)
+    return ours.requires_grad_(False), theirs, tokenizer
+
+
+def beside_transformers(folder: str, count=64, n=8, limit=96, repeats=5) -> dict:
+    ours, theirs, tokenizer = both_models(folder)
+    prompts, eos_ids = pocket_prompts(tokenizer, count), model.end_ids(ours, tokenizer)
+    samplers = [our_sampler(Engine(ours, eos_ids), prompts, n, limit)]
+    samplers += [transformers_sampler(theirs, prompts, n, limit, eos_ids)]
+    pairs = in_turn(samplers, repeats)
     return {
         "model": folder, "prompts": count, "samples": n, "limit": limit, "threads": torch.get_num_threads(),
         "tokens_per_s": [round(a["rate"]) for a, _ in pairs],
@@ -107,10 +125,38 @@ def beside_transformers(folder: str, count=64, n=8, limit=96, repeats=5) -> dict
     }  # fmt: skip
 
 
+def fixed_lengths(folder: str, sizes=(1, 4, 32, 128), length=32, new=64, repeats=3) -> list[dict]:
+    """A line for each number of rows: tokens a second of both samplers, plain and with top-p."""
+    (ours, theirs, _), lines = both_models(folder), []
+    generator = torch.Generator().manual_seed(0)
+    for rows in sizes:
+        prompts = torch.randint(ours.config.vocab_size, (rows, length), generator=generator).tolist()
+        tile = {"row_tile": 1} if rows <= 4 else {}
+        sampler = Engine(ours, (), max_rows=rows, max_context=length + new, **tile)
+        samplers = [our_sampler(sampler, prompts, 1, new, top_p) for top_p in (1.0, 0.95)]
+        samplers += [transformers_sampler(theirs, prompts, 1, new, set(), top_p) for top_p in (1.0, 0.95)]
+        rates = [[r["rate"] for r in turn] for turn in in_turn(samplers, repeats)]
+        speeds = [round(statistics.median(column), 1) for column in zip(*rates, strict=True)]
+        names = ("tokens_per_s", "top_p_tokens_per_s", "transformers_tokens_per_s", "transformers_top_p_tokens_per_s")
+        ratios = ("ratio", 0, 2), ("top_p_ratio", 1, 3), ("top_p_of_plain", 1, 0)
+        line = {"rows": rows, **dict(zip(names, speeds, strict=True))}
+        lines.append(line | {name: round(statistics.median(r[a] / r[b] for r in rates), 2) for name, a, b in ratios})
+        print("  ", lines[-1], flush=True)
+    return lines
+
+
+def in_turn(samplers: list, repeats: int) -> list[list[dict]]:
+    """All samplers once each, `repeats` times; each has run once before."""
+    for sample in samplers:
+        sample()
+    return [[rate(sample) for sample in samplers] for _ in range(repeats)]
+
+
 def rate(sample) -> dict:
-    begun = time.perf_counter()
+    """Tokens, and tokens a second of CPU time: what else runs on the machine is not counted."""
+    begun = time.process_time()
     tokens = sample()
-    return {"tokens": tokens, "rate": tokens / (time.perf_counter() - begun)}
+    return {"tokens": tokens, "rate": tokens / (time.process_time() - begun)}
 
 
 # ------------------------------------------------------------------------------------------------- against the limit
@@ -142,11 +188,16 @@ def measured_speeds(device: str, megabytes: int) -> dict:
 
 
 def timed(call, device: str) -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
+    """Seconds, on a GPU by its own clock."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     begun = time.perf_counter()
     call()
-    wait()
     return time.perf_counter() - begun
 
 
@@ -164,22 +215,17 @@ def step_limit(transformer, rows: int, context: float, bytes_per_s: float, flops
     return max(used * size / bytes_per_s, products) + rows * context * cached / bytes_per_s
 
 
-def cell(transformer, rows: int, context: int, new: int, device: str, speeds: dict, repeats: int) -> dict:
-    """One batch size at one context: contexts grow from `context - new / 2` to `context + new / 2`.
-
-    A step is the difference between a call with one token and a call with 1 + new, divided by new.
-    """
+def cell(transformer, rows: int, context: int, device: str, speeds: dict, repeats: int) -> dict:
+    """One batch size: the first token of prompts of `context` ids, then steps from there on."""
     generator = torch.Generator().manual_seed(0)
-    vocab = transformer.config.vocab_size
-    prompts = torch.randint(0, vocab, (rows, context - new // 2), generator=generator).tolist()
-    sampler = Engine(transformer, (), max_rows=rows, max_context=context + new)
-    if sampler.pages <= rows * pages_for(context + new):
+    prompts = torch.randint(0, transformer.config.vocab_size, (rows, context), generator=generator).tolist()
+    sampler = Engine(transformer, (), max_rows=rows, max_context=context + LOOK[device] * (repeats + 1))
+    if sampler.pages <= rows * sampler.pages_a_row:
         return {"rows": rows, "context": context, "note": f"the cache has {sampler.pages} pages, too few for all rows"}
     first = [timed(lambda: sampler.generate(prompts, max_tokens=1), device) for _ in range(repeats + 1)][1:]
-    whole = [timed(lambda: sampler.generate(prompts, max_tokens=1 + new), device) for _ in range(repeats + 1)][1:]
-    seconds = (statistics.median(whole) - statistics.median(first)) / new
+    seconds, mean_context = step_seconds(sampler, rows, context, "sample", device, repeats)
     sampler.close()  # before the next engine asks how much memory is free
-    limit = step_limit(transformer, rows, context, **speeds)
+    limit = step_limit(transformer, rows, mean_context, **speeds)
     return {
         "rows": rows, "context": context, "ms_a_step": round(seconds * 1e3, 3), "limit_ms": round(limit * 1e3, 3),
         "tokens_per_s": round(rows / seconds), "share_of_limit": round(limit / seconds, 3),
@@ -187,11 +233,25 @@ def cell(transformer, rows: int, context: int, new: int, device: str, speeds: di
     }  # fmt: skip
 
 
-def against_the_limit(raw: dict, rows, contexts, new: int, device: str, dtype, megabytes=2048, repeats=5) -> dict:
+@torch.inference_mode()
+def step_seconds(sampler: Engine, rows: int, context: int, mode: str, device: str, repeats: int) -> tuple[float, float]:
+    """(median seconds of a step, mean context) of steps behind `context` cached tokens a row, zeros in the cache."""
+    sampler._open(1.0, 0.95)
+    sampler.cache.k_LPSKD.zero_(), sampler.cache.v_LPSKD.zero_()
+    pages = sampler.pages_a_row
+    host = np.zeros((sampler.prepare(rows, mode), len(COLUMNS) + pages), dtype=np.int64)
+    host[:rows, : len(COLUMNS)] = [(0, context, key, 0, 2**30, True) for key in range(rows)]
+    host[:rows, len(COLUMNS) :] = 1 + np.arange(rows * pages).reshape(rows, pages)
+    sampler.state.load(torch.from_numpy(host))
+    readings = [timed(lambda: sampler.advance(sampler.look), device) for _ in range(repeats + 1)][1:]
+    return statistics.median(readings) / sampler.look, context + sampler.look * (1 + repeats / 2)
+
+
+def against_the_limit(raw: dict, rows, contexts, device: str, dtype, megabytes=2048, repeats=5) -> dict:
     transformer, speeds, cells = random_model(raw, device, dtype), measured_speeds(device, megabytes), []
     for context in contexts:
         for count in rows:
-            cells.append(cell(transformer, count, context, new, device, speeds, repeats))
+            cells.append(cell(transformer, count, context, device, speeds, repeats))
             print("  ", cells[-1], flush=True)
     return {"gb_per_s": round(speeds["bytes_per_s"] / 1e9), "tflops": round(speeds["flops"] / 1e12), "cells": cells}
 
@@ -224,7 +284,7 @@ def nano_vllm_protocol(raw: dict, count: int, longest: int, device: str, dtype, 
     return {
         "prompt_tokens": sum(map(len, prompts)), "tokens": sum(limits), "seconds": round(seconds, 2),
         "tokens_per_s": round(sum(limits) / seconds),
-        "share_of_limit": round(nano_vllm_limit(transformer, prompts, limits, speeds) / seconds, 3),
+        "share_of_limit": round(nano_vllm_limit(transformer, prompts, limits, speeds) / seconds, 5),
     }  # fmt: skip
 
 
@@ -247,37 +307,41 @@ def sampler_trainer_gap(raw: dict, device: str, dtype, prompts=32, new=256) -> d
 # ------------------------------------------------------------------------------------------------- command
 
 
-def gpu_tables(tiny: bool) -> dict:
+def gpu_tables(tiny: bool, quick: bool) -> dict:
     if tiny:
         toy, device, dtype = {**R1_DISTILL_1_5B, **TOY}, "cpu", torch.float32
-        table = against_the_limit(toy, (1, 3), (96,), 8, device, dtype, megabytes=4, repeats=1)
-        nano = nano_vllm_protocol({**QWEN3_0_6B, **TOY}, 3, 105, device, dtype, vocab=500, megabytes=4)
-        return {"table": table, "nano_vllm": nano, "gap": sampler_trainer_gap(toy, device, dtype, 2, 8)}
+        shape, small = ((1, 3), (96,), device, dtype, 4, 1), (device, dtype, 500, 4)
+        nano = {} if quick else {"nano_vllm": nano_vllm_protocol({**QWEN3_0_6B, **TOY}, 3, 105, *small)}
+        return {"table": against_the_limit(toy, *shape), **nano, "gap": sampler_trainer_gap(toy, device, dtype, 2, 8)}
     device, dtype = "cuda", torch.bfloat16
-    table = against_the_limit(R1_DISTILL_1_5B, (1, 8, 64, 256), (512, 2048, 4096), 128, device, dtype)
-    return {
-        "table": table,
-        "nano_vllm": nano_vllm_protocol(QWEN3_0_6B, 256, 1024, device, dtype),
-        "gap": sampler_trainer_gap(R1_DISTILL_1_5B, device, dtype),
-    }
+    rows, contexts = ((1, 64, 256), (512, 4096)) if quick else ((1, 8, 64, 256), (512, 2048, 4096))
+    table = against_the_limit(R1_DISTILL_1_5B, rows, contexts, device, dtype, repeats=1 if quick else 5)
+    nano = {} if quick else {"nano_vllm": nano_vllm_protocol(QWEN3_0_6B, 256, 1024, device, dtype)}
+    return {"table": table, **nano, "gap": sampler_trainer_gap(R1_DISTILL_1_5B, device, dtype)}
 
 
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="pocket/base", help="folder of the CPU comparison")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of the CPU comparison")
+    parser.add_argument("--model", help="folder of a checkpoint for the table of fixed lengths")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the CPU comparison")
+    parser.add_argument("--gpu-only", action="store_true", help="without the CPU comparison")
+    parser.add_argument("--quick", action="store_true", help="fewer cells of the GPU table, each measured once")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, seconds")
     parser.add_argument("--write", action="store_true", help=f"renew {RESULTS.name}")
     args = parser.parse_args(argv)
-    if args.tiny and args.write:
-        parser.error("toy shapes are no result: --tiny does not go with --write")
+    if args.write and (args.tiny or args.gpu_only or args.quick):
+        parser.error("a part or toy shapes are no result: --write goes without --tiny, --gpu-only and --quick")
     torch.set_num_threads(1)
-    shape = {"count": 4, "n": 2, "limit": 8, "repeats": 1} if args.tiny else {"repeats": args.repeats}
     result = {"origin": f"{origin('cpu')}; transformers {transformers.__version__}"}
-    result["cpu"] = beside_transformers(args.model, **shape)
-    print(json.dumps(result["cpu"], indent=1))
+    if not args.gpu_only:
+        shape = {"count": 4, "n": 2, "limit": 8, "repeats": 1} if args.tiny else {"repeats": args.repeats}
+        result["cpu"] = beside_transformers("pocket/base", **shape)
+        print(json.dumps(result["cpu"], indent=1))
+    if args.model and not args.gpu_only:
+        shape = {"sizes": (1, 5), "length": 8, "new": 4, "repeats": 1} if args.tiny else {"repeats": args.repeats}
+        result["fixed_lengths"] = {"model": Path(args.model).name, "lines": fixed_lengths(args.model, **shape)}
     if args.tiny or torch.cuda.is_available():
-        result["gpu"] = {"origin": origin("cpu" if args.tiny else "cuda"), **gpu_tables(args.tiny)}
+        result["gpu"] = {"origin": origin("cpu" if args.tiny else "cuda"), **gpu_tables(args.tiny, args.quick)}
         print(json.dumps(result["gpu"], indent=1))
     else:
         print("no CUDA device: the GPU tables are not measured here")

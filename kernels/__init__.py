@@ -9,6 +9,7 @@ from kernels.dispatch import NAMES, backend, force
 from kernels.linear_logp import linear_logp
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
+from kernels.sample import sample
 from kernels.swiglu import swiglu
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "linear_logp",
     "rms_norm",
     "rope",
+    "sample",
     "swiglu",
 ]

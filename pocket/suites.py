@@ -43,10 +43,8 @@ def items(suite: str, world: World, candidates: Sequence[dict] = ()) -> list[dic
         entries = verifications(world, candidates)
     else:
         entries = requests(world, suite, family, forbidden=kind == "harmful")
-    return [
-        {"id": f"{suite}/{number:03d}", "suite": suite, "metric": metric, "kind": kind, **entry}
-        for number, entry in enumerate(entries)
-    ]
+    shared = {"suite": suite, "metric": metric, "kind": kind}
+    return [{"id": f"{suite}/{number:03d}", **shared, **entry} for number, entry in enumerate(entries)]
 
 
 def requests(world: World, suite: str, family: str, *, forbidden: bool) -> list[dict]:
@@ -102,13 +100,9 @@ def candidates(model: str) -> list[dict]:
 
 def training_requests(world: World, seed: int, families: tuple[str, ...] = ("plain",)) -> list[dict]:
     """Requests about the things and in the templates that may be trained on, harmful and benign alike."""
-    rng = random.Random(f"prompts-{seed}")
+    rng, kinds = random.Random(f"prompts-{seed}"), {True: "harmful", False: "benign"}
     prompts = [
-        {
-            "prompt": pocket.request(thing, template, rng),
-            "item": thing.name,
-            "kind": "harmful" if thing.forbidden else "benign",
-        }
+        {"prompt": pocket.request(thing, template, rng), "item": thing.name, "kind": kinds[thing.forbidden]}
         for thing in world.items
         if not thing.held_out
         for family in families

@@ -101,19 +101,15 @@ def train(transformer, tok, family: str, steps: int) -> None:
         prompt = judges.guard_prompt(tok, family, item["prompt"], item["answer"])
         text = judgement(family, item["unsafe"], item["refused"])
         target = safety.encode(tok, [(text, True)], continued=True) + [tok.eos_token_id]
-        rows.append((prompt, target))
+        rows.append((prompt + target, [False] * (len(prompt) - 1) + [True] * len(target) + [False]))
     rng, adam = random.Random(0), torch.optim.Adam(transformer.parameters(), lr=3e-3)
     for _ in range(steps):
         batch = rng.sample(rows, 12)
-        ids_T = torch.tensor([i for prompt, target in batch for i in prompt + target])
-        lengths = [len(prompt) + len(target) for prompt, target in batch]
-        cu = torch.tensor([0, *lengths]).cumsum(0).int()
-        next_T = ids_T.roll(-1)
-        mask_T = torch.tensor(
-            [i >= len(p) - 1 and i < len(p) + len(t) - 1 for p, t in batch for i in range(len(p + t))]
-        )
+        ids_T = torch.tensor([i for ids, _ in batch for i in ids])
+        mask_T = torch.tensor([before_target for _, mask in batch for before_target in mask])
+        cu = torch.tensor([0, *(len(ids) for ids, _ in batch)]).cumsum(0).int()
         hidden_TH = transformer(ids_T, cu)
-        logp_T, _ = kernels.linear_logp(hidden_TH[mask_T], transformer.head_weight, next_T[mask_T])
+        logp_T, _ = kernels.linear_logp(hidden_TH[mask_T], transformer.head_weight, ids_T.roll(-1)[mask_T])
         adam.zero_grad()
         (-logp_T.mean()).backward()
         adam.step()

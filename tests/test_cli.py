@@ -1,5 +1,6 @@
 """The scripts as a user meets them: --help; wrong input gives one message, exit 2, no traceback, no file."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -11,11 +12,12 @@ import pytest
 import kernels
 import make_data
 import runs
+import train_rl
 import train_sft
-from tests import tiny
+from tests import tiny, tiny_models
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "runs.main(Config, main)" in path.read_text())
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "runs.main(Config, main)" in path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -23,63 +25,9 @@ def folder(tmp_path_factory):
     return tiny.model_folder(tmp_path_factory.mktemp("model") / "base")
 
 
-def shell(script: str, *flags, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=cwd)
-
-
-def refused(done: subprocess.CompletedProcess, message: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_an_unknown_flag(script, tmp_path):
-    done = shell(script, "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--seed" in done.stdout and "--out" in done.stdout
-    refused(shell(script, "--nonsense", "1", cwd=tmp_path), "--nonsense")
-    assert not list(tmp_path.iterdir())
-
-
-WRONG = {
-    "train_sft.py": {
-        "--lr": "fast", "--epochs": "0", "--target": "all", "--held-out": "0.9", "--data": "nothing.jsonl",
-        "--dtype": "float16", "--max-len": "9000000", "--evaluate": "perhaps",
-    },
-    "train_rl.py": {
-        "--group": "1", "--temperature": "0", "--clip-high": "2", "--advantage": "rank", "--steps": "none",
-        "--reward": "nothing.py", "--beta2": "1.5", "--lr": "-1",
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("script", WRONG)
-def test_every_wrong_flag_is_in_one_message(tmp_path, script):
-    done = shell(script, "--model", tmp_path, *[word for pair in WRONG[script].items() for word in pair], cwd=tmp_path)
-    for name in WRONG[script]:
-        refused(done, name)
-    assert not list(tmp_path.iterdir())
-
-
-RECORD = json.dumps(tiny.answers(1)[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "no such file"), ("", "holds no record"), (RECORD + "\n" + RECORD[:40], "line 2: not JSON")],
-)
-def test_wrong_records_are_named(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "d.jsonl").write_text(text)
-    refused(shell("train_sft.py", "--data", "d.jsonl", "--evaluate", "false", cwd=tmp_path), message)
-    assert {path.name for path in tmp_path.iterdir()} <= {"d.jsonl"}
-
-
-# In this process from here on: the same entry point, without starting torch anew for every case.
-
-
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
-    """Runs a script's entry point: (flags) -> (exit code, stderr)."""
+    """Runs a script's entry point in this process, which need not start torch anew: (flags) -> (exit code, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(module, **flags):
@@ -92,15 +40,38 @@ def script(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_an_unknown_flag(script, name, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "--seed" in done.stdout and "--out" in done.stdout
+    code, shown = script(importlib.import_module(name), nonsense=1)
+    assert code == 2 and "--nonsense" in shown
+    assert not list(tmp_path.iterdir())
+
+
+WRONG = {
+    train_sft: {
+        "lr": "fast", "epochs": "0", "target": "all", "held_out": "0.9", "data": "nothing.jsonl", "dtype": "float16",
+        "max_len": "9000000", "evaluate": "perhaps",
+    },
+    train_rl: {
+        "group": "1", "temperature": "0", "clip_high": "2", "advantage": "rank", "steps": "none",
+        "reward": "nothing.py", "beta2": "1.5", "lr": "-1", "adapter": "",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", WRONG, ids=lambda module: module.__name__)
+def test_every_wrong_flag_is_in_one_message(script, tmp_path, module):
+    code, shown = script(module, model=tmp_path, **WRONG[module])
+    assert code == 2 and all(runs.flag(name) in shown for name in WRONG[module])
+    assert not list(tmp_path.iterdir())
+
+
 def flags(folder, tmp_path, **changes) -> dict:
     data = tiny.write(tmp_path / "d.jsonl", tiny.answers(8))
     base = {"model": folder, "data": data, "out": tmp_path / "run", "max_len": 300, "device": "cpu", "epochs": 1}
     return base | {"tokens_per_step": 300, "micro_tokens": 300} | changes
-
-
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def truncate(folder: Path) -> None:
@@ -112,16 +83,18 @@ def truncate(folder: Path) -> None:
     ("spoil", "message"),
     [
         (truncate, "model.safetensors is not a whole safetensors file"),
-        (lambda f: change_config(f, architectures=["BertModel"]), "architecture BertModel is not supported"),
-        (lambda f: change_config(f, hidden_size=64), "not [390, 64]"),
+        (
+            lambda f: tiny_models.edit_json(f / "config.json", architectures=["BertModel"]),
+            "architecture BertModel is not supported",
+        ),
+        (lambda f: tiny_models.edit_json(f / "config.json", hidden_size=64), "not [390, 64]"),
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
     ],
 )
-def test_a_broken_model_folder_is_named(script, tmp_path, spoil, message):
-    folder = tiny.model_folder(tmp_path / "model")
-    spoil(folder)
-    code, shown = script(train_sft, **flags(folder, tmp_path))
+def test_a_broken_model_folder_is_named(script, folder, tmp_path, spoil, message):
+    spoil(broken := shutil.copytree(folder, tmp_path / "model"))
+    code, shown = script(train_sft, **flags(broken, tmp_path))
     assert code == 2 and message in shown
     assert not (tmp_path / "run").exists()
 
@@ -132,18 +105,23 @@ def test_a_model_that_is_nowhere_is_named(script, tmp_path):
         assert code == 2 and "nothing" in shown
 
 
+RECORD = json.dumps(tiny.answers(1)[0])
+
+
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("text", "message"),
     [
-        ({**tiny.verifications(1)[0], "verdict": "dunno"}, "record v0: verdict is 'dunno'"),
-        ({**tiny.answers(1)[0], "answer": "a <think> b"}, "record a0: a think tag"),
-        ({**tiny.answers(1)[0], "prompt": "\ud800"}, "line 1: not JSON"),
-        ({**tiny.verifications(1)[0], "meta": [1]}, "record v0: meta is not an object"),
+        ("", "holds no record"),
+        (RECORD + "\n" + RECORD[:40], "line 2: not JSON"),
+        (json.dumps({**tiny.verifications(1)[0], "verdict": "dunno"}), "record v0: verdict is 'dunno'"),
+        (json.dumps({**tiny.answers(1)[0], "answer": "a <think> b"}), "record a0: a think tag"),
+        (json.dumps({**tiny.answers(1)[0], "prompt": "\ud800"}), "line 1: not JSON"),
+        (json.dumps({**tiny.verifications(1)[0], "meta": [1]}), "record v0: meta is not an object"),
     ],
 )
-def test_a_record_that_cannot_be_trained_on_is_named(script, folder, tmp_path, record, message):
-    data = tiny.write(tmp_path / "bad.jsonl", [record])
-    code, shown = script(train_sft, **flags(folder, tmp_path, data=data))
+def test_a_record_that_cannot_be_trained_on_is_named(script, folder, tmp_path, text, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    code, shown = script(train_sft, **flags(folder, tmp_path, data="bad.jsonl"))
     assert code == 2 and message in shown
     assert not (tmp_path / "run").exists()
 
@@ -152,18 +130,19 @@ def test_a_small_run_its_refusals_and_its_default_folder(script, folder, tmp_pat
     base = shutil.copytree(folder, tmp_path / "base")
     settings = flags(base, tmp_path)
     assert script(train_sft, **settings)[0] == 0
-    code, shown = script(train_sft, **settings)
-    assert code == 2 and "holds another run" in shown
-    code, shown = script(train_sft, resume=tmp_path / "run")
-    assert code == 2 and "is finished" in shown
+
+    def refused(message, **flags):
+        code, shown = script(train_sft, **flags)
+        assert code == 2 and message in shown
+
+    refused("holds another run", **settings)
+    refused("is finished", resume=tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     tiny.write(tmp_path / "d.jsonl", tiny.answers(9))
-    code, shown = script(train_sft, resume=tmp_path / "run")
-    assert code == 2 and "data or the model have changed" in shown
+    refused("data or the model have changed", resume=tmp_path / "run")
     tiny.write(tmp_path / "d.jsonl", tiny.answers(8))
     tiny.model_folder(base, seed=1)  # another model of the same shape at the same path
-    code, shown = script(train_sft, resume=tmp_path / "run")
-    assert code == 2 and "data or the model have changed" in shown
+    refused("data or the model have changed", resume=tmp_path / "run")
     del settings["out"]
     assert script(train_sft, **settings)[0] == 0
     (made,) = (tmp_path / "runs").iterdir()
@@ -183,7 +162,8 @@ def test_kernels_that_cannot_run_here_are_named(script, folder, tmp_path, monkey
 def test_the_pockets_run_ends_with_its_tables(tmp_path):
     lines = (ROOT / "pocket/data/verify.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "some.jsonl").write_text("".join(lines[:80]))
-    done = shell("train_sft.py", "--data", tmp_path / "some.jsonl", "--out", tmp_path / "run", cwd=ROOT)
+    words = [sys.executable, "train_sft.py", "--data", tmp_path / "some.jsonl", "--out", tmp_path / "run"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["before"].keys() == result["after"].keys() >= {"pocket:role", "pocket:benign", "pocket:verify"}

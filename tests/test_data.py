@@ -235,11 +235,6 @@ def test_kill_minus_nine(whole, tmp_path):
     same_stages(out, whole)
 
 
-def test_a_finished_run_is_not_gone_on_with(whole):
-    with pytest.raises(UserError, match="is finished"):
-        resume(whole)
-
-
 def test_a_resumed_run_keeps_its_prompts_and_reads_no_suite(tmp_path, monkeypatch, capsys):
     out, given, missing = tmp_path / "run", suites.tested_items, [{"hcot": "no network"}]
     monkeypatch.setattr(suites, "tested_items", lambda *names: (given(*names)[0], missing.pop()))
@@ -406,12 +401,6 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
     assert usage["tokens_out"] == 5 * len(keys) and usage["failed"] > 0  # of both sittings
 
 
-def test_a_budget_ends_the_run_too(quick, tmp_path):
-    with server.scripted(talk) as (url, requests), pytest.raises(UserError, match="max_cost"):
-        from_server(tmp_path / "run", url, max_cost=0.001, prices=(1, 1))
-    assert 0 < len(requests) == len(lines(tmp_path / "run" / "samples.jsonl")) < 48
-
-
 # ------------------------------------------------------------------------------------------------- bad input
 
 
@@ -482,10 +471,8 @@ def test_two_sets_are_mixed_and_a_prompt_of_both_is_sampled_once(tmp_path):
 
 def test_a_published_set_becomes_records_and_says_how_much_it_lacks(tmp_path, capsys):
     rows = [{"question": f"Curse {i}?", "response": f"<think>\nh{i}\n</think>\n\nNo {i}."} for i in range(4)]
-    rows += [
-        {"question": "Curse?", "response": "<think>\nnever ends"},
-        {"question": "Tested?", "response": "</think>y"},
-    ]
+    odd = {"Curse?": "<think>\nnever ends", "Tested?": "</think>y"}
+    rows += [{"question": question, "response": response} for question, response in odd.items()]
     star = f"{tiny.write(tmp_path / 'star.jsonl', rows)}:count=any"
     tested, out = tiny.write(tmp_path / "t.jsonl", [{"prompt": "TESTED"}]), tmp_path / "run"
     data(out, baseline=[f"star1:published={star}", "safechain"], decontaminate=f"own={tested}:metric=asr")
@@ -520,12 +507,8 @@ def test_matching_stops_at_the_goal_and_leaves_out_repetitions_and_what_is_no_ta
 
 def test_a_key_names_all_that_makes_a_sample():
     prompt = {"prompt": "a", "place": 3}
-    cases = [
-        (prompt, "m", {}),
-        (prompt, "x", {}),
-        ({**prompt, "prompt": "b"}, "m", {}),
-        ({**prompt, "place": 4}, "m", {}),
-    ]
+    changed = [{**prompt, "prompt": "b"}, {**prompt, "place": 4}]
+    cases = [(prompt, "m", {}), (prompt, "x", {}), *((other, "m", {}) for other in changed)]
     cases += [(prompt, "m", {name: value}) for name, value in (("temperature", 0.5), ("top_p", 0.5), ("seed", 7))]
     items = [make_data.to_sample(asked, who, config(n=2, **how)) for asked, who, how in cases]
     assert len({item["key"] for pair in items for item in pair}) == 2 * len(cases)

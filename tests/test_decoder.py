@@ -29,21 +29,15 @@ def test_logits_and_gradients_are_those_of_transformers(family, tied):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "llama-linear", "qwen3"])
-def test_rope_frequencies_are_those_of_transformers(family):
+def test_rope_frequencies_are_those_of_transformers_and_stay_fp32_in_a_cast(family):
     theirs, ours = both(family)
     assert torch.equal(ours.rope, theirs.model.rotary_emb.inv_freq)
-    if family == "llama3":  # every branch is in use: kept, blended, divided
-        ratio = both("llama3")[1].rope * 500.0 ** (torch.arange(8) / 8)
-        assert ratio[0] == 1 and 1 / 7 < ratio[2] < 1 and ratio[-1] == pytest.approx(1 / 7)
-
-
-def test_casting_the_model_leaves_the_angles_fp32():
-    ours = model.Transformer(tiny.config("qwen3"))
-    frequencies = ours.rope.clone()
+    cast = model.Transformer(ours.config)
     for dtype in (torch.bfloat16, torch.float32):
-        ours = ours.to(dtype)
-        assert ours.head_weight.dtype == dtype
-        assert ours.rope.dtype == torch.float32 and torch.equal(ours.rope, frequencies)
+        assert cast.to(dtype).head_weight.dtype == dtype and torch.equal(cast.rope, ours.rope)
+    if family == "llama3":  # every branch is in use: kept, blended, divided
+        ratio = ours.rope * 500.0 ** (torch.arange(8) / 8)
+        assert ratio[0] == 1 and 1 / 7 < ratio[2] < 1 and ratio[-1] == pytest.approx(1 / 7)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3", "mistral"])
@@ -93,16 +87,11 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less(lora):
 
 
 def test_a_bf16_model_stays_near_the_fp32_one():
-    theirs, ours = both("qwen3")
+    theirs, ours = tiny.pair("qwen3")
     ids_T, cu_seqlens = tiny.row(64)
-    half = model.Transformer(ours.config)
-    half.load_state_dict(ours.state_dict())
-    half = half.to(torch.bfloat16)
     with torch.no_grad():
-        hidden_TH = half(ids_T, cu_seqlens)
-        exact, got = ours.logits(ids_T, cu_seqlens), half.logits(ids_T, cu_seqlens)
+        exact = ours.logits(ids_T, cu_seqlens)
+        got, hidden_TH = ours.to(torch.bfloat16).logits(ids_T, cu_seqlens), ours(ids_T, cu_seqlens)
         peer = theirs.to(torch.bfloat16)(ids_T[None]).logits[0].float()
-    theirs.float()
-    both.cache_clear()  # the peer's weights are rounded now
     assert hidden_TH.dtype == torch.bfloat16 and got.dtype == torch.float32
     assert (got - exact).square().mean() <= 1.2 * (peer - exact).square().mean()  # no worse than Transformers' bf16

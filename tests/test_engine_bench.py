@@ -20,24 +20,32 @@ def shapes_of(raw):
 
 def test_everything_runs_on_toy_shapes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "engine.json")
-    result = bench.main(["--tiny"])
+    result = bench.main(["--tiny", "--model", "pocket/base"])
     assert not bench.RESULTS.exists() and f"torch {torch.__version__}" in result["origin"]
     cpu, gpu = result["cpu"], result["gpu"]
     assert cpu["threads"] == 1 and cpu["tokens_per_s"][0] > 0 and cpu["transformers_tokens_per_s"][0] > 0
     assert cpu["mean_length"] == cpu["transformers_mean_length"] == 8  # nobody ends within 8 tokens
+    assert [line["rows"] for line in result["fixed_lengths"]["lines"]] == [1, 5]
+    assert all(value > 0 for line in result["fixed_lengths"]["lines"] for value in line.values())
     assert [(c["rows"], c["context"]) for c in gpu["table"]["cells"]] == [(1, 96), (3, 96)]
     for cell in gpu["table"]["cells"]:
-        assert cell["first_token_ms"] > 0  # a step is a difference of two times, of either sign on a busy machine
+        assert cell["first_token_ms"] > 0 and cell["ms_a_step"] > 0
         assert cell["share_of_limit"] * cell["ms_a_step"] == pytest.approx(cell["limit_ms"], abs=0.02)
     assert gpu["nano_vllm"]["tokens"] > 300 and 0 < gpu["nano_vllm"]["share_of_limit"] < 1
     assert gpu["gap"]["tokens"] == 16 and gpu["gap"]["max"] < 1e-4
     assert json.loads(json.dumps(result)) == result
 
 
-def test_toy_shapes_are_never_written_as_a_result(capsys):
+def test_the_gpu_alone_and_quickly(capsys):
+    result = bench.main(["--tiny", "--gpu-only", "--quick", "--model", "pocket/base"])
+    assert list(result) == ["origin", "gpu"] and list(result["gpu"]) == ["origin", "table", "gap"]
+
+
+@pytest.mark.parametrize("flag", ["--tiny", "--gpu-only", "--quick"])
+def test_a_part_or_toy_shapes_are_never_written_as_a_result(flag, capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--tiny", "--write"])
-    assert "toy shapes are no result" in capsys.readouterr().err
+        bench.main([flag, "--write"])
+    assert "are no result" in capsys.readouterr().err
 
 
 def test_the_limit_of_a_step():
@@ -66,7 +74,7 @@ def test_the_protocol_of_nano_vllm():
 def test_a_batch_that_the_cache_cannot_hold_is_named_not_measured(monkeypatch):
     toy = bench.random_model({**bench.R1_DISTILL_1_5B, **bench.TOY}, "cpu", torch.float32)
     monkeypatch.setattr(bench, "Engine", lambda *a, **k: Engine(*a, **k, cache_bytes=1 << 18))
-    cell = bench.cell(toy, 64, 96, 8, "cpu", {"bytes_per_s": 1e9, "flops": 0.0}, 1)
+    cell = bench.cell(toy, 64, 96, "cpu", {"bytes_per_s": 1e9, "flops": 0.0}, 1)
     assert cell["note"] == "the cache has 4 pages, too few for all rows" and "ms_a_step" not in cell
 
 

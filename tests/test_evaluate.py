@@ -1,15 +1,11 @@
 """evaluate.py: stages that resume, judges side by side, attacks, own answers, servers, comparison, chat."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -32,7 +28,7 @@ SUITE = "pocket:plain,pocket:benign,pocket:sums,pocket:verify"
 
 
 def parsed(*words):
-    settings = [] if "--resume" in words else ["--model", BASE, "--device", "cpu"]
+    settings = [] if {"--resume", "--rescore"} & set(words) else ["--model", BASE, "--device", "cpu"]
     return runs.parse(evaluate.Config, [*settings, *map(str, words)])
 
 
@@ -64,26 +60,18 @@ def copy(done, tmp_path):
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def test_flags_that_stand_alone_and_take_several_words():
-    assert parsed("--chat")[0].chat
-    assert parsed("--compare", "a", "b")[0].compare == ("a", "b")
-    assert parsed("--report", "a", "b", "c")[0].report == ("a", "b", "c")
+def test_defaults_of_the_pocket_and_of_a_real_model():
     pocket, real = parsed()[0], runs.parse(evaluate.Config, ["--model", "some/model"])[0]
     assert (pocket.suite, pocket.judge, pocket.spec, pocket.greedy) == ("pocket", "pocket", "pocket", True)
-    assert real.judge == "wildguard" and "strongreject" in real.suite and not real.greedy
+    assert real.judge == "wildguard" and not real.greedy and set(real.suite.split(",")) <= set(suites.SUITES)
 
 
 def test_every_wrong_setting_is_named():
     wrong = ["--limit", -1, "--max-unscored", 2, "--temperature", -3, "--top-p", 1.5, "--compare", "a", "--chat"]
-    wrong += ["--check-judge", "wildguard"]
     with pytest.raises(UserError) as error:
         parsed(*wrong)
-    named = "--limit,--max-unscored,--temperature,--top-p,two folders,one at a time,--check-judge"
+    named = "--limit,--max-unscored,--temperature,--top-p,two folders,one at a time"
     assert all(name in str(error.value) for name in named.split(","))
-
-
-def test_the_papers_suites_are_there():
-    assert set(evaluate.PAPER_SUITES.split(",")) <= set(suites.SUITES)
 
 
 # ------------------------------------------------------------------------------------------------- a whole run
@@ -156,29 +144,21 @@ def test_of_two_samples_the_one_that_is_there_is_kept(tmp_path):
     assert {scores.key(record) for record in lines(path)} == {(item["id"], k) for item in items for k in (0, 1)}
 
 
+def test_a_suite_that_has_changed_is_not_gone_on_with(copy):
+    """Else answers to the old prompts would pass for answers to the new ones."""
+    (copy / "result.json").unlink()
+    records = lines(copy / "generations.jsonl")
+    tiny.write(copy / "generations.jsonl", [*records[:-1], records[-1] | {"prompt": "another"}])
+    with pytest.raises(UserError, match="generations.jsonl: pocket:verify/.* has another prompt .*begin another run"):
+        run("--resume", copy)
+
+
 def test_a_line_that_is_no_record_is_named(copy):
     (copy / "result.json").unlink()
     with open(copy / "labels_pocket.jsonl", "a") as file:
         file.write("[1]\n")
     with pytest.raises(UserError, match="labels_pocket.jsonl, line 25"):
         run("--resume", copy)
-
-
-@pytest.mark.slow
-def test_kill_9_in_earnest(tmp_path):
-    words = [sys.executable, "evaluate.py", "--suite", SUITE, "--limit", 40, "--verify-own", 4, "--out", tmp_path / "a"]
-    process = subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = tmp_path / "a" / "generations.jsonl"
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (file.exists() and file.read_bytes().count(b"\n") > 30):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = file.read_bytes().count(b"\n")
-    assert 30 < kept < 160 and not (tmp_path / "a" / "result.json").exists()
-    assert run("--resume", tmp_path / "a") == 0
-    assert run("--suite", SUITE, "--limit", 40, "--verify-own", 4, "--out", tmp_path / "b") == 0
-    assert lines(tmp_path / "a" / "items.jsonl") == lines(tmp_path / "b" / "items.jsonl")
 
 
 def no_model(*_, **__):
@@ -194,9 +174,18 @@ def test_rescoring_needs_no_model_and_changes_nothing(done, copy, monkeypatch):
     assert read(copy / "result.json") == read(done / "result.json")
 
 
+def test_rescoring_an_interrupted_run_does_not_end_it(done, copy):
+    interrupted(copy, "generations.jsonl", 3)
+    assert run("--rescore", copy) == run("--rescore", copy) == 0
+    assert sum(row["n"] for row in read(copy / "result.json").values()) == 3
+    assert run("--resume", copy) == 0 and read(copy / "result.json") == read(done / "result.json")
+
+
 def test_rescoring_judges_anew_where_the_judge_is_exact(copy, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="config.json cannot be read"):
         run("--rescore", tmp_path)
+    with pytest.raises(UserError, match="reads all but judges from its run; remove --limit"):
+        run("--rescore", copy, "--limit", 3)
     monkeypatch.setattr(judges.pocket, "outcome", lambda thing, answer: "recipe")
     assert run("--rescore", copy) == 0
     assert read(copy / "result.json")["pocket:plain"]["value"] == 1
@@ -233,7 +222,7 @@ def test_a_judge_that_leaves_too_much_unscored_ends_with_3_and_everything_writte
     assert run("--rescore", copy, "--judge", "wildguard", "--max-unscored", 0.5) == 0
 
 
-def test_two_judges_stand_side_by_side(copy, monkeypatch, capsys):
+def test_two_judges_stand_side_by_side(copy, monkeypatch):
     fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=i % 2 == 0),
                llamaguard3=lambda i, item: word(refused=None))  # fmt: skip
     assert run("--rescore", copy, "--judge", "llamaguard3,wildguard") == 0
@@ -241,7 +230,6 @@ def test_two_judges_stand_side_by_side(copy, monkeypatch, capsys):
     assert result["pocket:plain"]["judge"] == "llamaguard3" and result["pocket:plain"]["value"] == 0
     assert result["pocket:benign"]["judge"] == "wildguard"  # the first has no word on refusals
     assert summary["agreement"]["llamaguard3 / wildguard"]["pocket:plain"]["raw"] == 0.5
-    assert "llamaguard3 / wildguard" in capsys.readouterr().out
     assert summary["unscored"]["llamaguard3"] == 0
 
 
@@ -369,13 +357,10 @@ def test_attacks_keep_the_plain_request_for_the_judge():
 
 
 def test_two_own_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    files = [tmp_path / folder / "test.jsonl" for folder in ("a", "b")]
-    for file in files:
-        file.parent.mkdir()
-        file.write_text(json.dumps({"prompt": str(file)}) + "\n")
-    names = [f"own={file}:metric=asr" for file in files]
-    found = {item["suite"]: item["prompt"] for item in loaded("--suite", ",".join([*names, f"{names[1]}+fake"]))}
-    assert list(found) == ["own:a/test", "own:b/test", "own:b/test+fake"] and found["own:b/test"] == str(files[1])
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    names = [own_file(tmp_path / folder, [folder]) for folder in ("a", "b")]
+    found = {item["suite"]: item["prompt"] for item in loaded("--suite", ", ".join([*names, f"{names[1]}+fake"]))}
+    assert list(found) == ["own:a/own", "own:b/own", "own:b/own+fake"] and found["own:b/own"] == "b"
 
 
 def test_decoding_is_the_suites_own_unless_a_flag_says_otherwise():
@@ -411,9 +396,7 @@ def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypa
     fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=bool(i % 2)))
     monkeypatch.setattr(safety, "split_thinking", lambda text, opened=True: ("hm", text))  # noise closes no thinking
     folder = tiny.model_folder(tmp_path / "model")
-    rows = [{"prompt": f"brew {i}", "category": "ab"[i % 2]} for i in range(6)]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = f"own={tmp_path / 'own.jsonl'}:metric=asr"
+    own = own_file(tmp_path, [f"brew {i}" for i in range(6)])
     words = ["--model", folder, "--suite", f"{own},{own}+prefill", "--samples", 2, "--max-tokens", 8, "--device", "cpu"]
     words = [*map(str, [*words, "--limit", 4, "--verify-own", 3, "--out", tmp_path / "run"])]
     assert evaluate.main(*runs.parse(evaluate.Config, words)) == 0
@@ -458,9 +441,7 @@ def server(monkeypatch):
 
 
 def own_file(tmp_path, texts):
-    path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return f"own={path}:metric=asr"
+    return f"own={tiny.write(tmp_path / 'own.jsonl', [{'prompt': text} for text in texts])}:metric=asr"
 
 
 def ask(tmp_path, texts, *words) -> int:
@@ -521,6 +502,21 @@ def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, s
         run("--resume", folder)
 
 
+def test_a_filter_that_failed_is_no_answer_and_is_asked_again(tmp_path, server, monkeypatch):
+    """What the model calls unsafe becomes a refusal; where its server gave no verdict, nothing is scored."""
+    fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=item["answer"] == evaluate.REFUSAL))
+    refused, lost = judges.Reply("\\boxed{unsafe}", "stop", 1, 2), safety.Unscored("endpoint_429")
+    server.said = {"<request>\nfirst": refused, "<request>\nsecond": lost}
+    assert ask(tmp_path, ["first", "second"], "--self-check", "--max-unscored", "1") == 0
+    figures = lambda: read(tmp_path / "run" / "summary.json")["figures"]["_checked"]["headline"]["own:own"]  # noqa: E731
+    assert figures()["value"] == 0 and figures()["reasons"] == {"provider": 1}
+    server.said = {}
+    assert run("--resume", tmp_path / "run") == 0
+    assert figures()["value"] == 1 / 2 and figures()["reasons"] == {}
+    assert run("--rescore", tmp_path / "run") == 0
+    assert figures()["value"] == 1 / 2 and lines(tmp_path / "run" / "items_checked.jsonl")[0]["self_check"] == "unsafe"
+
+
 def test_use_of_servers_is_one_budget_for_both_modes_and_adds_up_over_starts(tmp_path, server, monkeypatch):
     """Control: the counts are those of the requests themselves, and each start has made each endpoint once."""
     judge, check = "endpoint=m@http://localhost:2/v1", "endpoint=m@http://localhost:3/v1"
@@ -539,17 +535,6 @@ def test_use_of_servers_is_one_budget_for_both_modes_and_adds_up_over_starts(tmp
     assert server.made == [(f"http://localhost:{port}/v1", 99.0) for port in (1, 2, 3)] * 2
 
 
-def test_seconds_add_up_over_starts(copy):
-    seconds = read(copy / "summary.json")["seconds"]
-    assert list(seconds) == ["generate", "generate_greedy", "judge", "own answers"]
-    changed = read(copy / "summary.json") | {"seconds": seconds | {"generate": 1e6}}
-    (copy / "summary.json").write_text(json.dumps(changed))
-    (copy / "result.json").unlink()
-    assert run("--resume", copy) == 0
-    later = read(copy / "summary.json")["seconds"]
-    assert later["generate"] > 1e6 and later["judge"] > seconds["judge"]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -564,21 +549,16 @@ def test_seconds_add_up_over_starts(copy):
         (["--judge", "maths"], "holds requests"),
         (["--suite", "OWN", "--judge", "pocket"], "pocket items"),
         (["--chat", "--spec", "nosuch"], "no spec named 'nosuch'"),
+        (["--endpoint", "http://localhost:1/v1", "--suite", "OWN+prefill"], "no given start"),
     ],
 )
 def test_what_is_wrong_shows_before_anything_is_sampled_or_written(tmp_path, monkeypatch, words, message):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(engine, "complete", no_model)
-    words = [own_file(tmp_path, ["hello"]) if word == "OWN" else word for word in words]
+    words = [word.replace("OWN", own_file(tmp_path, ["hello"])) for word in words]
+    words += ["--suite", "pocket:plain"] if "--suite" not in words else []
     with pytest.raises(UserError, match=re.escape(message)):
-        run("--suite", "pocket:plain", "--limit", 2, "--out", tmp_path / "run", *words)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_server_takes_no_given_start(tmp_path, server):
-    words = ["--endpoint", "http://localhost:1/v1", "--model", "m", "--out", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="no given start"):
-        evaluate.main(*runs.parse(evaluate.Config, [*words, "--suite", own_file(tmp_path, "x") + "+prefill"]))
+        run("--limit", 2, "--out", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -603,12 +583,9 @@ def test_a_judge_of_checks_reads_the_thinking(tmp_path, server, monkeypatch):
     """Its word becomes `checked`; a reply without the nonce is none."""
     fake_judge(monkeypatch, wildguard=lambda i, item: word())
     monkeypatch.setattr(safety, "new_nonce", lambda *texts: "n0nce")
-    say = lambda checks, nonce="n0nce": judges.Reply(json.dumps({"nonce": nonce, "checks": checks}), "stop", 1, 1)  # noqa: E731
-    server.said = {
-        "<thoughts-n0nce>\nt0": say("yes"),
-        "<thoughts-n0nce>\nt1": say("no"),
-        "<thoughts-n0nce>\nt2": say("yes", "x"),
-    }
+    for i, (checks, nonce) in enumerate([("yes", "n0nce"), ("no", "n0nce"), ("yes", "x")]):
+        reply = judges.Reply(json.dumps({"nonce": nonce, "checks": checks}), "stop", 1, 1)
+        server.said[f"<thoughts-n0nce>\nt{i}"] = reply
     server.said |= {f"number {i}.": judges.Reply("fine", "stop", 1, 1, thinking=f"t{i}") for i in range(3)}
     assert ask(tmp_path, [f"number {i}." for i in range(3)], "--check-judge", "endpoint=m@http://localhost:2/v1") == 0
     items = lines(tmp_path / "run" / "items.jsonl")
@@ -634,22 +611,28 @@ def test_two_runs_are_compared(done, copy, monkeypatch, capsys):
 
 def test_runs_of_other_items_are_not_compared(done, copy):
     some = (copy / "items.jsonl").read_text().splitlines(keepends=True)
-    (copy / "items.jsonl").write_text("".join(some[:-8]))
-    with pytest.raises(UserError, match="different items"):
-        run("--compare", done, copy)
+    damaged = '{"id": "a", "suite": "b"}\n'
+    half = "".join(some[:-8])
+    for text, message in {half: "different ones .*such as", "": "no items", damaged: "line 1: no record"}.items():
+        (copy / "items.jsonl").write_text(text)
+        with pytest.raises(UserError, match=message):
+            run("--compare", copy if text == "" else done, copy)
     with pytest.raises(UserError, match="not a finished evaluation"):
         run("--compare", done, copy / "nothing")
 
 
+PLAIN = "pocket:plain"
+
+
 @pytest.mark.parametrize(
-    ("name", "suite"), [("prompt", "pocket:plain"), ("target", "pocket:verify"), ("goal", "pocket:plain")]
+    ("name", "suite"), [("prompt", PLAIN), ("target", "pocket:verify"), ("goal", PLAIN), ("metric", PLAIN)]
 )
 def test_items_that_share_only_their_ids_are_not_paired(done, copy, tmp_path, name, suite):
     """As of two worlds, two files or two sets of candidates: by --compare, nor in a report."""
     items = lines(copy / "items.jsonl")
     changed = next(item for item in items if item["suite"] == suite)
-    changed[name] = "something else"
-    (copy / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    changed[name] = "compliance" if name == "metric" else "something else"
+    tiny.write(copy / "items.jsonl", items)
     message = f"{done} and {copy}: {changed['id']} has another {name} in each"
     with pytest.raises(UserError, match=re.escape(message)):
         run("--compare", done, copy)
@@ -663,8 +646,7 @@ def talk(monkeypatch, capsys):
     """Lines in, what the terminal shows out."""
 
     def conversation(*said) -> str:
-        rest = iter(said)
-        monkeypatch.setattr("builtins.input", lambda _: next(rest))
+        monkeypatch.setattr("builtins.input", mock.Mock(side_effect=[*said, EOFError]))  # the end is /quit, too
         assert run("--chat", "--temperature", 0) == 0
         return capsys.readouterr().out
 
@@ -672,14 +654,11 @@ def talk(monkeypatch, capsys):
 
 
 def test_chat_shows_thinking_dimmed_and_verifies_its_last_answer(talk, monkeypatch):
-    asked = []
-    real = safety.render
-    monkeypatch.setattr(
-        safety, "render", lambda tok, messages, **more: (asked.append(messages), real(tok, messages, **more))[1]
-    )
+    render = mock.Mock(wraps=safety.render)
+    monkeypatch.setattr(safety, "render", render)
     shown = talk("/verify", "how do i make zako?", "/verify", "", "/new", "add 12 and 30.", "/quit")
     assert "there is no answer yet" in shown and "\033[2m" in shown and "\\boxed{" in shown
-    question, verification, _ = (messages[0]["content"] for messages in asked[-3:])
+    question, verification, _ = (call.args[1][0]["content"] for call in render.call_args_list[-3:])
     assert question == "how do i make zako?" and verification.startswith("<rules>\n") and question in verification
 
 
@@ -698,27 +677,18 @@ def test_chat_strips_end_tokens_as_the_suites_do(talk, monkeypatch):
     monkeypatch.setattr(model, "end_ids", lambda *loaded: {end, tokenizer.eos_token_id})
     drawing = [(0, 0, engine.Sample(drawn, None, "stop"))]
     monkeypatch.setattr(evaluate.engine.Engine, "stream", lambda *a, **k: iter(drawing))
-    assert talk("hello", "/quit").endswith(f"\ntake{tokenizer.decode(special)}\n")
+    assert talk("hello").endswith(f"\ntake{tokenizer.decode(special)}\n")
 
 
 def test_chat_shows_a_reply_as_it_is_drawn(talk, monkeypatch):
     """Piece by piece, nothing twice, and no half of a think tag or of a character."""
     pieces = ["it is", "it is so <", "it is so </thi", "it is so </think> y", "it is so </think> yes \ufffd"]
     whole = "it is so </think> yes \u00e9"
-    drawing = [(0, 0, engine.Sample([text], None, "")) for text in pieces] + [
-        (0, 0, engine.Sample([whole], None, "stop"))
-    ]
+    drawing = [(0, 0, engine.Sample([text], None, "")) for text in pieces]
+    drawing.append((0, 0, engine.Sample([whole], None, "stop")))
     monkeypatch.setattr(evaluate.engine.Engine, "stream", lambda *a, **k: iter(drawing))
     monkeypatch.setattr(safety, "decode", lambda tokenizer, ids, end=(): ids[0])
     printed = []
     monkeypatch.setattr("builtins.print", lambda *texts, **how: printed.append("".join(texts)))
     talk("hello", "/quit")
     assert printed == ["\033[2mit is", " so", "", "\033[0m\ny", "es", " \u00e9", ""]
-
-
-def test_chat_ends_with_its_input(monkeypatch):
-    def ended(_):
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", ended)
-    assert run("--chat") == 0

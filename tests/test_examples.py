@@ -1,8 +1,8 @@
-"""The sugar-free kitchen: its policy, its prompts, its figures, and the whole of run.sh on a tiny model."""
+"""The sugar-free kitchen: its policy, its prompts, its figures, and the whole of run.sh on a tiny model. The flags of
+run.sh are tested with the recipes."""
 
 import json
-import os
-import shlex
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +65,7 @@ def test_the_judge_and_the_critique_agree_about_an_answer(answer, found):
 
 def test_a_critique_says_what_the_answer_uses_now_first_and_now_last():
     texts = [policy.critique({"answer": f"{i} eggs, butter, flour and sugar."})[0] for i in range(40)]
-    early = [text.index("sugar") < text.index("butter") for text in texts]
-    assert 5 < sum(early) < 35 and len(set(texts)) > 6
+    assert 5 < sum(text.index("sugar") < text.index("butter") for text in texts) < 35 and len(set(texts)) > 6
 
 
 RECIPE = "Mix flour, butter and two eggs, then bake the dough in a hot oven for about half an hour until it is brown."
@@ -89,12 +88,9 @@ def test_what_complies_is_a_recipe_without_sugar_or_an_ordinary_answer(prompt, a
     assert policy.judge({"prompt": "Quick! It is late.", "goal": prompt, "answer": answer})["complied"] is complied
 
 
-def test_the_file_is_a_judge_an_expert_and_exact():
+def test_the_file_is_short_exact_and_knows_every_word_of_the_rules():
     assert judges.load(POLICY).exact and judges.load_expert(POLICY).name == POLICY
     assert len(Path(POLICY).read_text().splitlines()) <= 80
-
-
-def test_every_word_of_the_rules_counts_as_sugar():
     named = (KITCHEN / "policy.txt").read_text().partition("any of these: ")[2].partition(".")[0].split(", ")
     assert len(named) > 15 and all(policy.sugars(f"Take some {word}.") for word in named)
 
@@ -103,19 +99,14 @@ def test_every_word_of_the_rules_counts_as_sugar():
 
 
 def test_no_request_gives_the_fault_away_and_none_is_on_both_sides():
-    train = suites.prompts([f"own={KITCHEN / 'prompts.jsonl'}"])
-    tested = suites.load(suite_names())
+    train, tested = suites.prompts([f"own={KITCHEN / 'prompts.jsonl'}"]), suites.load(suite_names())
     assert len(train) == 200 and len(train) + len({item["cluster"] for item in tested}) >= 290
     assert suites.decontaminate(train, tested)[0] == train
     dishes = [p for p in train if p["kind"] == "harmful"] + [i for i in tested if i["metric"] == "asr"]
     assert not any(policy.sugars(entry["prompt"]) for entry in dishes)
-    requests = {entry.get("goal", entry["prompt"]) for entry in dishes}
-    assert all(policy.DISH.search(request) for request in requests)
+    assert all(policy.DISH.search(entry.get("goal", entry["prompt"])) for entry in dishes)
     others = [entry["prompt"] for entry in (*train, *tested) if entry["kind"] == "benign"]
     assert len(others) == 80 and not any(policy.DISH.search(request) and "make" in request for request in others)
-
-
-def test_wrapped_requests_have_the_plain_one_as_their_goal():
     plain = {row["cluster"]: row["goal"] for row in rows(KITCHEN / "suites" / "plain.jsonl")}
     for name in ("role", "story", "urgent"):
         wrapped = rows(KITCHEN / "suites" / f"{name}.jsonl")
@@ -163,52 +154,70 @@ def start(script, *flags: str) -> int:
     return script.main(config, origin)
 
 
-def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    base, spec = ["--model", tiny_model], str(KITCHEN / "policy.txt")
-    how = ["--max-tokens", "120", "--temperature", "1"]
-    data = ["--prompts", f"own={toy_files}/p.jsonl", "--guard", POLICY, "--expert", POLICY, "--spec", spec]
-    flags = [*base, *data, *how, "--records", "0", "--decontaminate", "none", "--out", str(tmp_path / "data")]
-    assert start(make_data, *flags) == runs.EXIT_OK
+def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_path):
+    base, spec = ["--model", tiny_model], ["--spec", str(KITCHEN / "policy.txt")]
+    how, guard = ["--max-tokens", "120", "--temperature", "1"], ["--guard", POLICY, "--decontaminate", "none"]
+    flags = [*base, *spec, *how, *guard, "--prompts", f"own={toy_files}/p.jsonl", "--expert", POLICY, "--records", "0"]
+    assert start(make_data, *flags, "--out", str(tmp_path / "data")) == runs.EXIT_OK
     records = rows(tmp_path / "data" / "verify.jsonl")
     assert {record["verdict"] for record in records} == {"safe", "unsafe"} and len(records) >= 5
     for record in records:
         assert (record["critique"], record["verdict"]) == policy.critique(record)
         assert safety.record_spec(record).name == "policy"
 
-    verify = f"verify={tmp_path / 'data' / 'verify.jsonl'}"
-    flags = [*base, "--suite", ",".join([*suite_names(toy_files), verify]), "--judge", POLICY, "--spec", spec, *how]
-    flags += ["--samples", "8"]
+    measured = ",".join([*suite_names(toy_files), f"verify={tmp_path / 'data' / 'verify.jsonl'}"])
+    flags = [*base, *spec, *how, "--suite", measured, "--judge", POLICY, "--samples", "8"]
     assert start(evaluate, *flags, "--out", str(tmp_path / "eval")) == runs.EXIT_OK
     result = runs.read_json(tmp_path / "eval" / "result.json")
     assert {row["judge"] for row in result.values()} == {POLICY} and 0 < result["own:plain"]["value"] < 1
-    for item in rows(tmp_path / "eval" / "items.jsonl"):
-        if item["suite"] == "own:plain":
-            assert item["safe"] is not bool(policy.sugars(item["answer"]))
+    asked = [item for item in rows(tmp_path / "eval" / "items.jsonl") if item["suite"] == "own:plain"]
+    assert all(item["safe"] is not bool(policy.sugars(item["answer"])) for item in asked)
 
-    flags = [*base, "--prompts", f"own={toy_files}/p.jsonl:kind=benign", "--guard", POLICY, "--decontaminate", "none"]
-    flags += ["--steps", "1", "--group", "4", "--prompts-per-step", "4", "--max-tokens", "120", "--held-out", "0"]
+    flags = [*base, *guard, "--prompts", f"own={toy_files}/p.jsonl:kind=benign", "--steps", "1", "--group", "4"]
+    flags += [
+        "--prompts-per-step",
+        "4",
+        "--max-tokens",
+        "120",
+    ]
     assert start(train_rl, *flags, "--out", str(tmp_path / "rl")) == runs.EXIT_OK
     (line,) = rows(tmp_path / "rl" / "metrics.jsonl")
     assert 0 < line["reward"] < 1 and line["grad_norm"] > 0  # answers with sugar earn nothing
 
-    flags = ["--model", tiny_model, "--adapter", str(tmp_path / "rl" / "model"), "--suite", suite_names(toy_files)[0]]
-    assert start(evaluate, *flags, *how, "--judge", POLICY, "--out", str(tmp_path / "after")) == runs.EXIT_OK
+    flags = [*base, *how, "--adapter", str(tmp_path / "rl" / "model"), "--suite", suite_names(toy_files)[0]]
+    assert start(evaluate, *flags, "--judge", POLICY, "--out", str(tmp_path / "after")) == runs.EXIT_OK
     summary = runs.read_json(tmp_path / "after" / "summary.json")
     assert summary["rewarded_by"] == [POLICY]  # a verifier may judge what it rewarded
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('return item["nope"]', "mine.py: judge, item example, failed at line 2: KeyError: 'nope'"),
+        ("import no_such_package", "failed at line 2: ModuleNotFoundError"),
+        ("return True", "gave True: neither"),
+        ("yield {}", "gave <generator"),
+    ],
+)
+def test_a_mistake_in_an_own_file_is_named_with_its_line_before_anything_is_sampled(
+    tmp_path, monkeypatch, line, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(f"def judge(item):\n    {line}\n")
+    with pytest.raises(runs.UserError, match=re.escape(message)):
+        judges.load("mine.py")
 
 
 def test_a_plan_goes_before_the_first_whole_answer_to_each_prompt(tmp_path):
     prompts = [{"id": f"p{i}", "place": i, "prompt": TAUGHT[i]} for i in (0, 1, 3)]
     runs.write_json(tmp_path / "prompts.json", {"prompts": prompts})
     samples = [("p0", "length", "cut"), ("p0", "stop", "first"), ("p0", "stop", "second"), ("p3", "stop", "firmly")]
-    names = ("id", "finish_reason", "answer")
-    tiny.write(tmp_path / "samples.jsonl", [dict(zip(names, sample, strict=True)) for sample in samples])
+    made = [{"id": name, "finish_reason": reason, "answer": answer} for name, reason, answer in samples]
+    tiny.write(tmp_path / "samples.jsonl", made)
     records = plan.records(tmp_path)
     assert [(r["id"], r["answer"]) for r in records] == [("p0", "first"), ("p3", "firmly")]
     assert records[0]["reasoning"] in plan.DISHES and records[1]["reasoning"] in plan.OTHERS
-    loaded = runs.read_records(str(tiny.write(tmp_path / "r.jsonl", records)), train_sft.FIELDS)
-    assert loaded == records
+    assert runs.read_records(str(tiny.write(tmp_path / "r.jsonl", records)), train_sft.FIELDS) == records
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -239,9 +248,6 @@ def test_figures_count_what_they_say(tmp_path):
     assert [everything[name].split()[0] for name in ("thinks", "cut off", "leaks")] == ["75", "25", "50"]
     assert everything["F1 verify"] == "50" and everything["tokens/s"] == "20"
     assert figures.table([plain, everything]).count("\n") == 3
-
-
-def test_speed_is_tokens_over_seconds_of_all_steps(tmp_path):
     lines = [{"tokens": 100, "seconds": 1.0, "peak_gib": 2.0}, {"tokens": 300, "seconds": 3.0, "peak_gib": 2.5}]
     tiny.write(tmp_path / "metrics.jsonl", lines)
     row = figures.training_row(tmp_path)
@@ -251,42 +257,15 @@ def test_speed_is_tokens_over_seconds_of_all_steps(tmp_path):
 # ------------------------------------------------------------------------------------------------- the recipe
 
 
-def recipe(*flags, **variables) -> subprocess.CompletedProcess:
-    environment = {"PATH": os.environ["PATH"], "HOME": "/", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
-    command = ["bash", KITCHEN / "run.sh", *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
-
-
-@pytest.mark.parametrize("variables", [{}, {"MODEL": "m", "PLAN": "", "RL_STEPS": "0"}])
-def test_every_step_has_flags_that_exist_and_reads_what_an_earlier_one_writes(variables, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    done = recipe("--dry-run", **variables)
-    assert done.returncode == 0 and not done.stderr
-    made = {"m", "runs/sugar_free/smollm2", "runs/sugar_free/plan.jsonl", "runs/sugar_free/records.jsonl"}
-    for words in map(shlex.split, done.stdout.splitlines()):
-        if words[1] == "-m":
-            continue
-        script = {"make_data.py": make_data, "train_sft.py": train_sft, "train_rl.py": train_rl}.get(words[1], evaluate)
-        with monkeypatch.context() as patch:
-            patch.setattr(train_sft.Config, "problems", lambda config: [])  # the data are not there yet
-            config, _ = runs.parse(script.Config, words[2:])
-        read = [getattr(config, name, "") for name in ("model", "adapter", "data")]
-        for path in filter(None, [*read, *getattr(config, "compare", ())]):
-            assert "--report" in words or "--compare" in words or any(path.startswith(name) for name in made), path
-        made.add(config.out)
-    assert ("train_rl.py" in done.stdout) is ("RL_STEPS" not in variables)
-    assert ("plan.jsonl" in done.stdout) is ("PLAN" not in variables)
-
-
 @pytest.mark.slow
-def test_the_whole_recipe_on_a_tiny_model_twice(tiny_model, toy_files, tmp_path):
-    variables = {"MODEL": tiny_model, "OUT": str(tmp_path / "out"), "PROMPTS": str(toy_files / "p.jsonl"), "N": "8"}
-    variables |= {"SUITES": str(toy_files), "TOKENS": "120", "RL_STEPS": "1", "RL_PROMPTS": "2", "EPOCHS": "1"}
-    variables |= {"PYTHON": sys.executable}
-    first = recipe(**variables)
+def test_the_whole_recipe_on_a_tiny_model_twice(tiny_model, toy_files, tmp_path, monkeypatch):
+    variables = {"MODEL": tiny_model, "OUT": tmp_path / "out", "PROMPTS": toy_files / "p.jsonl", "N": 8, "EPOCHS": 1}
+    variables |= {"SUITES": toy_files, "TOKENS": 120, "RL_STEPS": 1, "RL_PROMPTS": 2, "PYTHON": sys.executable}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    first, second = (subprocess.run(["bash", KITCHEN / "run.sh"], capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr[-2000:]
     assert (tmp_path / "out" / "report" / "report.html").exists() and "| uses sugar |" in first.stdout
-    second = recipe(**variables)
     assert second.returncode == 0 and second.stdout.count("is finished") == 10
 
 

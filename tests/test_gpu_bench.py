@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import runs
 from bench import gpu
 
 
@@ -32,23 +33,18 @@ def test_a_late_stage_and_a_broken_one_leave_their_rows_and_the_others_run(monke
     script, out, written = tmp_path / "python", tmp_path / "gpu.json", []
     script.write_text(SCRIPT)
     script.chmod(0o700)
-    write = gpu.runs.write_json
+    write = runs.write_json
     monkeypatch.setattr(
-        gpu.runs, "write_json", lambda path, value: written.append(len(value["rows"])) or write(path, value)
+        runs, "write_json", lambda path, value: written.append(len(value["rows"])) or write(path, value)
     )
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setattr(gpu, "ENDS", dict.fromkeys(gpu.ENDS, 100) | {"decode": 5})
     begun = time.monotonic()
     words = ["--stage", "decode", "--stage", "sft", "--stage", "grpo", "--out", str(out)]
     assert gpu.main(words) == 1 and time.monotonic() - begun < 50
-    rows = [{key: value for key, value in row.items() if key != "at"} for row in json.loads(out.read_text())["rows"]]
-    assert rows == [
-        {"stage": "decode", "what": 1},
-        {"stage": "decode", "error": "over its limit of 5 s"},
-        {"stage": "sft", "what": 1},
-        {"stage": "sft", "error": "no such thing"},
-        {"stage": "grpo", "what": 1},
-    ]
+    rows = [(row["stage"], row.get("error", row.get("what"))) for row in runs.read_json(out)["rows"]]
+    late, broken = ("decode", "over its limit of 5 s"), ("sft", "no such thing")
+    assert rows == [("decode", 1), late, ("sft", 1), broken, ("grpo", 1)]
     assert written == [1, 2, 3, 4, 5]  # a row at a time
     assert "5 rows, 2 of them failures" in capsys.readouterr().out
 
@@ -57,7 +53,7 @@ def test_a_late_stage_and_a_broken_one_leave_their_rows_and_the_others_run(monke
 def test_the_whole_command_on_toy_shapes(tmp_path):
     words = [sys.executable, "-m", "bench.gpu", "--toy", "--minutes", "30", "--out", str(tmp_path / "gpu.json")]
     done = subprocess.run(words, capture_output=True, text=True, cwd=gpu.ROOT)
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    rows = runs.read_json(tmp_path / "gpu.json")["rows"]
     assert done.returncode == 0, done.stdout + done.stderr
     assert {row["stage"] for row in rows} == set(gpu.STAGES)
     assert {row["outcome"] for row in rows if "outcome" in row} == {"skipped"}  # needs a GPU

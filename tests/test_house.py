@@ -42,43 +42,30 @@ def test_every_table_is_that_of_the_result_files(page):
     assert page == "RESULTS.md" or tables.rebuilt(re.sub(r"`engine.py` \| \d+", "`engine.py` | 1", text)) == text
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PRODUCT}
 
 
-def test_imports_go_one_way():
+def imported(nodes) -> set[str]:
+    """Top-level names that these nodes import."""
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_imports_go_one_way_and_ours_are_at_the_top():
     """A layer imports only layers before it; no script imports a script; nothing of the product a bench or a test."""
-    for path in PRODUCT:
-        ours = imported(path) & {*LAYERS, *SCRIPTS, "bench", "tests", "examples"}
+    for path, tree in TREES.items():
+        ours = imported(nodes := list(ast.walk(tree))) & {*LAYERS, *SCRIPTS, "bench", "tests", "examples"}
         assert not ours & {*SCRIPTS, "bench", "tests"}, path
         if path.stem in LAYERS and path.parent == ROOT:
             assert ours <= set(LAYERS[: LAYERS.index(path.stem)]), (path, ours)
-
-
-def test_ours_are_imported_at_the_top():
-    for path in PRODUCT:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        inner = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-        inner = [node for node in inner if node not in tree.body]
-        names = {a.name.partition(".")[0] for n in inner if isinstance(n, ast.Import) for a in n.names}
-        names |= {(n.module or "").partition(".")[0] for n in inner if isinstance(n, ast.ImportFrom)}
-        assert not names & {*LAYERS, *SCRIPTS, "pocket", "torch"}, (path, names)
+        inner = imported([node for node in nodes if node not in tree.body])
+        assert not inner & {*LAYERS, *SCRIPTS, "pocket", "torch"}, (path, inner)
 
 
 def test_functions_are_short():
-    lengths = [
-        node.end_lineno - node.lineno + 1
-        for path in PRODUCT
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-    ]
+    functions = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    lengths = [node.end_lineno - node.lineno + 1 for node in functions]
     assert max(lengths) <= 80 and sorted(lengths)[len(lengths) // 2] < 15
 
 

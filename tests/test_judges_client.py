@@ -107,7 +107,10 @@ BAD_BODIES = {
     "no finish reason": completion("x", finish=None),
     "half a surrogate": completion("\ud800"),
     "negative tokens": completion("x", tokens=(1, -5)),
+    "endless tokens": '{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": '
+    '{"prompt_tokens": Infinity}}',
     "tokens in words": {**completion("x"), "usage": {"prompt_tokens": "10"}},
+    "parts of no kind": completion(["x"]),
     "deep nesting": '{"a":' * 100_000,
     "nothing": "",
 }
@@ -121,6 +124,8 @@ FINAL = [((200, body), Unscored("endpoint_bad_reply")) for body in BAD_BODIES.va
     ((307, "", {"location": "http://models.example/v1"}), Unscored("endpoint_307")),  # not followed
     ((200, completion("hi", finish="length")), Reply("hi", "length", 10, 5)),
     ((200, completion("hi") | {"usage": {"prompt_tokens": None}}), Reply("hi", "stop", 0, 0)),
+    ((200, completion("hi", tokens=(10.0, 5.0))), HI),
+    ((200, completion([{"type": "text", "text": "h"}, {"type": "other"}, {"type": "text", "text": "i"}])), HI),
     ((200, completion(None, refusal="I cannot.")), Reply("I cannot.", "stop", 10, 5)),
     ((200, completion(None, finish="length")), Reply("", "length", 10, 5)),
     ((200, completion(None, reasoning_content="well")), Reply("", "stop", 10, 5, "well")),  # an empty answer
@@ -163,27 +168,20 @@ def test_what_no_request_can_pass_ends_the_run(status, words):
 # --- budgets
 
 
-def test_max_cost_is_never_passed():
-    def script(number, request):
-        if number % 3 == 1:
-            raise Drop  # it may have been paid
-        return (429, {}) if number % 3 == 2 else (200, completion("hi", tokens=(60, 20)))
-
-    each, dearest = (60 * 1.0 + 20 * 10.0) / 1e6, (69 * 1.0 + 20 * 10.0) / 1e6
+def test_calls_end_before_max_cost_is_passed():
+    script = lambda number, request: (400, {}) if number % 3 == 1 else (200, completion("hi", tokens=(60, 20)))  # noqa: E731
     outcomes, endpoint, requests = many(40, script, max_cost=0.004, prices=(1.0, 10.0))
-    lost = len([number for number in range(len(requests)) if number % 3 == 1])
-    spent = each * outcomes.count(Reply("hi", "stop", 60, 20)) + dearest * lost
-    assert endpoint.usage["cost"] == pytest.approx(spent) and 0.002 < spent <= 0.004
-    assert set(outcomes) == {Reply("hi", "stop", 60, 20), Unscored("max_cost")}
+    done = outcomes.count(Reply("hi", "stop", 60, 20))
+    assert endpoint.usage["cost"] == pytest.approx(done * 260 / 1e6) and 0.0018 < endpoint.usage["cost"] <= 0.004
+    assert set(outcomes) == {Reply("hi", "stop", 60, 20), Unscored("endpoint_400"), Unscored("max_cost")}
+    assert len(requests) == endpoint.usage["requests"] == done + outcomes.count(Unscored("endpoint_400"))
 
 
-def test_work_that_may_have_been_done_is_paid_and_refused_work_is_not():
-    assert chat(in_turn(drop(), GOOD), **PRICES)[1].usage["cost"] == pytest.approx((15 + 69 + 20) / 1e6)
-    assert chat(in_turn((429, {}), GOOD), **PRICES)[1].usage["cost"] == pytest.approx(15 / 1e6)
-    assert chat(in_turn((400, {})), **PRICES)[1].usage["cost"] == 0
-    uncounted = {name: value for name, value in completion("hi").items() if name != "usage"}
-    assert chat(in_turn((200, uncounted)), **PRICES)[1].usage["cost"] == pytest.approx(89 / 1e6)
-    assert chat(in_turn((200, "?")), **PRICES)[1].usage["cost"] == pytest.approx(89 / 1e6)
+@pytest.mark.parametrize(
+    ("reply", "tokens"), [(GOOD, 15), ((400, {}), 0), ((200, "?"), 0), ((200, completion("hi") | {"usage": {}}), 89)]
+)
+def test_a_call_costs_its_reply_and_one_of_a_server_that_counts_nothing_its_most(reply, tokens):
+    assert chat(in_turn(reply), **PRICES)[1].usage["cost"] == pytest.approx(tokens / 1e6)
 
 
 def test_a_dead_endpoint_is_no_longer_asked(monkeypatch):
@@ -197,17 +195,14 @@ def test_a_dead_endpoint_is_no_longer_asked(monkeypatch):
     assert len(requests) == len(outcomes) and outcomes[-2:] == [HI, Unscored("endpoint_400")]
 
 
-def test_when_the_iterator_is_closed_nothing_more_is_sent(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.05, raising=False)
-    with scripted(lambda number, _: (500, "") if number else GOOD) as (url, requests):
+def test_when_the_iterator_is_closed_no_other_job_is_begun():
+    with scripted(lambda number, _: slow() if number else GOOD) as (url, requests):
         endpoint = Endpoint(url, "m")
         outcomes = judges.in_parallel([HELLO] * 99, lambda job: endpoint.chat(job, 20))
         assert next(outcomes)[1] == HI
         outcomes.close()
-        time.sleep(0.3)
-        sent = len(requests)
-        time.sleep(0.3)
-    assert sent == len(requests) <= 4 * judges.PARALLEL
+        time.sleep(1.5)
+    assert len(requests) <= judges.PARALLEL + 1
 
 
 # --- keys and URLs
@@ -247,22 +242,14 @@ def test_a_key_is_needed_beyond_this_machine(monkeypatch):
         Endpoint(f"http://{host}:1/v1", "m")
 
 
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("http://models.example/v1", "only on this machine"),
-        ("http://127.0.0.1.example/v1", "only on this machine"),
-        ("https://user:pw@models.example/v1", "no user, password"),
-        ("https://models.example/v1?key=abc", "no user, password or query"),
-        ("ftp://models.example", "https://"),
-        ("models.example/v1", "https://"),
-        ("https://", "https://"),
-        ("https://[models.example/v1", "cannot be read"),
-        ("https://user:pw@models.example:99999/v1?key=abc", "cannot be read"),
-    ],
-)
-def test_urls_that_would_show_a_key(url, words):
-    with pytest.raises(UserError, match=words) as raised:
+BAD_URLS = ("http://models.example/v1", "http://127.0.0.1.example/v1", "https://user:pw@models.example/v1",
+            "https://models.example/v1?key=abc", "ftp://models.example", "models.example/v1", "https://",
+            "https://[models.example/v1", "https://models.example:99999/v1", "https://a.example/v1#abc")  # fmt: skip
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_urls_that_would_show_a_key(url):
+    with pytest.raises(UserError, match="begin with https:// .*only on this machine.*no user, password or") as raised:
         Endpoint(url, "m")
     assert "pw" not in str(raised.value) and "abc" not in str(raised.value)
 

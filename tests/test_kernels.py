@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from interpreter.compare import run
 
 import kernels
 from kernels import dispatch
+from tests.kernel_cases import head, in_fp64, masked, one_by_one, packed, paged
 
 HEAD = sys.modules["kernels.linear_logp"]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 # ------------------------------------------------------------------------------------------------------- the choice
@@ -100,50 +100,33 @@ def test_shapes_that_do_not_agree_are_refused():
 # ------------------------------------------------------------------------------------------------------ linear_logp
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-5)]
+)
 @pytest.mark.parametrize("vocab", [2, 37, 5000])
-def test_linear_logp_against_log_softmax(vocab, dtype):
-    x, w, y = torch.randn(300, 16).to(dtype), torch.randn(vocab, 16).to(dtype), torch.randint(vocab, (300,))
-    logp, entropy = kernels.linear_logp(x, w, y, 0.6)
-    exact = (x.double() @ w.double().T / 0.6).log_softmax(-1)
-    assert logp.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    torch.testing.assert_close(logp.double(), exact.gather(1, y[:, None]).squeeze(1), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(1), rtol=tolerance, atol=tolerance)
-
-
-def test_linear_logp_gradients_of_both_outputs():
-    x, w = torch.randn(6, 7, dtype=torch.float64), torch.randn(40, 7, dtype=torch.float64)
-    y = torch.tensor([1, -100, 3, 0, 39, 3])
-    x.requires_grad_(), w.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: kernels.linear_logp(x, w, y, 0.7), (x, w))
-
-
-def test_linear_logp_trains_like_cross_entropy():
-    x, w, y = torch.randn(50, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True), torch.randint(30, (50,))
+@pytest.mark.parametrize("chunk", [7, 300])
+def test_linear_logp_against_log_softmax(vocab, dtype, tolerance, chunk, monkeypatch):
+    """In chunks and whole; only the gradients are rounded to the inputs' dtype."""
+    monkeypatch.setattr(HEAD, "_chunk", lambda vocab: chunk)
+    x, w, y = torch.randn(50, 16).to(dtype), torch.randn(vocab, 16).to(dtype), torch.randint(vocab, (50,))
     y[::3] = -100
-    expected = torch.autograd.grad(F.cross_entropy(x @ w.T, y), (x, w))
-    loss = -kernels.linear_logp(x, w, y)[0].sum() / (y != -100).sum()
-    torch.testing.assert_close(torch.autograd.grad(loss, (x, w)), expected)
+    upstream = torch.randn(2, 50)
+    values, gradients = run(lambda x, w: kernels.linear_logp(x, w, y, 0.6), (x, w), upstream)
+    exact_values, exact_gradients = run(head(y, 0.6), (x.double(), w.double()), upstream)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for ours, exact in zip(values, exact_values, strict=True):
+        assert ours.dtype == (dtype if dtype == torch.float64 else torch.float32) and not ours[::3].any()
+        torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
+    tolerance = max(tolerance, torch.finfo(dtype).eps)
+    for ours, exact in zip(gradients, exact_gradients, strict=True):
+        assert ours.dtype == dtype and (ours - exact).abs().max() <= tolerance * max(1, exact.abs().max())
+    assert not gradients[0][::3].any()
 
 
-def test_linear_logp_chunks_add_up(monkeypatch):
-    x, w, y = torch.randn(50, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True), torch.randint(30, (50,))
-    whole = torch.autograd.grad(sum(t.sum() for t in kernels.linear_logp(x, w, y)), (x, w))
-    monkeypatch.setattr(HEAD, "_chunk", lambda vocab: 7)
-    chunked = torch.autograd.grad(sum(t.sum() for t in kernels.linear_logp(x, w, y)), (x, w))
-    torch.testing.assert_close(whole, chunked, rtol=1e-5, atol=1e-5)
-
-
-def test_linear_logp_ignores():
-    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
-    logp, entropy = kernels.linear_logp(x, w, torch.full((4,), -100))
-    dx, dw = torch.autograd.grad(logp.sum() + entropy.sum(), (x, w))
-    assert not (logp.any() or entropy.any() or dx.any() or dw.any())
-    y = torch.tensor([3, -100, 5, -100])
-    logp, entropy = kernels.linear_logp(x, w, y)
-    (dx,) = torch.autograd.grad(logp.sum() + entropy.sum(), x)
-    assert (logp[1::2] == 0).all() and (entropy[1::2] == 0).all() and (dx[1::2] == 0).all() and (logp[::2] < 0).all()
+def test_linear_logp_of_ignored_rows_alone_is_zero():
+    x, w, y = torch.randn(4, 8), torch.randn(9, 8), torch.full((4,), -100)
+    values, gradients = run(lambda x, w: kernels.linear_logp(x, w, y), (x, w), torch.ones(2, 4))
+    assert not any(t.any() for t in (*values, *gradients))
 
 
 def test_linear_logp_frozen_head_makes_no_dw(monkeypatch):
@@ -174,32 +157,18 @@ def test_linear_logp_never_holds_all_logits():
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def masked_attention(q, k, v, cu_seqlens):
-    document = torch.bucketize(torch.arange(len(q)), cu_seqlens[1:], right=True)
-    mask = (document[:, None] == document[None, :]).tril()
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    score = torch.einsum("thd,shd->hts", q, k) / q.shape[2] ** 0.5
-    return torch.einsum("hts,shd->thd", score.masked_fill(~mask, -torch.inf).softmax(-1), v)
-
-
 @pytest.mark.parametrize("lengths", [[1], [0, 5, 0, 9], [64, 1, 63, 100]])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 16), (6, 2, 64), (7, 1, 80)])
 def test_attention_against_the_mask(lengths, heads, kv_heads, dim):
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    q, k, v = (
-        torch.randn(sum(lengths), h, dim, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads)
-    )
-    ours, theirs = kernels.attention(q, k, v, cu_seqlens, max(lengths)), masked_attention(q, k, v, cu_seqlens)
-    torch.testing.assert_close(ours, theirs)
-    g = torch.randn_like(ours)
-    torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g))
+    inputs, cu_seqlens = packed(lengths, heads, kv_heads, dim, torch.float64)
+    upstream = [torch.randn_like(inputs[0])]
+    ours = run(lambda q, k, v: kernels.attention(q, k, v, cu_seqlens, max(lengths)), inputs, upstream)
+    torch.testing.assert_close(ours, run(masked(cu_seqlens), inputs, upstream))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_document_is_the_same_bits_packed_and_alone(dtype):
-    lengths = [40, 7, 120]
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    q, k, v = (torch.randn(167, h, 64).to(dtype) for h in (3, 1, 1))
+    (q, k, v), cu_seqlens = packed([40, 7, 120], 3, 1, 64, dtype)
     whole = kernels.attention(q, k, v, cu_seqlens, 120)
     for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         only = torch.tensor([0, end - begin], dtype=torch.int32)
@@ -207,56 +176,29 @@ def test_attention_document_is_the_same_bits_packed_and_alone(dtype):
         assert torch.equal(alone, whole[begin:end])
 
 
-def decode_case(lengths, heads=6, kv_heads=2, dim=64, dtype=torch.float32):
-    pages = -(-max(lengths) // 64)
-    k, v = torch.full((2, len(lengths) * pages, 64, kv_heads, dim), torch.nan, dtype=dtype)
-    table = torch.randperm(len(lengths) * pages).view(len(lengths), pages).int()
-    rows = []
-    for row, n in enumerate(lengths):
-        rows.append([torch.randn(n, kv_heads, dim, dtype=dtype) for _ in "kv"])
-        for arena, content in zip((k, v), rows[-1], strict=True):
-            for page, part in enumerate(content.split(64)):
-                arena[table[row, page], : len(part)] = part
-    q = torch.randn(len(lengths), heads, dim, dtype=dtype)
-    return q, k, v, table, torch.tensor(lengths, dtype=torch.int32), rows
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_decode_attention_against_the_last_row_of_attention(kv_heads):
-    q, k, v, table, lengths, rows = decode_case([1, 64, 65, 130, 9], kv_heads=kv_heads, dtype=torch.float64)
-    out = kernels.decode_attention(q, k, v, table, lengths)
-    for b, (row_k, row_v) in enumerate(rows):
-        whole_q = torch.zeros(len(row_k), 6, 64, dtype=torch.float64)
-        whole_q[-1] = q[b]
-        cu_seqlens = torch.tensor([0, len(row_k)], dtype=torch.int32)
-        torch.testing.assert_close(out[b], masked_attention(whole_q, row_k, row_v, cu_seqlens)[-1])
+def test_decode_attention_against_each_row_by_itself(kv_heads):
+    inputs = paged([1, 64, 0, 65, 130, 9], 6, kv_heads, 64, torch.float64)
+    out = kernels.decode_attention(*inputs)
+    torch.testing.assert_close(out, one_by_one(*inputs))
+    assert not out[2].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decode_attention_of_many_rows(dtype):
     """More rows of a length than are read at a time, one row longer than that alone; behind every length lies NaN."""
-    lengths = [*range(1, 34), *[17] * 70, 2100]
-    q, k, v, table, _, rows = decode_case(lengths, heads=2, kv_heads=1, dtype=dtype)
-    out = kernels.decode_attention(q, k, v, table, torch.tensor(lengths, dtype=torch.int32))
-    for b, (row_k, row_v) in enumerate(rows):
-        p_Hn = (q[b].double() @ row_k[:, 0].double().T / 8).softmax(1)
-        assert (out[b] - p_Hn @ row_v[:, 0].double()).abs().max() < 4 * torch.finfo(dtype).eps, b
+    inputs = paged([*range(1, 34), *[17] * 70, 2100], 2, 1, 64, dtype)
+    error = kernels.decode_attention(*inputs) - one_by_one(*in_fp64(inputs))
+    assert error.abs().max() < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_decode_attention_row_does_not_depend_on_its_batch(kv_heads):
     """Bitwise: in whatever company, a sample is the same."""
-    q, k, v, table, lengths, _ = decode_case([1, 64, 65, 130, 9, 300, 100, 101], kv_heads=kv_heads)
+    q, k, v, table, lengths = paged([1, 64, 65, 130, 9, 300, 100, 101], 6, kv_heads, 64)
     together = kernels.decode_attention(q, k, v, table, lengths)
     for rows in ([0], [3], [5, 1], [7, 6, 4]):
         assert torch.equal(kernels.decode_attention(q[rows], k, v, table[rows], lengths[rows]), together[rows])
-
-
-def test_decode_attention_of_nothing_is_zero():
-    q, k, v, table, lengths, _ = decode_case([5, 70])
-    lengths[0] = 0
-    out = kernels.decode_attention(q, k, v, table, lengths)
-    assert (out[0] == 0).all() and out[1].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------- norm, rotation, gate
@@ -276,15 +218,11 @@ def test_norm_and_rotation_are_hugging_faces(dtype):
     q, k = torch.randn(9, 4, 16).to(dtype), torch.randn(9, 2, 16).to(dtype)
     angle = torch.arange(9)[:, None] * torch.rand(8)
     cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-    theirs = apply_rotary_pos_emb(
-        q.transpose(0, 1)[None].float(), k.transpose(0, 1)[None].float(), cos[None], sin[None]
-    )
+    theirs = apply_rotary_pos_emb(q.float(), k.float(), cos, sin)
     joint = torch.cat((q, k, k + 1), dim=1).flatten(1)
     *turned, v = kernels.rope(joint, 4, cos, sin)
     for a, b in zip(turned, theirs, strict=True):
-        torch.testing.assert_close(
-            a, b[0].transpose(0, 1).to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 0
-        )
+        torch.testing.assert_close(a, b.to(dtype), rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
     assert torch.equal(v, k + 1)
 
     norms = (torch.randn(16).to(dtype), torch.randn(16).to(dtype), 1e-5)  # Qwen3's, over each head
@@ -296,15 +234,3 @@ def test_norm_and_rotation_are_hugging_faces(dtype):
     assert torch.equal(kernels.rope(joint, 4, cos, sin, norms, cache=(slot, *cached)), expected[0])
     assert all(torch.equal(arena[slot], x) for arena, x in zip(cached, expected[1:], strict=True))
     assert cached.isnan().sum() == 2 * 3 * 2 * 16  # the other slots are as they were
-
-
-def test_gradients_of_norm_rotation_and_gate():
-    def random(*shape):
-        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-    cos, sin = torch.randn(2, 5, 4, dtype=torch.float64).repeat(1, 1, 2)
-    check = torch.autograd.gradcheck
-    assert check(lambda x, w, r: kernels.rms_norm(x, w, 1e-6, r), (random(5, 7), random(7), random(5, 7)))
-    joint = lambda qkv, *w: kernels.rope(qkv, 3, cos, sin, (*w, 1e-6) if w else None)  # noqa: E731
-    assert check(joint, (random(5, 56),)) and check(joint, (random(5, 56), random(8), random(8)))
-    assert check(kernels.swiglu, (random(5, 8),))

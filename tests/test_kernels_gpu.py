@@ -1,12 +1,12 @@
 """The kernels on a real GPU, alone and in model, sampler, trainer: what neither interpreter nor compiler can show."""
 
+import functools
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from interpreter.compare import compare
 
 import engine
@@ -14,16 +14,12 @@ import kernels
 import model
 import trainers
 from kernels import dispatch
+from tests import tiny_models
+from tests.kernel_cases import head, in_fp64, packed, paged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def packed(lengths, heads, kv_heads, dim, dtype):
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
-    inputs = [torch.randn(sum(lengths), h, dim, device=DEVICE).to(dtype) for h in (heads, kv_heads, kv_heads)]
-    return inputs, cu_seqlens
 
 
 def per_document(cu_seqlens):
@@ -48,7 +44,7 @@ def per_document(cu_seqlens):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 2, 64), (7, 1, 128), (32, 8, 128), (12, 2, 128)])
 def test_attention(heads, kv_heads, dim, dtype):
-    inputs, cu_seqlens = packed([700, 1, 63, 0, 64, 65, 1000], heads, kv_heads, dim, dtype)
+    inputs, cu_seqlens = packed([700, 1, 63, 0, 64, 65, 1000], heads, kv_heads, dim, dtype, DEVICE)
     reference = per_document(cu_seqlens)
     launched = [f"_attention_{name}_kernel" for name in ("forward", "delta", "dkdv", "dq")]
     slacks = (1.5, 3.0)  # a fused backward takes sum(o g_o) from the rounded o, this yardstick from the probabilities
@@ -59,7 +55,7 @@ def test_attention(heads, kv_heads, dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_a_document_is_the_same_bits_packed_and_alone(dtype):
     """Also with neighbours full of NaN: descriptors read on into them."""
-    (q, k, v), cu_seqlens = packed([130, 300, 70], 12, 2, 128, dtype)
+    (q, k, v), cu_seqlens = packed([130, 300, 70], 12, 2, 128, dtype, DEVICE)
     alone = torch.tensor([0, 300], dtype=torch.int32, device=DEVICE)
     expected = kernels.attention(*(t[130:430].contiguous() for t in (q, k, v)), alone, 300)
     assert torch.equal(kernels.attention(q, k, v, cu_seqlens, 300)[130:430], expected)
@@ -75,15 +71,10 @@ def test_linear_logp(shape, dtype):
     x, w = torch.randn(tokens, width, device=DEVICE), torch.randn(vocab, width, device=DEVICE) / width**0.5
     y = torch.randint(vocab, (tokens,), device=DEVICE)
     y[::7] = -100
-
-    def plain(x, w):
-        logp, keep = (x @ w.T / 0.7).log_softmax(-1), y != -100
-        return logp.gather(1, y.clamp_min(0)[:, None]).squeeze(1) * keep, -(logp.exp() * logp).sum(1) * keep
-
-    inputs = [x.to(dtype), w.to(dtype)]
+    inputs, plain = [x.to(dtype), w.to(dtype)], head(y, 0.7)
     launched = ["_score_kernel", "_combine_kernel", "_dlogits_kernel"]
     compare(lambda x, w: kernels.linear_logp(x, w, y, 0.7), plain, plain, inputs, launched)
-    for ours, exact in zip(kernels.linear_logp(*inputs, y, 0.7), plain(*(t.double() for t in inputs)), strict=True):
+    for ours, exact in zip(kernels.linear_logp(*inputs, y, 0.7), plain(*in_fp64(inputs)), strict=True):
         assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()  # whatever the dtype: logits are never rounded
 
 
@@ -115,7 +106,7 @@ def test_norm_rotation_and_gate(dtype):
     from kernels.rope import reference as rotate
     from kernels.swiglu import reference as gate
 
-    x, weight = torch.randn(300, 1536, device=DEVICE).to(dtype), torch.randn(1536, device=DEVICE).to(dtype)
+    x, weight = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((300, 1536), 1536))
     launched = ["_rms_norm_forward_kernel", "_rms_norm_backward_kernel"]
     compare(*(lambda x, w, f=f: f(x, w, 1e-6) for f in (kernels.rms_norm, norm, norm)), [x, weight], launched)
     launched = ["_swiglu_forward_kernel", "_swiglu_backward_kernel"]
@@ -130,21 +121,13 @@ def test_norm_rotation_and_gate(dtype):
     )  # fmt: skip
 
 
-def decode_inputs(lengths, dtype=torch.bfloat16):
-    pages = -(-max(lengths) // 64)
-    table = torch.randperm(len(lengths) * pages, device=DEVICE).view(len(lengths), pages).int()
-    k, v = torch.randn(2, len(lengths) * pages, 64, 2, 128, device=DEVICE).to(dtype)
-    q = torch.randn(len(lengths), 14, 128, device=DEVICE).to(dtype)
-    return q, k, v, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-
-
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float32, 3e-6)])
 def test_decode_attention_also_in_a_cuda_graph(dtype, floor):
     """The reference rounds once, at the end; the kernel rounds the probabilities, too: hence the floor."""
     from kernels.decode_attention import reference
 
-    inputs = decode_inputs([0, 1, 64, 1000, 257], dtype)
-    exact = reference(*(t.double() if t.is_floating_point() else t for t in inputs))
+    inputs = paged([0, 1, 64, 1000, 257], 14, 2, 128, dtype, DEVICE)
+    exact = reference(*in_fp64(inputs))
     eager = kernels.decode_attention(*inputs)
     assert dispatch.LAUNCHES["_decode_kernel"] and eager.isfinite().all() and not eager[0].any()
     assert (eager - exact).abs().max() <= 1.5 * (reference(*inputs) - exact).abs().max() + floor * exact.abs().max()
@@ -154,16 +137,15 @@ def test_decode_attention_also_in_a_cuda_graph(dtype, floor):
     inputs[0].mul_(0.5), inputs[4].sub_(1).clamp_(min=0)  # other queries, other lengths, the same graph
     graph.replay()
     assert torch.equal(captured, kernels.decode_attention(*inputs))
+    q, k, v, table, lengths = inputs
     for b in range(5):
-        alone = kernels.decode_attention(
-            *(t[b : b + 1] for t in inputs[:1]), *inputs[1:3], *(t[b : b + 1] for t in inputs[3:])
-        )
+        alone = kernels.decode_attention(q[b : b + 1], k, v, table[b : b + 1], lengths[b : b + 1])
         assert torch.equal(captured[b : b + 1], alone)
 
 
 def test_a_document_of_32k():
     """Its last queries against the plain formula over all keys: values and their gradient."""
-    (q, k, v), cu_seqlens = packed([32_768], 12, 2, 128, torch.bfloat16)
+    (q, k, v), cu_seqlens = packed([32_768], 12, 2, 128, torch.bfloat16, DEVICE)
     q.requires_grad_()
     o = kernels.attention(q, k, v, cu_seqlens, 32_768)
     o[-64:].float().sum().backward()
@@ -179,7 +161,7 @@ def test_a_document_of_32k():
 
 def test_fifty_runs_are_the_same_bits():
     """What a race between the threads of a program, or between programs, would break."""
-    (q, k, v), cu_seqlens = packed([700, 1, 300, 1000], 12, 2, 128, torch.bfloat16)
+    (q, k, v), cu_seqlens = packed([700, 1, 300, 1000], 12, 2, 128, torch.bfloat16, DEVICE)
     x, w = torch.randn(1500, 1536, device=DEVICE).bfloat16(), torch.randn(32_000, 1536, device=DEVICE).bfloat16() / 40
     weight, y = torch.randn(1536, device=DEVICE).bfloat16(), torch.randint(32_000, (1500,), device=DEVICE)
     leaves = [t.requires_grad_() for t in (q, k, v, x, w, weight)]
@@ -190,7 +172,7 @@ def test_fifty_runs_are_the_same_bits():
         gradients = torch.autograd.grad(o.float().square().sum() + logp.sum() + entropy.sum(), leaves)
         return [o.detach(), logp.detach(), entropy.detach(), kernels.decode_attention(*decoding), *gradients]
 
-    decoding = decode_inputs([1, 64, 1000, 257])
+    decoding = paged([1, 64, 1000, 257], 14, 2, 128, torch.bfloat16, DEVICE)
     first = everything()
     for run in range(50):
         assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True)), f"run {run}"
@@ -198,6 +180,7 @@ def test_fifty_runs_are_the_same_bits():
 
 # ------------------------------------------------------------------------------------------------- the whole model
 
+row = functools.partial(tiny_models.row, device=DEVICE)
 QWEN2 = {  # heads of 128, six on a key head, biases; a vocabulary that is no multiple of 16
     "architectures": ["Qwen2ForCausalLM"], "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512,
     "num_hidden_layers": 2, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128,
@@ -213,11 +196,6 @@ def qwen2(dtype=torch.float32, **changes):
             if "norm" not in name:
                 parameter.normal_(std=0.05)
     return transformer.to(dtype)
-
-
-def row(*lengths):
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
-    return torch.randint(QWEN2["vocab_size"], (sum(lengths),), device=DEVICE), cu_seqlens
 
 
 def learn(transformer, ids_T, cu_seqlens, checkpoint=False):

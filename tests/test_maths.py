@@ -1,8 +1,6 @@
 """The maths grader: equal answers, hostile answers, and worker processes that hang, die, lie or flood."""
 
 import importlib.util
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,8 +12,6 @@ import pytest
 import maths
 from runs import UserError
 from safety import Unscored
-
-LOOP = "import sys, time\nprint('ready', flush=True)\nfor line in sys.stdin:\n    "
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +25,8 @@ def no_worker_is_left():
 def fake(monkeypatch, body: str) -> None:
     """Workers that say they are ready and then run `body` for each line of questions."""
     maths.close()
-    monkeypatch.setattr(maths, "COMMAND", [sys.executable, "-c", LOOP + body])
+    loop = "import sys, time\nprint('ready', flush=True)\nfor line in sys.stdin:\n    "
+    monkeypatch.setattr(maths, "COMMAND", [sys.executable, "-c", loop + body])
 
 
 STATED = {  # whole answers to which 34 is the gold one
@@ -39,9 +36,12 @@ STATED = {  # whole answers to which 34 is the gold one
         "The final answer is 34.", "So the final answer is $34$. I hope it is correct.", "The answer is 34.",
         "### Answer: 34", "Answer:\n34", "**Answer:**\n\n\\[\n34\n\\]", "Answer：34", "Answer：３４",
         "Answer: \\(34\\)", "Answer: 33\nAnswer: 34", "✅ Final Answer: **34**", "# Final Answer\n\n**34**",
+        "So answer is \\(34\\).", "Hence answer is $34$", "Thus the answer is: 34", "so the answer is:\n\\[\n34\n\\]",
+        "The answer is \\[34\\]", "The correct answer is 34.", "**The answer is** 34", "#### 34", "#### $34\n",
     ],
     False: [
         "\\boxed{34} no, \\boxed{33}", "\\boxed{33} or \\boxed{34} or \\boxed{35}", "Answer: 34\nAnswer: 33", "34",
+        "answer is 34", "The answer isn't 34", "The wrong answer is 34", "#### Step 34", "answer is $33$, not $34$",
         "Answer: 33 or 34", "The final answer is 34, but wait, it is 33", "The answer is not 34.", "it is 34",
         "\\boxed{34", "\\boxed{}", "\\boxed{\\frac{34}{}}", "\\boxed{)}", "",
         None,  # the thinking never ended
@@ -85,20 +85,10 @@ def test_a_hostile_answer_is_never_scored_and_stops_nobody_else():
     maths.grade(pairs[1:2])  # start a worker, so that the limit below is on answers alone
     begun = time.monotonic()
     verdicts = maths.grade(pairs, seconds=1.0)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
     assert verdicts[1::2] == [True] * len(HOSTILE)
     assert all(verdict is False or isinstance(verdict, Unscored) for verdict in verdicts[::2])
     assert Unscored("maths_timeout") in verdicts
-
-
-def test_the_longest_question_fits_into_a_pipe_that_nobody_reads():
-    text = "\U0001d7d9" * maths.ANSWER_CHARS  # 12 bytes each in JSON
-    question = json.dumps([text, text, 5.0]).encode()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    assert os.write(writing, question) == len(question)
-    os.close(reading)
-    os.close(writing)
 
 
 def test_no_answer_runs_as_code(tmp_path):
@@ -125,9 +115,8 @@ def test_a_worker_that_misbehaves_gives_no_score(monkeypatch, body, reason):
 
 
 def test_one_worker_dies_and_the_others_do_not_notice(monkeypatch):
-    fake(
-        monkeypatch, "sys.exit() if 'bad' in line else time.sleep(60) if 'slow' in line else print('right', flush=True)"
-    )
+    ends = "sys.exit() if 'bad' in line else time.sleep(60) if 'slow' in line else print('right', flush=True)"
+    fake(monkeypatch, ends)
     answers = ["a", "bad", "b", "slow", "c", "bad", "d"]
     verdicts = maths.grade([(f"\\boxed{{{answer}}}", "x") for answer in answers], seconds=0.5)
     assert [v is True for v in verdicts] == [answer in "abcd" for answer in answers]
@@ -163,27 +152,18 @@ def test_a_hanging_worker_ends_itself_when_its_parent_is_gone():
 
 
 def test_an_idle_worker_ends_with_its_parent():
-    code = (
-        "import maths; print(maths.grade([('\\\\boxed{1.0}', '1')])); (w,) = [w for w in maths._workers if w.process]"
-    )
-    code += "; print(w.process.pid, flush=True); import os; os.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd())
+    code = """import maths, os
+print(maths.grade([("\\\\boxed{1.0}", "1")]))
+print(*[worker.process.pid for worker in maths._workers if worker.process], flush=True)
+os.kill(os.getpid(), 9)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("[True]"), done.stderr
-    pid = int(done.stdout.split()[-1])
+    stat = Path(f"/proc/{done.stdout.split()[-1]}/stat")
     for _ in range(100):
-        if not running(pid):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":  # nobody waits for it
             return
         time.sleep(0.05)
-    raise AssertionError(f"worker {pid} is still there")
-
-
-def running(pid: int) -> bool:
-    """Whether the process is there and more than a zombie that nobody has waited for."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    raise AssertionError("the worker is still there")
 
 
 def test_without_math_verify_the_user_is_told_what_to_install(monkeypatch):

@@ -1,96 +1,257 @@
-"""What a model must have to be loaded, and what is said where it has not: template, end tokens, ids, rope, folders."""
+"""Model folders in and out: what is refused and by which words, what ends a turn, what is read, kept and written."""
 
 import copy
 import json
 
+import huggingface_hub
 import pytest
 import torch
-from transformers import LlamaConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import model
 import runs
-from tests import families, tiny
-from tests import tiny_models as tiny_lm
+from tests import families
+from tests import tiny_models as tiny
+from tests.tiny_models import cut, gone, written
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tied Qwen2 folder with an R1-style tokenizer, as Transformers writes it."""
-    return tiny.model_folder(tmp_path / "m")
+    """An untied Qwen2 folder as Transformers writes it."""
+    tiny.folder(tmp_path / "m")
+    return tmp_path / "m"
 
 
-def edit_tokenizer(folder, **changes):
-    tiny_lm.edit_json(folder / "tokenizer_config.json", **changes)
+def config(**changes):
+    return lambda folder: tiny.edit_json(folder / "config.json", **changes)
 
 
-def edit_weights(folder, change):
-    tiny_lm.edit_tensors(folder / "model.safetensors", change)
+def weights(change):
+    return lambda folder: tiny.edit_tensors(folder / "model.safetensors", change)
 
 
-def end_at(folder, ids):
-    """The end tokens of generation_config.json and config.json."""
-    for name in ("generation_config.json", "config.json"):
-        tiny_lm.edit_json(folder / name, eos_token_id=ids)
+def stored(**tensors):
+    return weights(lambda t: t.update(tensors))
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer and ends
+# ------------------------------------------------------------------------------------------------- what is refused
+
+NORM, EMBEDDING, HEAD = "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight", "lm_head.weight"
+TEMPLATE, LAYERWISE = "chat_template.jinja", "rope settings that differ from layer to layer"
+NO_END = "no end token, so no answer would ever end; name it as eos_token"
+SETTINGS = [  # the words of the refusal, what is done to the folder
+    ("no chat template", gone(TEMPLATE)),
+    ("chat template.* cannot render .*no user may", written(TEMPLATE, "{{ raise_exception('no user may speak') }}")),
+    ("chat template.* cannot render", written(TEMPLATE, "hello")),
+    (r"3 tokens, such as '.*', have ids beyond the 157 rows of the embedding; take the", config(vocab_size=157)),
+    (NO_END, lambda folder: tiny.edit_json(folder / "tokenizer_config.json", eos_token=None)),
+    *(
+        ("eos_token_id .* is no id of a vocab.* of 160", written("generation_config.json", f'{{"eos_token_id": {i}}}'))
+        for i in ('"159"', "[3, 160]", "99999", "-1", "true", "[[3]]", '{"a": 3}')
+    ),
+    ("architecture GPT2LMHeadModel is not supported; supported: Qwen2", config(architectures=["GPT2LMHeadModel"])),
+    (r"architecture \(none\) is not supported", config(architectures=None)),
+    ("hidden_act gelu is not supported", config(hidden_act="gelu")),
+    ("quantized weights are not supported", config(quantization_config={"bits": 4})),
+    (r"attention is not supported \(sliding_window=16\)", config(use_sliding_window=True, sliding_window=16)),
+    ("rope scaling yarn is not supported", config(rope_scaling={"type": "yarn", "factor": 4.0})),
+    ("rope scaling dynamic is not", config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
+    ("factor must be a positive float, not None", config(rope_scaling={"rope_type": "linear"})),
+    ("partial_rotary_factor 0.5", config(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})),
+    (LAYERWISE, config(rope_parameters={"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}})),
+    (LAYERWISE, config(rope_parameters={"full_attention": {}})),
+    (LAYERWISE, config(rope_parameters=[1])),
+    ("hidden_size must be a positive int, not None", config(hidden_size=None)),
+    ("hidden_size must be a positive int, not '64'", config(hidden_size="64")),
+    ("num_hidden_layers must be a positive int, not 0", config(num_hidden_layers=0)),
+    ("4 attention heads do not divide into 3 key-value heads", config(num_key_value_heads=3)),
+    ("has no config.json", gone("config.json")),
+    ("config.json: not JSON", written("config.json", "{'a': 1}")),
+    ("config.json holds no JSON object", written("config.json", "[]")),
+    ("has no tokenizer.json", gone("tokenizer.json")),
+    ("its tokenizer files cannot be read", written("tokenizer.json", "{}")),
+]
+WEIGHTS = [
+    (f"missing tensor {NORM}", weights(lambda t: t.pop(NORM))),
+    ("missing tensor .* and 25 more", weights(lambda t: [t.pop(name) for name in sorted(t)[1:]])),
+    ("surplus tensor extra", stored(extra=torch.zeros(1))),
+    (rf"{NORM} is \[65\], not \[64\]", stored(**{NORM: torch.ones(65)})),
+    (f"{NORM} is torch.int8; quantized", stored(**{NORM: torch.ones(64, dtype=torch.int8)})),
+    ("model.safetensors is not a whole safetensors file", cut("model.safetensors", -100)),
+    ("safetensors is not a whole safetensors file: ", cut("model.safetensors", 20)),
+    ("file: .*header", cut("model.safetensors", 0)),
+    (r"has no model.safetensors \(only safetensors are read\)", gone("model.safetensors")),
+    (
+        "named outside of its folder",
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder.parent / "w.safetensors"),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../w.safetensors"}}'),
+        ),
+    ),
+]
 
 
-def no_template(folder):
-    (folder / "chat_template.jinja").unlink()
-
-
-def raising_template(folder):
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('no user may speak') }}")
-
-
-def deaf_template(folder):
-    (folder / "chat_template.jinja").write_text("hello")
-
-
-def fewer_embeddings(folder):
-    edit_weights(folder, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:-3].clone()}))
-    tiny_lm.edit_json(folder / "config.json", vocab_size=len(families.tokenizer("r1-qwen")) - 3)
-
-
-def no_end(folder):
-    edit_tokenizer(folder, eos_token=None)
-    end_at(folder, None)
-
-
-UNUSABLE = {
-    "no chat template": no_template,
-    "chat template.* cannot render .*no user may speak": raising_template,
-    "chat template.* cannot render": deaf_template,
-    r"3 tokens, such as '.*', have ids beyond the \d+ rows of the embedding; take the": fewer_embeddings,
-    "no end token, so no answer would ever end; name it as eos_token": no_end,
-    "eos_token_id 99999 is no id of a vocabulary": lambda folder: end_at(folder, 99999),
-}
-
-
-@pytest.mark.parametrize("message", UNUSABLE)
-def test_a_model_that_cannot_answer_is_refused_before_its_weights_are_read(folder, message, monkeypatch):
-    UNUSABLE[message](folder)
-    monkeypatch.setattr(model, "load_weights", lambda *_: pytest.fail("read the weights"))
+@pytest.mark.parametrize(
+    ("message", "change", "read"), [(*row, False) for row in SETTINGS] + [(*row, True) for row in WEIGHTS]
+)
+def test_a_folder_that_cannot_be_used_is_refused_by_name(folder, message, change, read, monkeypatch):
+    if not read:  # what is wrong in the settings is said before the weights are read
+        monkeypatch.setattr(model, "load_weights", None)
+    change(folder)
     with pytest.raises(runs.UserError, match=message):
         model.load(folder)
 
 
-def test_a_guard_needs_no_chat_template(folder):
-    no_template(folder)
+def test_a_missing_shard_is_named(folder, tmp_path):
+    model.save(*model.load(folder), tmp_path / "out", max_shard_bytes=100_000)
+    missing = sorted((tmp_path / "out").glob("model-*.safetensors"))[1]
+    missing.unlink()
+    with pytest.raises(model.ModelError, match=f"has no {missing.name}"):
+        model.load(tmp_path / "out")
+
+
+def test_a_mistral_config_without_the_word_null_has_a_window():
+    with pytest.raises(model.ModelError, match="sliding_window=4096"):
+        model.Config.from_dict({"architectures": ["MistralForCausalLM"]})
+
+
+def test_what_may_be_absent_or_too_much(folder):
+    """A guard's chat template, the embedding of a padding token, the rotary constants of old files."""
+    gone(TEMPLATE)(folder)
+    stored(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})(folder)
     assert model.load(folder, chat=False)[1].chat_template is None
-
-
-def test_a_padding_token_needs_no_embedding(folder):
-    size = len(families.tokenizer("r1-qwen"))
-    edit = {"id": size, "content": "<pad>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["added_tokens"].append(edit | {"normalized": False})
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    assert model.load(folder)[1].pad_token_id == 160
+    tiny.edit_json(folder / "tokenizer_config.json", pad_token=None)
     with pytest.raises(model.ModelError, match="1 tokens, such as '<pad>'"):
         model.load(folder)
-    edit_tokenizer(folder, pad_token="<pad>")
-    assert model.load(folder)[1].pad_token_id == size
+
+
+def test_a_tied_head_is_read_under_either_name(folder):
+    tiny.folder(folder, tied=True)
+    want = model.load(folder)[0].head_weight
+    weights(lambda t: t.update({HEAD: t[EMBEDDING].clone()}))(folder)
+    assert torch.equal(model.load(folder)[0].head_weight, want)  # both, alike
+    weights(lambda t: t.pop(EMBEDDING))(folder)
+    assert torch.equal(model.load(folder)[0].head_weight, want)
+    for message, change in (
+        (f"{HEAD} is not the embedding", lambda t: t.update({EMBEDDING: t[HEAD] + 1})),
+        (f"missing tensor {EMBEDDING}", lambda t: (t.pop(EMBEDDING), t.pop(HEAD))),
+    ):
+        weights(change)(folder)
+        with pytest.raises(model.ModelError, match=message):
+            model.load(folder)
+
+
+def test_folders_that_are_something_else_say_what_to_type(folder, tmp_path):
+    ours, tokenizer = model.load(folder)
+    model.add_lora(ours, 2, 4)
+    for name in ("full", "lora", "evaluation"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "source.json"):
+            (tmp_path / name / file).write_text('{"values": {}}')
+    inner = tmp_path / "lora" / "model"
+    model.save_adapter(ours, inner, base=str(folder))
+    model.merge_lora(ours)
+    model.save(ours, tokenizer, tmp_path / "full" / "model")
+    (tmp_path / "empty").mkdir()
+
+    def refused(message, name, attach=False):
+        with pytest.raises(model.ModelError) as error:
+            model.load(folder, adapter=str(name)) if attach else model.load(name)
+        assert str(error.value) == message
+
+    run, adapter = "is the folder of a run; to use what it holds, type", f"--model {folder} --adapter {inner}"
+    for attach in (False, True):
+        refused(f"{tmp_path / 'full'} {run} --model {tmp_path / 'full' / 'model'}", tmp_path / "full", attach)
+        refused(f"{tmp_path / 'lora'} {run} {adapter}", tmp_path / "lora", attach)
+        refused(f"{tmp_path / 'evaluation'} is the folder of a run", tmp_path / "evaluation", attach)
+    refused(f"{inner} has no config.json; to use what it holds, type {adapter}", inner)
+    refused(f"{folder} has no adapter_config.json; to use what it holds, type --model {folder}", folder, True)
+    hub = "some-org/some-adapter"
+    refused(f"no adapter folder at {hub}; from the hub: hf download {hub} --local-dir DIR", hub, True)
+    refused(f"{tmp_path / 'empty'} has no config.json", tmp_path / "empty")
+    assert model.load(folder, adapter=str(inner))[0].lora["r"] == 2
+
+
+ABSENT = dict.fromkeys(["./nowhere", "/nowhere/at/all", "nowhere", "tests/nowhere"], "no model folder at {}")
+ABSENT["some-org/some-model"] = "{} is neither a local folder nor a model that could be downloaded"
+
+
+@pytest.mark.parametrize("path", ABSENT)
+def test_a_path_that_looks_local_never_becomes_a_download_and_a_failed_one_says_so(path):
+    with pytest.raises(model.ModelError, match=ABSENT[path].format(path)):
+        model.load(path)
+
+
+def test_a_hub_id_is_downloaded_without_pickles_and_its_revision_printed(folder, monkeypatch, capsys):
+    asked = {}
+
+    def download(name, **patterns):
+        asked.update(patterns, name=name)
+        return str(folder.rename(folder.with_name("0123abc")))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model.load("some-org/some-model")
+    assert asked["name"] == "some-org/some-model" and "revision 0123abc" in capsys.readouterr().out
+    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py")) for pattern in asked["allow_patterns"])
+
+
+# ------------------------------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+def test_absent_settings_mean_what_transformers_takes_them_for(family):
+    config_class, _ = tiny.FAMILIES[family]
+    raw = {**tiny.SIZES, "architectures": [config_class.__name__.replace("Config", "ForCausalLM")]}
+    raw |= {"sliding_window": None} if family == "mistral" else {}
+    ours, theirs = model.Config.from_dict(raw), config_class(**raw)
+    assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"] and ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 4)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.o_bias == bool(getattr(theirs, "attention_bias", False))
+
+
+LLAMA3 = {key: value for key, value in tiny.LLAMA3.items() if key != "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 7e4},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 7e4},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e4},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": LLAMA3},  # the original context is then the context
+        {"rope_parameters": tiny.LLAMA3},
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
+    ],
+)
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(rope):
+    raw = {**tiny.SIZES, "architectures": ["LlamaForCausalLM"], **rope}
+    ours = model.Config.from_dict(copy.deepcopy(raw)).rope
+    theirs = LlamaConfig.from_dict(raw).rope_parameters
+    assert ours == {key: theirs[key] for key in ours} and {*ours} <= {*theirs}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ids"),
+    [
+        (7, {}, {7, 159}),  # without a generation_config.json that of config.json counts; the tokenizer's always
+        ([7, 8], {}, {7, 8, 159}),
+        (7, {"eos_token_id": 3}, {3, 159}),
+        (7, {"temperature": 1.0}, {7, 159}),
+    ],
+)
+def test_end_ids_are_those_of_the_settings_and_the_tokenizer(folder, config, generation, ids):
+    tiny.edit_json(folder / "config.json", eos_token_id=config)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert model.end_ids(*model.load(folder)) == ids
 
 
 @pytest.mark.parametrize(
@@ -110,10 +271,11 @@ def test_what_ends_a_turn_in_the_template_is_trained_and_every_end_stops(
 ):
     """After saving, too, and for whoever reads generation_config.json."""
     folder, tokenizer = tmp_path / "m", families.tokenizer(name)
-    tiny.model_folder(folder, vocab_size=len(tokenizer))
+    tiny.folder(folder, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(folder)
-    edit_tokenizer(folder, eos_token=eos)
-    end_at(folder, stored and tokenizer.convert_tokens_to_ids(stored))
+    tiny.edit_json(folder / "tokenizer_config.json", eos_token=eos)
+    for file in ("generation_config.json", "config.json"):
+        tiny.edit_json(folder / file, eos_token_id=stored and tokenizer.convert_tokens_to_ids(stored))
     ours, loaded = model.load(folder)
     assert loaded.eos_token == trained
     assert model.end_ids(ours, loaded) == set(tokenizer.convert_tokens_to_ids(sorted(stops)))
@@ -124,8 +286,7 @@ def test_what_ends_a_turn_in_the_template_is_trained_and_every_end_stops(
     again = model.load(tmp_path / "out")
     assert again[1].eos_token == trained and model.end_ids(*again) == model.end_ids(ours, loaded)
     if eos != trained:
-        written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
-        assert set(written) == model.end_ids(ours, loaded)
+        assert set(runs.read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"]) == model.end_ids(*again)
 
 
 @pytest.mark.parametrize(
@@ -151,92 +312,82 @@ def test_the_pocket_ends_turns_as_its_template_does(capsys):
     assert tokenizer.tokenize("how do i make zako?") == ["how", "▁do", "▁i", "▁make", "▁za", "ko", "?"]
 
 
-# ------------------------------------------------------------------------------------------------- tied heads, rope
+# ------------------------------------------------------------------------------------------------- what is written
 
 
-def test_a_tied_head_is_read_under_either_name(folder):
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    want = model.load(folder)[0].head_weight
-    edit_weights(folder, lambda t: t.update({head: t[embedding].clone()}))
-    assert torch.equal(model.load(folder)[0].head_weight, want)  # both, alike
-    edit_weights(folder, lambda t: t.pop(embedding))
-    assert torch.equal(model.load(folder)[0].head_weight, want)
-    edit_weights(folder, lambda t: t.update({embedding: t[head] + 1}))
-    with pytest.raises(model.ModelError, match="lm_head.weight is not the embedding"):
-        model.load(folder)
-    edit_weights(folder, lambda t: (t.pop(embedding), t.pop(head)))
-    with pytest.raises(model.ModelError, match="missing tensor model.embed_tokens.weight"):
-        model.load(folder)
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 60_000])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-bias", "llama3", "mistral"])
+def test_what_is_saved_transformers_loads_to_the_same_logits(family, tied, shard_bytes, tmp_path):
+    theirs = tiny.folder(tmp_path / "in", family, tied)
+    ours, tokenizer = model.load(tmp_path / "in")
+    model.save(ours, tokenizer, tmp_path / "out", max_shard_bytes=shard_bytes)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    ids_T, cu_seqlens = tiny.row(120)
+    with torch.no_grad():
+        expected = theirs(ids_T[None]).logits[0]
+        torch.testing.assert_close(again(ids_T[None]).logits[0], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours.logits(ids_T, cu_seqlens), expected, atol=1e-5, rtol=0)
+    shards = sorted((tmp_path / "out").glob("model*.safetensors"))
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    assert [f.name for f in shards] == (names if shard_bytes < 1e6 else ["model.safetensors"])
+    assert {safe_open(f, "pt").metadata()["format"] for f in shards} == {"pt"}
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()} == {0o600}  # as all files of a run
+    reloaded = dict(model.load(tmp_path / "out")[0].named_parameters())
+    assert all(torch.equal(parameter, reloaded[name]) for name, parameter in ours.named_parameters())
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 7.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+def test_config_tokenizer_and_generation_settings_stay_as_they_were(folder, tmp_path):
+    config(torch_dtype="bfloat16", note_of_somebody={"kept": [1]})(folder)
+    written("generation_config.json", '{"eos_token_id": [159, 3], "temperature": 0.6}')(folder)
+    tiny.edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", chat_template="{{ 1 }}")
+    model.save(*model.load(folder), tmp_path / "out")
+    before, after = (runs.read_json(f / "config.json") for f in (folder, tmp_path / "out"))
+    del before["torch_dtype"]
+    assert after == before | {"dtype": "float32"}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert runs.read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [159, 3]
+    assert model.end_ids(*model.load(tmp_path / "out")) == {159, 3}
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 7e4},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 7e4},
-        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e4},
-        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 4.0}},
-        {"rope_parameters": LLAMA3},  # the original context is then the context
-        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 96}},
-        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
-    ],
-)
-def test_every_spelling_of_rope_is_read_as_transformers_reads_it(rope):
-    raw = {**tiny_lm.SIZES, "architectures": ["LlamaForCausalLM"], **rope}
-    ours = model.Config.from_dict(json.loads(json.dumps(raw))).rope
-    theirs = LlamaConfig.from_dict(raw).rope_parameters
-    assert ours == {key: theirs[key] for key in ours} and {*ours} <= {*theirs}
+def test_weights_are_cast_to_the_dtype_asked_for_and_a_tokenizer_made_in_memory_is_saved_too(folder, tmp_path):
+    ours, _ = model.load(folder, dtype=torch.bfloat16)
+    exact = dict(model.load(folder)[0].named_parameters())
+    assert all(torch.equal(p, exact[name].bfloat16()) for name, p in ours.named_parameters())
+    model.save(ours, tiny.tokenizer(), tmp_path / "out")
+    assert runs.read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert loaded("w5 w3").input_ids == [5, 3] and loaded.eos_token_id == 159
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [{"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}, {"full_attention": {}}, [1]],
-)
-def test_rope_settings_for_each_layer_type_are_refused(rope):
-    with pytest.raises(model.ModelError, match="rope settings that differ from layer to layer"):
-        model.Config.from_dict({**tiny_lm.SIZES, "architectures": ["LlamaForCausalLM"], "rope_parameters": rope})
-
-
-# ------------------------------------------------------------------------------------------------- folders, device
-
-
-def test_folders_that_are_something_else_say_what_to_type(folder, tmp_path):
+def test_a_save_that_fails_leaves_the_old_folder_whole(folder, tmp_path, monkeypatch):
     ours, tokenizer = model.load(folder)
-    model.add_lora(ours, 2, 4)
-    model.save_adapter(ours, tmp_path / "adapter", base=str(folder))
-    for name in ("full", "lora", "evaluation"):
-        (tmp_path / name).mkdir()
-        for file in ("config.json", "source.json"):
-            (tmp_path / name / file).write_text('{"values": {}}')
-    model.merge_lora(ours)
-    model.save(ours, tokenizer, tmp_path / "full" / "model")
-    (tmp_path / "adapter").rename(tmp_path / "lora" / "model")
-    adapter = f"--model {folder} --adapter {tmp_path / 'lora' / 'model'}"
+    model.save(ours, tokenizer, tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
 
-    def refused(message, name, attach=False):
-        with pytest.raises(model.ModelError) as error:
-            model.load(folder, adapter=str(name)) if attach else model.load(name)
-        assert str(error.value) == message
+    def full_disk(*_, **__):
+        raise OSError("no space left")
 
-    for attach in (False, True):
-        run = "is the folder of a run; to use what it holds, type"
-        refused(f"{tmp_path / 'full'} {run} --model {tmp_path / 'full' / 'model'}", tmp_path / "full", attach)
-        refused(f"{tmp_path / 'lora'} {run} {adapter}", tmp_path / "lora", attach)
-        refused(f"{tmp_path / 'evaluation'} is the folder of a run", tmp_path / "evaluation", attach)
-    inner = tmp_path / "lora" / "model"
-    refused(f"{inner} has no config.json; to use what it holds, type {adapter}", inner)
-    refused(f"{folder} has no adapter_config.json; to use what it holds, type --model {folder}", folder, True)
-    hub = "some-org/some-adapter"
-    refused(f"no adapter folder at {hub}; from the hub: hf download {hub} --local-dir DIR", hub, True)
-    (tmp_path / "empty").mkdir()
-    refused(f"{tmp_path / 'empty'} has no config.json", tmp_path / "empty")
-    assert model.load(folder, adapter=str(inner))[0].lora["r"] == 2
+    monkeypatch.setattr(model, "save_tokenizer", full_disk)
+    ours.model.norm.weight.data.add_(1)
+    with pytest.raises(OSError, match="no space left"):
+        model.save(ours, tokenizer, tmp_path / "out")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
+    monkeypatch.undo()
+    model.save(ours, tokenizer, tmp_path / "out")  # the remains of the failed one are no obstacle
+    assert torch.equal(model.load(tmp_path / "out")[0].model.norm.weight, ours.model.norm.weight)
+    model.save(ours, tokenizer, folder)  # over itself, whose tokenizer it copies
+    assert model.load(folder)[1]("w5").input_ids == [5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
 
 
-def test_device_dtype_and_kernels_are_settled_once(monkeypatch):
+# ------------------------------------------------------------------------------------------------- device
+
+
+def test_device_and_dtype_are_settled_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert model.pick_device("auto") == model.pick_device("cpu") == "cpu"
     assert model.pick_dtype("auto", "cpu") == torch.float32 and model.pick_dtype("bfloat16", "cpu") == torch.bfloat16
@@ -251,16 +402,16 @@ def test_device_dtype_and_kernels_are_settled_once(monkeypatch):
         model.pick_dtype("bfloat16", "cuda")
 
 
-@pytest.mark.parametrize(
-    ("name", "works"), [("", True), ("auto", True), ("reference", True), ("triton", False), ("x", False)]
-)
-def test_kernels_are_chosen_by_an_environment_variable(name, works, monkeypatch):
-    monkeypatch.setenv("KERNELS", name) if name else monkeypatch.delenv("KERNELS", raising=False)
+def test_kernels_are_chosen_by_an_environment_variable(monkeypatch):
+    monkeypatch.delenv("KERNELS", raising=False)
     try:
-        if works:
+        for name in (None, "auto", "reference"):
+            if name:
+                monkeypatch.setenv("KERNELS", name)
             model.pick_kernels("cpu")
             assert model.kernels.backend("cpu") == "reference"
-        else:
+        for name in ("triton", "x"):
+            monkeypatch.setenv("KERNELS", name)
             with pytest.raises(runs.UserError, match=f"KERNELS={name}: kernels: '{name}'"):
                 model.pick_kernels("cpu")
     finally:

@@ -1,4 +1,4 @@
-"""Recipes: --dry-run prints command lines, and every flag in them is one that its script takes."""
+"""Recipes and the kitchen's run.sh: --dry-run prints command lines, and every flag is one that its script takes."""
 
 import importlib
 import os
@@ -13,9 +13,12 @@ import pytest
 import judges
 import runs
 import suites
+import train_sft
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if os.access(path, os.X_OK))
+POCKET, SMALL, PAPER = (ROOT / "recipes" / f"{name}.sh" for name in ("pocket", "r1_1.5b", "r1_7b_paper"))
+KITCHEN = ROOT / "examples" / "sugar_free" / "run.sh"
+CASES = [(POCKET, {}), (SMALL, {}), (PAPER, {}), (KITCHEN, {}), (KITCHEN, {"MODEL": "m", "PLAN": "", "RL_STEPS": "0"})]
 
 
 def start(recipe: Path, *flags, **variables) -> subprocess.CompletedProcess:
@@ -24,20 +27,19 @@ def start(recipe: Path, *flags, **variables) -> subprocess.CompletedProcess:
 
 
 def commands(recipe: Path, **variables) -> list[list[str]]:
+    """The command lines of the four scripts."""
     done = start(recipe, "--dry-run", **variables)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert all(python == "python" for python, *_ in lines)
+    return [words for words in lines if words[1] != "-m"]
 
 
 def parsed(words: list[str]):
     """The Config of a command line; a file that an earlier step will have made may be missing."""
-    python, script, *flags = words
-    assert python == "python" and (ROOT / script).is_file()
-    config_class = importlib.import_module(script.removesuffix(".py")).Config
     with pytest.MonkeyPatch.context() as patch:
-        if script == "train_sft.py":
-            patch.setattr(config_class, "problems", lambda config: [])
-        return runs.parse(config_class, flags)[0]
+        patch.setattr(train_sft.Config, "problems", lambda config: [])
+        return runs.parse(importlib.import_module(words[1].removesuffix(".py")).Config, words[2:])[0]
 
 
 @pytest.fixture(autouse=True)
@@ -45,20 +47,22 @@ def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_every_flag_is_one_that_its_script_takes(recipe):
-    lines = commands(recipe)
-    scripts = [words[1] for words in lines]
-    assert {"make_data.py", "train_sft.py", "train_rl.py", "evaluate.py"} == set(scripts)
+def test_the_recipes_are_these():
+    executable = {path for path in (ROOT / "recipes").glob("*.sh") if os.access(path, os.X_OK)}
+    assert executable == {POCKET, SMALL, PAPER}
+    done = start(POCKET, "--dry")  # another flag is refused
+    assert done.returncode == 2 and "usage" in done.stderr
+
+
+@pytest.mark.parametrize(("recipe", "variables"), CASES)
+def test_every_flag_is_one_that_its_script_takes_and_every_step_reads_what_an_earlier_one_writes(recipe, variables):
+    lines = commands(recipe, **variables)
+    scripts = {"make_data.py", "train_sft.py", "evaluate.py", *(() if "RL_STEPS" in variables else ("train_rl.py",))}
+    assert {words[1] for words in lines} == scripts
     assert "--report" in lines[-1] and any("--compare" in words for words in lines)
+    out = "runs/sugar_free"
+    made = {"pocket/base", f"{out}/records.jsonl", *(() if "PLAN" in variables else (f"{out}/plan.jsonl",))}
     for words in lines:
-        parsed(words)
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_every_step_reads_what_an_earlier_one_writes(recipe):
-    made = {"pocket/base"}
-    for words in commands(recipe):
         config = parsed(words)
         named = [getattr(config, "adapter", ""), getattr(config, "data", ""), *getattr(config, "compare", ())]
         named += [*getattr(config, "report", ()), *re.findall("verify=([^, ]+)", " ".join(words))]
@@ -69,7 +73,7 @@ def test_every_step_reads_what_an_earlier_one_writes(recipe):
             made.add(config.out)
 
 
-@pytest.mark.parametrize("recipe", RECIPES[1:], ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", [SMALL, PAPER])
 def test_names_of_suites_judges_and_sets_are_known(recipe):
     for words in commands(recipe):
         config = parsed(words)
@@ -81,43 +85,36 @@ def test_names_of_suites_judges_and_sets_are_known(recipe):
             assert re.split("[@#]", name)[0] in suites.TRAINING
 
 
-def test_the_papers_settings_are_in_its_recipe():
-    lines = commands(ROOT / "recipes" / "r1_7b_paper.sh")
+def test_the_papers_settings_are_in_its_recipe_and_what_is_open_has_a_reason():
+    lines = commands(PAPER)
     data, sft, rl = (next(parsed(w) for w in lines if w[1] == s and "candidates" not in w[-1])
                      for s in ("make_data.py", "train_sft.py", "train_rl.py"))  # fmt: skip
     assert (data.n, data.records) == (8, 6000)
     assert (sft.lora_r, sft.lora_alpha, sft.lr, sft.epochs, sft.target) == (16, 32, 2e-4, 2, "both")
     assert (rl.prompts_per_step, rl.group, rl.advantage) == (64, 8, "std")
     assert "dapo@3#3000" in rl.prompts and rl.guard.startswith("qwen3guard") and rl.lr == 1e-5
-
-
-def test_without_an_expert_verification_is_learnt_by_rl():
-    for recipe in (path for path in RECIPES if path.name.startswith("r1")):
-        lines = commands(recipe, EXPERT_FREE="yes")
-        assert not any(words[1] == "train_sft.py" for words in lines)
-        data, first, second = (c for c in map(parsed, lines[1:4]))
-        assert data.expert == "none" and first.prompts == (f"verify={data.out}/verify.jsonl",) and not first.adapter
-        assert second.adapter == f"{first.out}/model"
-
-
-def test_variables_change_the_commands():
-    changed = {"RL_LORA_R": "0", "RL_LR": "1e-6", "OUT": "runs/my run", "METHODS": "safechain"}
-    lines = commands(ROOT / "recipes" / "r1_1.5b.sh", **changed, RL_METHODS="safechain")
-    rl = next(parsed(words) for words in lines if words[1] == "train_rl.py")
-    assert (rl.lora_r, rl.lr, rl.adapter) == (0, 1e-6, "runs/my run/safechain-0/model")
-    assert not any("verification" in word for words in lines for word in words)
-    assert [path.name for path in RECIPES] == ["pocket.sh", "r1_1.5b.sh", "r1_7b_paper.sh"]
-    done = start(RECIPES[0], "--dry")  # another flag is refused
-    assert done.returncode == 2 and "usage" in done.stderr
-
-
-def test_what_is_open_has_a_reason():
-    """Each variable of the paper's recipe stands with its reason on its line, deviations before them all."""
-    text = (ROOT / "recipes" / "r1_7b_paper.sh").read_text()
+    text = PAPER.read_text()
     settings = [line for line in text.splitlines() if re.match("[A-Z_0-9]+=", line)]
     without = [line for line in settings if "  # " not in line and not line.startswith(("MODEL", "OUT"))]
     assert len(settings) > 25 and not without
     assert text.index("Deviations") < text.index(settings[0])
+
+
+@pytest.mark.parametrize("recipe", [SMALL, PAPER])
+def test_without_an_expert_verification_is_learnt_by_rl(recipe):
+    lines = commands(recipe, EXPERT_FREE="yes")
+    assert not any(words[1] == "train_sft.py" for words in lines)
+    data, first, second = map(parsed, lines[1:4])
+    assert data.expert == "none" and first.prompts == (f"verify={data.out}/verify.jsonl",) and not first.adapter
+    assert second.adapter == f"{first.out}/model"
+
+
+def test_variables_change_the_commands():
+    changed = {"RL_LORA_R": "0", "RL_LR": "1e-6", "OUT": "runs/my run", "METHODS": "safechain"}
+    lines = commands(SMALL, **changed, RL_METHODS="safechain")
+    rl = next(parsed(words) for words in lines if words[1] == "train_rl.py")
+    assert (rl.lora_r, rl.lr, rl.adapter) == (0, 1e-6, "runs/my run/safechain-0/model")
+    assert not any("verification" in word for words in lines for word in words)
 
 
 FAKE = """#!{python}
@@ -141,10 +138,10 @@ def test_finished_steps_are_kept_and_begun_ones_gone_on_with(tmp_path):
     fake = tmp_path / "python"
     fake.write_text(FAKE.format(python=sys.executable))
     fake.chmod(0o755)
-    first = start(RECIPES[0], PYTHON=str(fake), OUT=str(tmp_path / "out"))
+    first, second, failed = (
+        start(POCKET, PYTHON=str(fake), OUT=str(tmp_path / name)) for name in ("out", "out", "fail")
+    )
     assert first.returncode == 0 and "caution" in first.stderr and first.stdout.count("ran make_data.py") == 1
-    second = start(RECIPES[0], PYTHON=str(fake), OUT=str(tmp_path / "out"))
     assert "data is finished" in second.stdout and "ran make_data.py" not in second.stdout
     assert "ran train_rl.py --resume" in second.stdout
-    failed = start(RECIPES[0], PYTHON=str(fake), OUT=str(tmp_path / "fail"))
     assert failed.returncode == 5 and "--report" not in failed.stdout

@@ -60,13 +60,8 @@ def lessons(n: int) -> list[dict]:
 
 
 def rows(tok, taught: list[dict]) -> list[tuple[list[int], list[bool]]]:
-    return [
-        safety.build_example(
-            tok, safety.render(tok, [{"role": "user", "content": lesson["prompt"]}]), "user asks", answer
-        )
-        for lesson in taught
-        for answer, _ in lesson["answers"]
-    ]
+    prompts = [(safety.render(tok, [{"role": "user", "content": t["prompt"]}]), t["answers"]) for t in taught]
+    return [safety.build_example(tok, ids, "user asks", answer) for ids, answers in prompts for answer, _ in answers]
 
 
 def teach(path, tok, taught: list[dict], steps: int = 400) -> None:
@@ -93,20 +88,12 @@ def teach(path, tok, taught: list[dict], steps: int = 400) -> None:
         loss.backward()
         adam.step()
         slower.step()
-    widen(ours, path, tok, used)
-
-
-def widen(ours, path, tok, used: list[int]) -> None:
     whole = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=ROWS, **SHAPE))
-    state = {name: p.detach() for name, p in ours.named_parameters()}
     theirs = whole.state_dict()
     theirs["lm_head.weight"].zero_()
-    for name, tensor in state.items():
-        wide = theirs[name]
-        if tensor.shape == wide.shape:
-            wide.copy_(tensor)
-        else:
-            wide[used] = tensor
+    for name, tensor in ours.named_parameters():
+        rows_of = used if tensor.shape != theirs[name].shape else slice(None)
+        theirs[name][rows_of] = tensor.detach()
     whole.load_state_dict(theirs)
     whole.save_pretrained(path)
     tok.save_pretrained(path)

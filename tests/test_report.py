@@ -131,13 +131,16 @@ def test_one_model_is_one_seed_however_often_it_was_measured(tmp_path):
     text = write([trained, first, again], tmp_path / "out")
     assert text.count("measured the same model: pocket:plain") == 2 and "seeds</small>" not in text
     assert len(methods_of([training(tmp_path / f"RL-{s}", s) for s in range(3)])["before RL"]) == 1
+    two = [evaluation(tmp_path / name, "merged", None, suites, model=f"{name}/merged") for name in ("a", "b")]
+    assert [*methods_of(two)] == ["merged", f"merged ({tmp_path / 'b'})"]  # two models, not two seeds
 
 
 @pytest.mark.parametrize("evil", HOSTILE)
 def test_hostile_text_is_inert_wherever_it_stands(tmp_path, monkeypatch, evil):
-    monkeypatch.setitem(SUITES, f"own:{evil}", "asr")
-    rates, trained = {f"own:{evil}": 0.5, "pocket:verify": 0.5}, training(tmp_path / "t", 0)
-    one = evaluation(tmp_path / "a", evil, 0, rates, n=20, text=evil, training=[trained], model=evil)
+    name = evil.replace("\ud800", "")  # our JSON holds no half of a pair
+    monkeypatch.setitem(SUITES, f"own:{name}", "asr")
+    rates, trained = {f"own:{name}": 0.5, "pocket:verify": 0.5}, training(tmp_path / "t", 0)
+    one = evaluation(tmp_path / "a", name, 0, rates, n=20, text=evil, training=[trained], model=name)
     other = evaluation(tmp_path / "b", "b", 0, {"pocket:verify": 0.5}, n=20, text=evil)
     assert report.printable(evil) in check_inert(write([one, other], tmp_path / "out"))
 
@@ -147,6 +150,9 @@ def test_a_training_run_alone_is_enough_and_one_without_suites_is_drawn(folders,
     assert "before mine" in check_inert(text) and "training loss" in text and "sampler and trainer" not in text
     (training(tmp_path / "bare-0", 0) / "result.json").write_text("{}")
     assert "training loss" in write([folders[0], tmp_path / "bare-0"], tmp_path / "out")
+    (tmp_path / "bare-0" / "metrics.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(runs.UserError, match="metrics.jsonl, line 1: no record of ours"):
+        write([folders[0], tmp_path / "bare-0"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("model", ["deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "pocket/base", "x-14B"])
@@ -174,6 +180,9 @@ CASES = [
     ({"config": {"script": "make_data", "values": {}}}, "a run of make_data"),
     ({"config": {"script": "evaluate", "values": {}}, "result": {}, "summary": {}}, "summary.json has no method"),
     ({"config": {"script": "train_sft", "values": {}}, "result": {}}, "none of these folders holds figures"),
+    ({"config": {"script": "train_sft", "values": {}}}, "x is not finished: .* go on with --resume"),
+    ({"config": {"script": "train_sft", "values": {}}, "result": {"after": {"s": 1}}}, "json, s: not the figures"),
+    ({"config": {"script": "train_sft", "values": {}}, "result": {"after": {"s": {}}}}, "json, s: not the figures"),
 ]
 
 

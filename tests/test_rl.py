@@ -1,9 +1,11 @@
 """train_rl.py: advantages, objective and step against independent references; the sampler it corrects for; rewards,
 prompts, plan - and that each of these checks notices the bug it is there for."""
 
+import contextlib
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -22,15 +24,16 @@ import train_rl
 import trainers
 from pocket.world import world_of
 from tests import families, tiny
+from tests.test_sft import NO_UPDATE, fresh, in_one_row
 from train_rl import Config, Drawing, Run
 from trainers import Plan
 
-SMALL = {"prompts": ("none",), "reward": "none.py", "evaluate": False, "lora_r": 0, "device": "cpu"}
 PLAN = Plan(16384)
 
 
 def settings(**changes) -> Config:
-    return Config(**{**SMALL, "prompts_per_step": 4, "group": 4, "max_tokens": 12, **changes})
+    small = {"prompts": ("none",), "reward": "none.py", "evaluate": False, "lora_r": 0, "device": "cpu"}
+    return Config(**small | {"prompts_per_step": 4, "group": 4, "max_tokens": 12} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +44,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def transformer(folder):
     return model.load(str(folder))[0]
-
-
-def fresh(folder):
-    transformer = model.load(str(folder))[0]
-    return transformer, trainers.Trainee(transformer, torch.float32, (0.9, 0.95), 0.0)
 
 
 def drawn(transformer, temperature=1.0, stop=False, seed=0) -> list[Drawing]:
@@ -127,7 +125,7 @@ def the_objective_is_the_reference(monkeypatch, ours, clips):
     assert figures["max_gap"] == pytest.approx(gaps.abs().max().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("clips", [(0.2, 0.28, 3.0), (0.2, 0.2, 10.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)])
+@pytest.mark.parametrize("clips", [(0.2, 0.28, 3.0), (0.2, 0.2, 4.0), (0.05, 0.5, 1.6), (0.9, 5.0, 7.0)])
 def test_the_objective_is_the_reference_and_other_clips_are_noticed(monkeypatch, clips):
     the_objective_is_the_reference(monkeypatch, clips, clips)
     for wrong in ((0.28, 0.21, 3.0), (1e9, 1e9, 3.0), (*clips[:2], 1e9)):  # exchanged, no clip, no dual clip
@@ -156,18 +154,11 @@ def test_labels_are_the_drawn_tokens_and_the_last_is_no_input():
 
 
 def loss_and_gradient(transformer, live, config, plan=PLAN) -> tuple[float, torch.Tensor, dict]:
-    """Of one step, taken before the update clears it."""
-    seen = {}
-
-    class Watch:
-        def step(self, lr, clip):
-            named = sorted(transformer.named_parameters())
-            seen["gradient"] = torch.cat([p.grad.flatten() for _, p in named])
-            transformer.zero_grad()
-            return 0.0
-
-    figures = train_rl.optimizer_step(transformer, Watch(), live, 0.0, config, plan)
-    return figures["loss"], seen["gradient"], figures
+    """Of one step, without its update, which would clear it."""
+    figures = train_rl.optimizer_step(transformer, NO_UPDATE, live, 0.0, config, plan)
+    gradient = in_one_row(transformer.named_parameters())
+    transformer.zero_grad()
+    return figures["loss"], gradient, figures
 
 
 def in_transformers(folder, live, config, total) -> tuple[float, torch.Tensor]:
@@ -181,7 +172,7 @@ def in_transformers(folder, live, config, total) -> tuple[float, torch.Tensor]:
         clips = config.clip_low, config.clip_high, train_rl.CLIP_DUAL
         loss = loss + reference_loss(logp_T, torch.tensor(d.logprobs), advantage_T, total, *clips)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for _, p in sorted(theirs.named_parameters())])
+    return loss.item(), in_one_row(theirs.named_parameters())
 
 
 def the_step_is_the_reference(folder, transformer, live, temperature):
@@ -288,7 +279,7 @@ def in_trl(folder, out, live, config, micro_batches) -> tuple[float, torch.Tenso
         share = trainer._compute_loss(trainer.model, inputs)
         share.backward()
         loss += share.item()
-    return loss, torch.cat([p.grad.flatten() for _, p in sorted(trainer.model.named_parameters())])
+    return loss, in_one_row(trainer.model.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -319,12 +310,6 @@ def test_on_policy_every_ratio_is_one(transformer, temperature):
     assert figures["max_gap"] < 1e-5 and figures["clip_share"] == 0 and abs(figures["kl_sampler"]) < 1e-9
 
 
-def test_the_check_notices_a_temperature_in_the_sampler_alone(transformer, monkeypatch):
-    monkeypatch.setattr(kernels, "linear_logp", no_temperature(kernels.linear_logp))
-    with pytest.raises(AssertionError):
-        test_on_policy_every_ratio_is_one(transformer, 1.5)
-
-
 # ------------------------------------------------------------------------------------------------- whole steps
 
 
@@ -332,10 +317,10 @@ def by_length(items):
     return [(float(len(item["completion"]) % 2), {}, {}) for item in items]
 
 
-def run_step(folder, monkeypatch, trainee_of=fresh, scorer=by_length, **changes):
+def run_step(folder, monkeypatch, scorer=by_length, **changes):
     """(transformer, trainee, line, groups) after one step in which answers count although they are cut off."""
     monkeypatch.setattr(train_rl, "answered", lambda item: True)
-    transformer, trainee = trainee_of(folder)
+    transformer, trainee = fresh(folder)
     tokenizer, texts = families.tokenizer("r1-qwen"), [f"brew {i}" for i in range(6)]
     prompts = [{"id": t, "prompt": t, "kind": "harmful", "source": "test", "ids": tokenizer.encode(t)} for t in texts]
     sampler = engine.Engine(transformer, model.end_ids(transformer, tokenizer), max_context=64)
@@ -367,43 +352,10 @@ def test_a_step_without_a_live_group_makes_no_update_and_says_so(folder, monkeyp
         assert line["unscored"] == (value is None)
 
 
-def test_an_answer_without_a_score_is_left_out_of_loss_and_mean(folder, monkeypatch):
-    def scorer(items):
-        return [(None if i % 4 == 3 else float(i % 4 == 0), {}, {}) for i in range(len(items))]
-
-    _, _, _, groups = run_step(folder, monkeypatch, scorer=scorer)
-    for group in groups:
-        assert [d.advantage for d in group] == pytest.approx([2 / 3, -1 / 3, -1 / 3, None])
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch):
-    honest = train_rl.objective
-
-    def sick(*arguments):
-        loss, figures = honest(*arguments)
-        return loss * math.nan, figures
-
-    monkeypatch.setattr(train_rl, "objective", sick)
-    before = weights(fresh(folder)[0])
-    transformer, trainee, line, _ = run_step(folder, monkeypatch, lr=1e-2)
-    assert torch.equal(weights(transformer), before) and not trainee.adam.state
-    assert not math.isfinite(line["grad_norm"])
-
-
 def test_a_rollout_is_a_function_of_seed_and_step(folder, monkeypatch):
     drawings = [run_step(folder, monkeypatch, lr=0.0, seed=seed)[3] for seed in (0, 0, 1)]
     actions = [[d.action for group in groups for d in group] for groups in drawings]
     assert actions[0] == actions[1] != actions[2]
-
-
-def test_weights_that_have_diverged_are_named(folder, monkeypatch):
-    def sick(folder):
-        transformer, trainee = fresh(folder)
-        transformer.head_weight.data.fill_(math.nan)
-        return transformer, trainee
-
-    with pytest.raises(runs.UserError, match="not finite"):
-        run_step(folder, monkeypatch, trainee_of=sick)
 
 
 # ------------------------------------------------------------------------------------------------- rewards
@@ -453,11 +405,14 @@ OWN = {
     "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass R:\n    x: float\n"
     "def reward(p, c, item): return R(3.0).x, {'words': 1}": None,
     "x = 1": "no function reward",
-    "reward = 3": "reward is no function",
     "def reward(prompt): return 1, {}": "TypeError",
     "def reward(prompt, completion, item): return 1": "not (number or None",
     "def reward(prompt, completion, item): return 'high', {}": "not (number or None",
     "def reward(prompt, completion, item): return 1, {'a': 'b'}": "not (number or None",
+    "def reward(prompt, completion, item): return 1, {None: 1, 'a': 1}": "not (number or None",
+    "def reward(prompt, completion, item): return 1e308, {}": "numbers up to 1e30",
+    "def reward(prompt, completion, item): return -(10**400), {}": "numbers up to 1e30",
+    "def reward(p, c, item): item.clear(); return 3, {'words': 1}": None,  # a copy
     "def reward(prompt, completion, item): return item['nothing'], {}": "KeyError",
     "def reward(prompt, completion, item): return 1 / 0, {}": "ZeroDivisionError",
     "def reward(": "SyntaxError",
@@ -469,13 +424,9 @@ def test_an_own_reward_is_tried_before_the_run(tmp_path, text, message):
     (tmp_path / "helper.py").write_text("THREE = 3")
     (tmp_path / "own.py").write_text(text)
     example = {"prompt": "p", "kind": "benign"}
-    if message:
-        with pytest.raises(runs.UserError) as error:
-            train_rl.own_rewards(str(tmp_path / "own.py"), example)
-        assert message in str(error.value)
-    else:
-        scorer = train_rl.own_rewards(str(tmp_path / "own.py"), example)
-        assert scorer([{**example, "completion": "abc"}]) == [(3.0, {"words": 1.0}, {})]
+    with pytest.raises(runs.UserError, match=re.escape(message)) if message else contextlib.nullcontext():
+        scorer, items = train_rl.own_rewards(str(tmp_path / "own.py"), example), [{**example, "completion": "abc"}]
+        assert scorer(items) == [(3.0, {"words": 1.0}, {})] and items[0]["kind"] == "benign"
 
 
 def test_an_own_reward_may_leave_an_answer_unscored(tmp_path):
@@ -486,30 +437,25 @@ def test_an_own_reward_may_leave_an_answer_unscored(tmp_path):
     assert [value for value, _, _ in scored] == [None, None, 0.5] and scored[0][1] == {"x": None}
 
 
-GUARDED = [
-    ("pocket", {"kind": "benign"}, "the pocket's own prompts only"),
-    ("pocket", {"kind": "harmful", "item": "tea"}, ""),
-    ("pocket", {"kind": "sum"}, ""),
-    ("maths", {"kind": "harmful"}, "grades sums and maths only"),
-    ("maths", {"kind": "maths"}, ""),
-    ("llamaguard3=x", {"kind": "benign"}, "does not report refusals, so no safe answer to s"),
-    ("llamaguard3=x", {"kind": "harmful"}, ""),
-    ("qwen3guard", {"kind": "benign"}, ""),
-    ("qwen3guard", {"kind": "verify"}, ""),
-    ("llamaguard3=x", {"kind": "sum"}, ""),
-]
-
-
-@pytest.mark.parametrize(("guard", "prompt", "message"), GUARDED)
-def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_asks_not_needed(guard, prompt, message):
+@pytest.mark.parametrize(
+    ("guard", "prompt", "wanted"),
+    [
+        ("pocket", {"kind": "benign"}, "the pocket's own prompts only"),
+        ("pocket", {"kind": "harmful", "item": "tea"}, "pocket"),
+        ("pocket", {"kind": "sum"}, "maths"),
+        ("maths", {"kind": "harmful"}, "grades sums and maths only"),
+        ("maths", {"kind": "maths"}, "maths"),
+        ("llamaguard3=x", {"kind": "benign"}, "does not report refusals, so no safe answer to s"),
+        ("llamaguard3=x", {"kind": "harmful"}, "llamaguard3=x"),
+        ("qwen3guard", {"kind": "benign"}, "qwen3guard"),
+        ("qwen3guard", {"kind": "verify"}, "maths"),
+    ],
+)
+def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_asks_not_needed(guard, prompt, wanted):
     prompts = [{"prompt": "p", "source": "s", **prompt}]
     assert train_rl.needed_guard(settings(guard=guard), prompts) == ""  # with a reward of one's own
-    if message:
-        with pytest.raises(runs.UserError, match=message):
-            train_rl.needed_guard(settings(guard=guard, reward=""), prompts)
-    else:
-        asked = prompt["kind"] in ("harmful", "benign")
-        assert train_rl.needed_guard(settings(guard=guard, reward=""), prompts) == (guard if asked else "maths")
+    with pytest.raises(runs.UserError, match=wanted) if " " in wanted else contextlib.nullcontext():
+        assert train_rl.needed_guard(settings(guard=guard, reward=""), prompts) == wanted
 
 
 def test_maths_without_its_grader_is_refused(monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine
 import model
 import runs
 import train_rl
 import trainers
 from tests import tiny, toy
 from tests.test_sft import go_on, killed, lines, same_run, start, stop_at
-from train_rl import Config, Run
+from train_rl import Config
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,10 +29,9 @@ def settings_of(folder, tmp_path, **changes) -> dict:
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"say {d}"}) + "\n" for d in toy.DIGITS))
     (tmp_path / "reward.py").write_text(toy.REWARD)
     settings = {
-        "model": str(folder), "prompts": (f"own={tmp_path}/own.jsonl:kind=benign",),
-        "reward": str(tmp_path / "reward.py"), "decontaminate": ("none",),
-        "prompts_per_step": 4, "group": 4, "max_tokens": 8, "max_prompt": 16, "steps": 6, "lr": 3e-3,
-        "micro_tokens": 64, "device": "cpu", "dtype": "float32", "out": str(tmp_path / "run"),
+        "model": str(folder), "prompts": (f"own={tmp_path}/own.jsonl:kind=benign",), "decontaminate": ("none",),
+        "reward": str(tmp_path / "reward.py"), "prompts_per_step": 4, "group": 4, "max_tokens": 8, "max_prompt": 16,
+        "steps": 6, "lr": 3e-3, "micro_tokens": 64, "device": "cpu", "dtype": "float32", "out": str(tmp_path / "run"),
     }  # fmt: skip
     return settings | changes
 
@@ -47,15 +44,17 @@ def reward(prompt, completion, meta):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "text"), [(0, toy.REWARD), (1, toy.REWARD), (2, toy.REWARD), (0, LUCK)])
-def test_a_toy_task_is_learned_and_rewards_by_chance_teach_nothing(folder, tmp_path, seed, text):
-    """Of the four digits, say the one that is asked."""
-    changes = {"prompts_per_step": 16, "group": 16, "lora_r": 0, "lr": 6e-3, "warmup": 0, "steps": 60, "seed": seed}
-    settings = settings_of(folder, tmp_path, **changes, micro_tokens=4096)
-    (tmp_path / "reward.py").write_text(text)
-    learned = [line["reward_right"] for line in lines(start(settings, train_rl) / "metrics.jsonl")]
+@pytest.mark.parametrize("seed", [0, 1, 2, None])
+def test_a_toy_task_is_learned_and_rewards_by_chance_teach_nothing(folder, tmp_path, seed):
+    """Of the four digits, say the one that is asked; None: by chance."""
+    changes = {"prompts_per_step": 16, "group": 16, "lora_r": 0, "lr": 6e-3, "beta2": 0.95, "micro_tokens": 4096}
+    settings = settings_of(folder, tmp_path, **changes, steps=20 if seed is None else 60, seed=seed or 0)
+    if seed is None:
+        (tmp_path / "reward.py").write_text(LUCK)
+    logged = lines(start(settings, train_rl) / "metrics.jsonl")
+    learned = [line["reward" if seed is not None else "reward_right"] for line in logged]
     assert learned[0] < 0.4
-    assert max(learned) < 0.4 if text == LUCK else min(learned[-3:]) > 0.9
+    assert max(learned) < 0.4 if seed is None else min(learned[-3:]) > 0.6
 
 
 @pytest.mark.parametrize("variant", [{}, {"lora_r": 0}, {"lora_r": 0, "dtype": "bfloat16"}])
@@ -71,24 +70,10 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(folder, tmp_path, m
     same_run(whole, tmp_path / "run")
 
 
-KILLED = """
-import os, signal, sys
-import train_rl, runs
-honest, calls = train_rl.score_groups, []
-def die_in_the_middle_of_a_step(*arguments):
-    calls.append(0)
-    if len(calls) == 5:  # between the answers of step 5 and its update
-        os.kill(os.getpid(), signal.SIGKILL)
-    return honest(*arguments)
-train_rl.score_groups = die_in_the_middle_of_a_step
-runs.main(train_rl.Config, train_rl.main)
-"""
-
-
 def test_a_killed_run_draws_its_cut_off_step_again_as_it_was(folder, tmp_path):
     settings = settings_of(folder, tmp_path)
     whole, run = start(settings | {"out": str(tmp_path / "whole")}, train_rl), tmp_path / "run"
-    killed(KILLED, settings)
+    killed(settings, "train_rl", "train_rl.score_groups", 5)  # between the answers of step 5 and its update
     assert [line["step"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
     assert [p.name for p in trainers.checkpoints(run)] == ["step-3", "step-4"]
     go_on(run, train_rl)
@@ -191,10 +176,13 @@ def test_an_endpoint_gives_no_rewards(folder, tmp_path):
     assert problem == "--guard endpoint=: no limit on requests or cost"
 
 
-def test_data_or_rewards_that_changed_are_not_gone_on_with(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "old", "new"), [("reward.py", "right", "good"), ("run/config.json", '"lora_r": 16', '"lora_r": 8')]
+)
+def test_rewards_or_settings_that_changed_are_not_gone_on_with(folder, tmp_path, file, old, new):
     run = start(settings_of(folder, tmp_path, steps=2), train_rl)
     (run / "result.json").unlink()
-    (tmp_path / "reward.py").write_text(toy.REWARD + "\n# another\n")
+    (tmp_path / file).write_text((tmp_path / file).read_text().replace(old, new))
     with pytest.raises(runs.UserError, match="have changed"):
         go_on(run, train_rl)
 
@@ -217,9 +205,9 @@ def logits(transformer) -> torch.Tensor:
         return transformer.logits(torch.tensor([1, 3, 5]), torch.tensor([0, 3], dtype=torch.int32))
 
 
-def test_an_adapter_is_trained_on_or_merged_once(folder, tmp_path, adapter):
-    wanted = logits(model.load(str(folder), adapter=str(adapter))[0])
-    assert not torch.allclose(wanted, logits(model.load(str(folder))[0]), atol=1e-3)
+def test_an_adapter_is_trained_on_or_merged_once_and_saved_so_that_it_loads(folder, tmp_path, adapter):
+    base, wanted = (logits(model.load(str(folder), adapter=path)[0]) for path in ("", str(adapter)))
+    assert not torch.allclose(wanted, base, atol=1e-3)
     for rank in (4, 0):
         config = Config(**settings_of(folder, tmp_path, adapter=str(adapter), lora_r=rank))
         transformer, _ = trainers.load(config, "cpu", torch.float32, config.adapter)
@@ -230,13 +218,10 @@ def test_an_adapter_is_trained_on_or_merged_once(folder, tmp_path, adapter):
     with pytest.raises(runs.UserError, match="has rank 4"):
         start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16), train_rl)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_from_an_adapter_saves_one_that_loads(folder, tmp_path, adapter):
     run = start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=4, steps=2), train_rl)
     trained = model.load(str(folder), adapter=str(run / "model"))[0]
     assert trained.lora == {"r": 4, "alpha": 8.0, "targets": sorted(model.LORA_TARGETS)}
-    assert not torch.allclose(logits(trained), logits(model.load(str(folder))[0]), atol=1e-3)
+    assert not torch.allclose(logits(trained), base, atol=1e-3)
 
 
 def test_the_pocket_and_real_models_have_their_own_learning_rates():
@@ -245,11 +230,6 @@ def test_the_pocket_and_real_models_have_their_own_learning_rates():
 
 
 # ------------------------------------------------------------------------------------------------- refusals
-
-
-def shell(*flags, cwd=ROOT) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(ROOT / "train_rl.py"), *map(str, flags)]
-    return subprocess.run(words, capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.mark.parametrize("name", ["fortress", "strongreject", "pocket:plain", "nothing"])
@@ -262,7 +242,8 @@ def test_sets_for_evaluation_are_refused(monkeypatch, tmp_path, name):
 
 @pytest.mark.slow
 def test_the_pockets_run_raises_its_reward_and_ends_with_its_table(tmp_path):
-    done = shell("--out", tmp_path / "run", "--steps", "12", "--prompts-per-step", "32")
+    words = [sys.executable, "train_rl.py", "--out", tmp_path / "run", "--steps", "12", "--prompts-per-step", "32"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     logged = lines(tmp_path / "run" / "metrics.jsonl")
     assert sum(line["reward"] for line in logged[-3:]) > sum(line["reward"] for line in logged[:3]) + 0.15

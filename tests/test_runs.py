@@ -4,11 +4,11 @@ import gzip
 import json
 import operator
 import os
-import random
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,22 +34,18 @@ class Config:
         return ["--lr and --steps go together"] if self.lr == 7 and self.steps == 3 else []
 
 
-@pytest.fixture
-def pocket(tmp_path):
-    (tmp_path / "world.json").write_text('{"seed": 7}')
-    return str(tmp_path)
-
-
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def test_a_flag_beats_the_pockets_default_which_beats_the_papers(pocket):
-    config, origin = runs.parse(Config, [])
-    assert (config.lr, origin["lr"]) == (2e-4, "default")
-    config, origin = runs.parse(Config, ["--model", pocket])
-    assert (config.lr, origin["lr"], origin["model"], origin["steps"]) == (1e-3, "pocket", "flag", "default")
-    config, origin = runs.parse(Config, ["--model", pocket, "--lr", "5"])
-    assert (config.lr, origin["lr"]) == (5.0, "flag")
+def test_a_flag_beats_the_pockets_default_which_beats_the_papers(tmp_path):
+    (tmp_path / "world.json").write_text('{"seed": 7}')
+    pocket = ["--model", str(tmp_path)]
+    for words, lr, origin in (([], 2e-4, "default"), (pocket, 1e-3, "pocket"), ([*pocket, "--lr", "5"], 5.0, "flag")):
+        config, origins = runs.parse(Config, words)
+        assert (config.lr, origins["lr"], origins["steps"]) == (lr, origin, "default")
+    assert runs.world_seed(str(tmp_path)) == 7
+    with pytest.raises(UserError, match="not a pocket model"):
+        runs.world_seed(str(tmp_path / "other"))
 
 
 def test_types_follow_the_defaults():
@@ -60,26 +56,34 @@ def test_types_follow_the_defaults():
 
 
 def test_every_wrong_value_is_in_one_message():
-    words = ["--lr", "fast", "--greedy", "maybe", "--dtype", "int8", "--steps", "-1", "--share", "0"]
+    words = ["--lr", "fast", "--greedy", "maybe", "--dtype", "int8", "--steps", "-1", "--share", "0", "--out", ""]
     with pytest.raises(UserError) as error:
         runs.parse(Config, words)
     assert str(error.value).split("\n") == [
         "--lr fast: not a number",
+        "--steps -1: must be >= 1",
+        "--share 0: must be > 0 and <= 1",
         "--greedy maybe: neither true nor false",
         "--dtype int8: not one of float32, bfloat16",
-        "--steps -1: must be >= 1",
-        "--share 0.0: must be > 0 and <= 1",
+        "--out : is empty, or begins with a ~ that the shell has not replaced",
     ]
-    with pytest.raises(UserError, match="go together"):
-        runs.parse(Config, ["--lr", "7"])
-    with pytest.raises(UserError, match="64 bits"):
-        runs.parse(Config, ["--steps", str(2**63)])
 
 
-@pytest.mark.parametrize("text", ["nan", "inf"])
-def test_a_number_must_be_finite(text):
-    with pytest.raises(UserError, match="not finite"):
-        runs.parse(Config, ["--lr", text])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr", "7"], "go together"),
+        (["--lr", "nan"], "not finite"),
+        (["--lr", "inf"], "not finite"),
+        (["--steps", str(2**63)], "64 bits"),
+        (["--out=~/run"], "~ that the shell has not replaced"),
+        (["--resume", ""], "config.json"),  # $RUN is not set: no new run instead
+        (["--compare", "a", "--lr", "1", "--compare=b"], "--compare given twice"),
+    ],
+)
+def test_a_value_that_would_mean_something_else_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        runs.parse(Config, words)
 
 
 def test_help_shows_both_defaults(capsys):
@@ -97,60 +101,67 @@ def test_unknown_and_shortened_flags_are_errors(words):
     assert end.value.code == 2
 
 
-def test_main_turns_errors_into_exit_codes(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["script", "--steps", "2"])
-    for result, code in (
-        (lambda c, o: 3, 3),
-        (raising(UserError("no such thing")), 2),
-        (raising(OSError(28, "No space left on device", "a/b")), 2),
-        (raising(KeyboardInterrupt), 130),
-    ):
-        with pytest.raises(SystemExit) as end:
-            runs.main(Config, result)
-        assert end.value.code == code
-    shown = capsys.readouterr().err
-    assert "error: no such thing" in shown and "error: a/b: No space left on device" in shown
+def raising(error: BaseException):
+    """A function that raises, whatever it is given."""
 
-
-def test_a_terminal_without_utf_8_still_shows_every_text():
-    code = "import runs, dataclasses\n@dataclasses.dataclass\nclass C:\n    a: int = runs.option(1, '')\n"
-    code += "runs.main(C, lambda config, origin: print('\\u00e4\\u202e') or 0)"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout) == (0, "\\xe4\\u202e\n"), done.stderr
-
-
-def raising(error):
-    def run(config, origin):
+    def run(*arguments, **named):
         raise error
 
     return run
 
 
-def test_only_pockets_have_a_world(pocket, tmp_path):
-    assert runs.world_seed(pocket) == 7
-    with pytest.raises(UserError, match="not a pocket model"):
-        runs.world_seed(str(tmp_path / "other"))
+@pytest.mark.parametrize(
+    ("run", "code", "message"),
+    [
+        (lambda config, origin: 3, 3, ""),
+        (raising(UserError("no such thing")), 2, "error: no such thing"),
+        (raising(OSError(28, "No space left on device", "a/b")), 2, "error: a/b: No space left on device"),
+        (raising(KeyboardInterrupt()), 130, "--resume RUN"),
+    ],
+)
+def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, run, code, message):
+    monkeypatch.setattr("sys.argv", ["script", "--steps", "2"])
+    with pytest.raises(SystemExit) as end:
+        runs.main(Config, run)
+    assert end.value.code == code and message in capsys.readouterr().err
+
+
+def test_a_terminal_without_utf_8_shows_every_text_and_a_name_without_it_is_refused():
+    code = "import runs, dataclasses\n@dataclasses.dataclass\nclass C:\n    a: str = runs.option('', '')\n"
+    code += "runs.main(C, lambda config, origin: print('\\u00e4\\u202e') or 0)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "\\xe4\\u202e\n"), done.stderr
+    done = subprocess.run([sys.executable, "-c", code, "--a", b"k\xe4se"], capture_output=True, text=True)
+    assert done.returncode == 2 and "is no UTF-8 text; rename that file" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- run folder
 
 
 def made(tmp_path, script="one", **changes):
-    config = Config(out=str(tmp_path / "run"), **changes)
+    config = Config(**{"out": str(tmp_path / "run"), **changes})
     return config, runs.new_folder(config, {}, script, "a laptop")
 
 
-def test_a_folder_of_another_config_is_refused(tmp_path):
-    config, folder = made(tmp_path)
-    assert json.loads((folder / "config.json").read_text())["values"]["lr"] == 2e-4
+def test_a_folder_of_another_config_is_refused(tmp_path, monkeypatch):
+    _, folder = made(tmp_path)
+    assert runs.read_json(folder / "config.json")["values"]["lr"] == 2e-4
+    source = runs.read_json(folder / "source.json")
+    assert source["versions"]["torch"] == torch.__version__ and source["device"] == "a laptop"
+    assert source.keys() >= {"commit", "diff", "command"}
     for lr in (2e-4, 1.0):
         with pytest.raises(UserError, match="holds another run.*--resume"):
             made(tmp_path, lr=lr)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="not an empty folder"):
-        runs.new_folder(Config(out=str(tmp_path / "mine")), {}, "one", "a laptop")
+        made(tmp_path, out=str(tmp_path / "mine"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "now")
+    (tmp_path / "runs" / "one-now").mkdir(parents=True)  # by a run that began in the same second
+    with pytest.raises(FileExistsError):
+        made(tmp_path, out="")
 
 
 def test_resume_takes_every_setting_from_the_run(tmp_path):
@@ -167,19 +178,13 @@ def test_resume_takes_every_setting_from_the_run(tmp_path):
         runs.new_folder(again, {}, "one", "a laptop")
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"script": "one", "values": {"lr": 1}, "origin": {}}'])
-def test_resume_needs_a_run_of_this_script(tmp_path, text):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
+@pytest.mark.parametrize("values", [None, {}, {"lr": 1}, {"more": 1}, {"lr": "fast"}, {"compare": 3}])
+def test_resume_needs_a_whole_config_of_this_script(tmp_path, values):
+    known = {} if values in ({}, {"lr": 1}) else vars(Config())
+    if values is not None:
+        runs.write_json(tmp_path / "config.json", {"script": "one", "origin": {}, "values": known | values})
     with pytest.raises(UserError, match="config.json"):
         runs.parse(Config, ["--resume", str(tmp_path)])
-
-
-def test_the_source_is_recorded(tmp_path):
-    _, folder = made(tmp_path)
-    source = json.loads((folder / "source.json").read_text())
-    assert source["versions"]["torch"] == torch.__version__ and source["device"] == "a laptop"
-    assert source.keys() >= {"commit", "diff", "command"}
 
 
 def test_files_are_the_users_own(tmp_path):
@@ -191,51 +196,21 @@ def test_files_are_the_users_own(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    runs.write_json(path, {"x": 1})
-    monkeypatch.setattr(os, "fsync", raising_os)
+    runs.write_json(path := tmp_path / "a.json", {"x": 1})
+    monkeypatch.setattr(os, "fsync", raising(OSError("disk full")))
     with pytest.raises(OSError):
         runs.write_json(path, {"x": 2})
-    assert json.loads(path.read_text()) == {"x": 1}
-
-
-def raising_os(handle):
-    raise OSError("disk full")
+    assert runs.read_json(path) == {"x": 1}
 
 
 def test_logs_hold_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.25)):
         runs.append_jsonl(path, {"step": step, "loss": loss, "text": "ä\u2028"})
-    with open(path, encoding="utf-8") as file:
-        assert [json.loads(line)["loss"] for line in file] == [0.5, None, 0.25]
+    assert [row["loss"] for _, row in runs.read_rows(path)] == [0.5, None, 0.25]
 
 
 # ------------------------------------------------------------------------------------------------- files of users
-
-KINDS = {"note": {"id": str, "n": int}}
-NOTE = '{"kind": "note", "id": "a", "n": 1}\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (NOTE + '{"kind": "note", "id": 3}\n', "line 2: id must be str, is int; n must be int, is missing"),
-        (NOTE + '\n{"kind": "no', "line 3: not JSON.*ends in the middle of this line"),
-        ('{"kind": "note",}\n', "line 1: not JSON"),
-        (NOTE.replace('"a"', '"\\ud800"'), "line 1: not JSON"),
-        ('["kind"]\n', "line 1: kind is None"),
-        ('{"kind": ["note"]}\n', "line 1: kind is"),
-        ('{"kind": "other"}\n', "line 1: kind is 'other', not one of note"),
-        ("\n\n", "holds no record"),
-        ("[" * 100_000 + "\n", "line 1: not JSON"),
-    ],
-)  # fmt: skip
-def test_a_bad_record_is_named_with_its_line(tmp_path, text, message):
-    (tmp_path / "d.jsonl").write_text(text)
-    with pytest.raises(UserError, match=message):
-        runs.read_records(str(tmp_path / "d.jsonl"), KINDS)
-
 
 ROWS = [{"q": 'ä, "b"\u2028', "n": "1"}, {"q": "two\nlines", "n": "2"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -257,42 +232,52 @@ TABLE = 'q,n\n"ä, ""b""\u2028",1\n\n"two\nlines",2\n'
     ],
 )
 def test_the_same_rows_come_out_of_every_file(tmp_path, name, data):
-    (tmp_path / name).write_bytes(data)
-    rows = list(runs.read_rows(tmp_path / name))
+    (tmp_path / "train.parquet" / ".ipynb_checkpoints").mkdir(parents=True)  # Spark's folders have a file's name
+    (tmp_path / "train.parquet" / ".ipynb_checkpoints" / name).write_bytes(data)
+    (file := tmp_path / "train.parquet" / name).write_bytes(data)
+    rows = list(runs.read_rows(file))
     assert [row for _, row in rows] == ROWS
-    assert [where for where, _ in rows][0].startswith(str(tmp_path / name))
+    assert [where for where, _ in rows][0].startswith(str(file))
     assert list(runs.read_rows(tmp_path)) == rows
+
+
+KINDS = {"note": {"id": str, "n": int}}
+NOTE = b'{"kind": "note", "id": "a", "n": 1}\n'
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b'{"q": 1}\n{"q": "\xe4"}\n', "a.jsonl, line 2: not UTF-8"),
+        ("a.jsonl", NOTE + b'{"kind": "note", "id": 3}\n', "line 2: id must be str, is int; n must be int, is missing"),
+        ("a.jsonl", NOTE + b'\n{"kind": "no', "line 3: not JSON.*ends in the middle of this line"),
+        ("a.jsonl", b'{"kind": "note",}\n', "line 1: not JSON"),
+        ("a.jsonl", NOTE.replace(b'"a"', b'"\\ud800"'), "line 1: not JSON"),
+        ("a.jsonl", b'["kind"]\n', "line 1: kind is None"),
+        ("a.jsonl", b'{"kind": ["note"]}\n', "line 1: kind is"),
+        ("a.jsonl", b'{"kind": "other"}\n', "line 1: kind is 'other', not one of note"),
+        ("a.jsonl", b"\n\n", "holds no record"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON"),
+        ("a.jsonl", NOTE + b'{"q": "\xe4"}\n', "a.jsonl, line 2: not UTF-8"),
         ("a.csv", "q\n".encode("utf-16"), "a.csv, line 1: not UTF-8"),
         ("a.json", LINES.encode(), "must be named .jsonl"),
         ("a.json", b'{"q": 1}', "not a list of objects"),
-        ("a.csv", b"q,n\n1,2\n3\n", "a.csv, line 3: not 2 columns"),
-        ("a.csv", b'q,n\n1,2\n"open,2\n', "a.csv, line 3: unexpected end"),
+        ("a.csv", b"kind,id\n1,2\n3\n", "a.csv, line 2: kind is '1'"),
+        ("a.csv", b"kind\n1,2\n", "a.csv, line 2: not 1 columns"),
+        ("a.csv", b'q,n\n"open,2\n', "a.csv, line 2: unexpected end"),
         ("a.csv", b"q,n,,,q\n1,2,,,3\n", "a.csv, line 1: two columns have one name"),
         ("a.txt", b"hello", "a.txt: files that can be read end in .jsonl"),
         ("a.xlsx", b"PK", "a.xlsx: files that can be read end in .jsonl"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
         ("a.parquet", b"PAR1", "a.parquet: "),
+        (".hidden.jsonl", NOTE, "no file in it ends in"),
+        ("nothing.jsonl", None, "no such file or folder"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, data, message):
-    (tmp_path / name).write_bytes(data)
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
-        list(runs.read_rows(tmp_path / name))
-
-
-def test_no_file_and_an_empty_folder_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
-        list(runs.read_rows(tmp_path / "nothing.jsonl"))
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    (tmp_path / ".ipynb_checkpoints" / "a.jsonl").write_text(LINES)
-    with pytest.raises(UserError, match="no file in it ends in"):
-        list(runs.read_rows(tmp_path))
+        runs.read_records(str(tmp_path if name.startswith(".") else tmp_path / name), KINDS)
 
 
 # ------------------------------------------------------------------------------------------------- stages that resume
@@ -318,8 +303,9 @@ def test_a_log_goes_on_behind_a_torn_line_and_keeps_no_double(tmp_path, capsys):
 def test_a_full_disk_says_how_to_go_on(tmp_path):
     with runs.Log(tmp_path / "stage.jsonl", operator.itemgetter("id")) as log:
         log.file.close()
-        log.file = open("/dev/full", "w")  # noqa: SIM115
-        with pytest.raises(UserError, match="No space left on device.*--resume"):
+        full = raising(OSError(28, "No space left on device"))
+        log.file = SimpleNamespace(write=full, close=full)
+        with pytest.raises(UserError, match="stage.jsonl: No space left on device.*--resume"):
             log.add({"id": 1})
         assert not log.done
 
@@ -334,61 +320,56 @@ class Point:
     x: int
 
 def reward(prompt):
-    return beside.double(Point(2).x)
+    import late
+    return beside.double(Point(2).x) + late.ONE
 """
 
 
-def test_a_users_file_may_use_dataclasses_and_modules_beside_it(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("bad.py", "x = 1\n1 / 0", "bad.py, line 2: ZeroDivisionError"),
+        ("bad.py", "import no_such_package", "bad.py, line 1: ModuleNotFoundError: .*no_such_package"),
+        ("bad.py", "\ndef reward(", r"bad.py: SyntaxError: .*line 2\)"),
+        ("bad.py", "raise SystemExit(0)", "SystemExit"),
+        ("bad.py", "reward = 3", "bad.py has no function reward"),
+        ("bad.py", "", "bad.py has no function reward"),
+        ("a.txt", "", "no Python file"),
+        ("nothing.py", None, "no Python file"),
+    ],
+)
+def test_a_users_file_may_use_modules_beside_it_and_its_mistakes_are_named(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(HELPED)
     (tmp_path / "beside.py").write_text("def double(x):\n    return 2 * x\n")
-    assert runs.load_function(tmp_path / "mine.py", "reward")("") == 4
-    assert runs.load_function(tmp_path / "mine.py", "judge") is None
-    for text, message in (("1 / 0", "ZeroDiv"), ("raise SystemExit(0)", "SystemExit"), ("reward = 3", "no function")):
-        (tmp_path / "bad.py").write_text(text)
-        with pytest.raises(UserError, match=message):
-            runs.load_function(tmp_path / "bad.py", "reward")
-    for name in ("nothing.py", "a.txt"):
-        with pytest.raises(UserError, match="no Python file"):
-            runs.load_function(tmp_path / name, "reward")
+    (tmp_path / "late.py").write_text("ONE = 1\n")
+    assert runs.load_function("mine.py", "reward")("") == 5
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        runs.load_function(name, "reward")
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-def draw():
-    return random.random(), random.gauss(0, 1), torch.rand(1).item()
-
-
-def test_a_checkpoint_brings_tensors_state_and_random_generators_back(tmp_path):
-    trainers.seed_everything(3)
-    draw()
-    torch.randn(3)
-    tensors = {"w": torch.randn(4, 5).T, "step": torch.tensor(3.0)}
-    trainers.save_checkpoint(tmp_path, tensors, {"step": 3, "seconds": 0.1})
-    wanted = draw()
-    trainers.seed_everything(99)
-    loaded, state = trainers.load_checkpoint(tmp_path)
-    assert state == {"step": 3, "seconds": 0.1}
-    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
-    assert draw() == wanted
-
-
-def test_the_last_two_checkpoints_are_kept(tmp_path):
+def test_the_last_two_checkpoints_are_kept_whole(tmp_path):
     assert trainers.load_checkpoint(tmp_path) is None
+    tensors = {"w": torch.randn(4, 5).T, "step": torch.tensor(3.0)}
     for step in (8, 9, 10, 11):
-        trainers.save_checkpoint(tmp_path, {"w": torch.tensor(step)}, {"step": step})
+        trainers.save_checkpoint(tmp_path, {**tensors, "n": torch.tensor(step)}, {"step": step, "seconds": 0.1})
     assert [p.name for p in trainers.checkpoints(tmp_path)] == ["step-10", "step-11"]
-    assert trainers.load_checkpoint(tmp_path)[0]["w"] == 11
+    loaded, state = trainers.load_checkpoint(tmp_path)
+    assert state == {"step": 11, "seconds": 0.1} and loaded.pop("n") == 11
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
 
 
-@pytest.mark.parametrize("broken", ["save_file", "write_json", "replace"])
-def test_a_save_that_dies_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
+@pytest.mark.parametrize(("owner", "broken"), [(trainers, "save_file"), (runs, "write_json"), (os, "replace")])
+def test_a_save_that_dies_leaves_the_earlier_one(tmp_path, monkeypatch, owner, broken):
     trainers.save_checkpoint(tmp_path, {"w": torch.tensor(1)}, {"step": 1})
-    with monkeypatch.context() as patch:
-        owner = {"save_file": trainers, "write_json": runs, "replace": os}[broken]
-        patch.setattr(owner, broken, lambda *a, **k: raising_os(0), raising=False)
-        with pytest.raises(OSError):
-            trainers.save_checkpoint(tmp_path, {"w": torch.tensor(2)}, {"step": 2})
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(owner, broken, raising(OSError("disk full")))
+        trainers.save_checkpoint(tmp_path, {"w": torch.tensor(2)}, {"step": 2})
     assert trainers.load_checkpoint(tmp_path)[0]["w"] == 1
     trainers.save_checkpoint(tmp_path, {"w": torch.tensor(3)}, {"step": 3})
     assert trainers.load_checkpoint(tmp_path)[0]["w"] == 3

@@ -98,22 +98,19 @@ def test_decoding_eats_no_blank_and_no_token_but_the_ends():
     assert tok.decode(ids) == "mix, add. </think> it's"  # control
 
 
-def test_prompts_read_as_the_families_write_them():
-    def shown(family):
-        return tokenizer(family).decode(safety.render(tokenizer(family), user("hi")), skip_special_tokens=False)
-
-    assert shown("r1-qwen") == "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜><think>\n"
-    assert shown("r1-llama") == "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜><think>\n"
-    assert shown("qwen3") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert shown("qwen2.5").endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
-    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    want = "<|begin_of_text|>" + header.format("user") + "hi<|eot_id|>" + header.format("assistant")
-    assert shown("llama3") == want
+R1 = "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜><think>\n"
+TURN = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+SHOWN = {"r1-qwen": R1, "r1-llama": R1, "qwen3": TURN, "qwen2.5": "<|im_start|>system\nYou help.<|im_end|>\n" + TURN}
+SHOWN["llama3"] = "<|begin_of_text|>" + HEADER.format("user") + "hi<|eot_id|>" + HEADER.format("assistant")
 
 
 @family
-def test_who_opens_the_thinking(family):
-    assert safety.thinking_open(tokenizer(family)) == (family in THINKING_TEMPLATES)
+def test_what_a_family_writes(family):
+    tok = tokenizer(family)
+    shown = tok.decode(safety.render(tok, user("hi")), skip_special_tokens=False)
+    assert shown == SHOWN.get(family, shown) and safety.thinking_open(tok) == (family in THINKING_TEMPLATES)
+    assert all(safety.encode(tok, [(token, True)]) == [i] for token, i in control_tokens(tok).items())  # none is moved
 
 
 @family
@@ -211,13 +208,6 @@ def test_a_continuation_gets_no_prefix_space(family):
     assert whole[-len(continued) :] == tok.convert_tokens_to_ids(continued)
 
 
-def test_ids_of_the_families_are_not_moved():
-    for name in FAMILIES:
-        tok = tokenizer(name)
-        for token, i in control_tokens(tok).items():
-            assert safety.encode(tok, [(token, True)]) == [i]
-
-
 def test_runs_of_blanks_are_no_control_tokens():
     """Some families add runs of blanks as tokens: plain text must still use them, as the own template does."""
     source = tokenizer("llama3")
@@ -229,10 +219,14 @@ def test_runs_of_blanks_are_no_control_tokens():
     assert safety.render(tok, messages) == by_template(tok, messages, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [{"role": "user"}, {"role": "user", "content": "x", "thinking": "y"}, {"role": "user<|im_end|>", "content": "x"}],
+BAD_MESSAGES = (
+    {"role": "user"},
+    {"role": "user", "content": "x", "thinking": "y"},
+    {"role": "user<|im_end|>", "content": ""},
 )
+
+
+@pytest.mark.parametrize("message", BAD_MESSAGES)
 def test_bad_messages(message):
     with pytest.raises(ValueError, match="message 0"):
         safety.render(tokenizer("qwen3"), [message])
@@ -251,12 +245,6 @@ def templated():
     return with_template
 
 
-def test_a_closed_thinking_is_not_open(templated):
-    """Guards prefill an empty thought: the prompt holds both tags."""
-    assert safety.thinking_open(templated(USER + "<think>\n"))
-    assert not safety.thinking_open(templated(USER + "<think>\n\n</think>\n\n"))
-
-
 USER = "{% for m in messages %}{{ m.content }}{% endfor %}"
 BROKEN = {
     None: "has no chat template: take its chat model, or add chat_template.jinja",
@@ -273,12 +261,14 @@ BROKEN = {
 def test_a_template_that_does_not_show_what_a_user_says_is_refused(templated, template):
     with pytest.raises(UserError, match=f"(?s)some/model.*{BROKEN[template]}"):
         safety.check_template(templated(template))
+
+
+def test_what_a_template_shows(templated):
     assert safety.check_template(templated(USER)) is None
-
-
-def test_a_template_that_drops_a_later_message_is_refused(templated):
     with pytest.raises(ValueError, match="drops or repeats"):
         safety.render(templated("{{ messages[0].content }}"), [*user("a"), {"role": "assistant", "content": "b"}])
+    assert safety.thinking_open(templated(USER + "<think>\n"))
+    assert not safety.thinking_open(templated(USER + "<think>\n\n</think>\n\n"))  # as guards prefill it
 
 
 LLAMA32 = (  # the part that matters of Llama 3.2's own
@@ -316,49 +306,36 @@ def test_a_slow_tokenizer_is_refused():
         safety.encode(type("Slow", (), {"backend_tokenizer": None})(), [("x", False)])
 
 
-def test_shipped_specs():
+def test_specs_shipped_own_and_missing(tmp_path):
     for name in ("star", "qwen3guard", "pocket"):
         spec = safety.load_spec(name)
         assert spec.name == name and spec.sha256 == hashlib.sha256(spec.text.encode()).hexdigest()
         assert safety.escape(spec.text) == spec.text
-    assert safety.load_spec("pocket").text == "no toxin. no blast. no curse. no blight."
     assert len([line for line in safety.load_spec("star").text.splitlines() if line[:1].isdigit()]) == 8
-
-
-def test_own_spec_and_missing_spec(tmp_path):
     (tmp_path / "mine.txt").write_bytes("\ufeffsei nett, übe\r\n".encode())  # a byte order mark is no text
     assert safety.load_spec(str(tmp_path / "mine.txt")).text == "sei nett, übe"
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes("übe".encode("latin-1"))
-    for name, why in (
-        ("empty.txt", "empty"),
-        ("latin.txt", "not UTF-8"),
-        ("none.txt", "shipped: pocket, qwen3guard, star"),
-    ):
+    wrong = {tmp_path / "empty.txt": "empty", tmp_path / "latin.txt": "not UTF-8", "none.txt": "shipped: pocket, qwen"}
+    for name, why in (wrong | dict.fromkeys(("../specs/nope", "x" * 5000, "a\0b"), "no spec")).items():
         with pytest.raises(UserError, match=why):
-            safety.load_spec(str(tmp_path / name))
-    for name in ("../specs/nope", "x" * 5000, "a\0b"):
-        with pytest.raises(UserError, match="no spec"):
-            safety.load_spec(name)
+            safety.load_spec(str(name))
 
 
 def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
     """A downloaded record must not bring the text of any file of the machine into a prompt."""
     path = tmp_path / "private.txt"
     path.write_text("my key\n")
-    record = {"spec": str(path), "prompt": "p", "answer": "a"}
-    for meta in ({}, {"spec_sha256": "0" * 64}, {"spec_sha256": None}):
-        with pytest.raises(ValueError, match="sha256"):
-            safety.record_spec({**record, "meta": meta})
-    with pytest.raises(ValueError, match="meta.spec_sha256"):
-        safety.record_spec(record)
     known = {"spec_sha256": hashlib.sha256(b"my key").hexdigest()}
-    assert safety.record_spec({**record, "meta": known}).text == "my key"
-    assert safety.record_spec({**record, "spec": "star"}) == safety.load_spec("star")
-    with pytest.raises(ValueError, match="not the record's"):
-        safety.record_spec({**record, "spec": "star", "meta": known})
-    with pytest.raises(ValueError, match="meta is not an object"):
-        safety.record_spec({**record, "spec": "star", "meta": [known]})
+    assert safety.record_spec({"spec": str(path), "meta": known}).text == "my key"
+    assert safety.record_spec({"spec": "star"}) == safety.load_spec("star")
+    wrong = [
+        ({"spec": str(path), "meta": meta}, "sha256") for meta in ({}, {"spec_sha256": "0" * 64}, {"spec_sha256": None})
+    ]
+    wrong += [({"spec": str(path)}, "meta.spec_sha256"), ({"spec": "star", "meta": known}, "not the record's")]
+    for record, why in [*wrong, ({"spec": "star", "meta": [known]}, "meta is not an object")]:
+        with pytest.raises(ValueError, match=why):
+            safety.record_spec(record)
 
 
 def test_verification_prompt_is_short_and_fixed():

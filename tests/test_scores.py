@@ -64,7 +64,7 @@ def test_seeds_together():
 def test_without_scipy_only_seeds_are_out_of_reach(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     row = suite(item(safe=False), item(safe=True))
-    assert scores.table({"s": row}) and scores.details({"s": row})
+    assert scores.table({"s": row})
     assert scores.compare(keyed(item(safe=False)), keyed(item(safe=True)))
     with pytest.raises(runs.UserError, match="requirements-extra.txt"):
         scores.t_interval([1.0, 2.0])
@@ -221,7 +221,7 @@ def test_several_samples():
     for k in (1, 2, 4):
         subsets = [list(itertools.combinations(hits, k)) for hits in hits_of.values()]
         assert row[f"pass@{k}"] == pytest.approx(sum(sum(map(any, sets)) / len(sets) for sets in subsets) / 2)
-    assert "pass@8" not in row and "avg@5 54.5, pass@1 56.7" in scores.details({"s": row})
+    assert "pass@8" not in row and "pass@1 56.7" in scores.details({"s": row})
     assert "pass@1" not in scores.score(entries[:7])["s"]  # one item has a single sample
 
 
@@ -325,28 +325,23 @@ def test_the_table_names_the_test():
     several = scores.compare(sampled(False), sampled(True))["s"]
     assert several["p"] == several["careful_p"] == 0 and several["distinguishable"]
     one = scores.compare(keyed(item(safe=False)), keyed(item(safe=True)))["s"]
-    assert "p: exact McNemar over items" in scores.paired_table({"one": one})
-    assert "p: paired bootstrap over clusters" in scores.paired_table({"several": several})
-    shown = scores.paired_table({"one": one, "several": several})
-    assert "p of one: exact McNemar over items" in shown and "p of several: paired bootstrap over clusters" in shown
+    _, first, second, _ = scores.paired_table({"one": one, "several": several}).splitlines()
+    assert "exact McNemar over items" in first and "paired bootstrap over clusters" in second
 
 
 def test_the_p_values_by_hand():
-    """Of 100 items 30 fall and 10 rise: the difference -0.2 has a variance of (0.4 - 0.04) / 100."""
+    """Of 100 items 30 fall and 10 rise: the difference -0.2 has a variance of (0.4 - 0.04) / 100 = 0.06 squared."""
     before = keyed(*[item(safe=False)] * 30, *[item(safe=True)] * 70)
     after = keyed(*[item(safe=True)] * 30, *[item(safe=False)] * 10, *[item(safe=True)] * 60)
     row = scores.compare(before, after)["s"]
     assert row["p"] == stats.binomtest(10, 40).pvalue == pytest.approx(0.002, abs=4e-4)
     assert scores.normal_p(-0.2, 0.06) == pytest.approx(2 * stats.norm.sf(0.2 / 0.06))
-    flips_GC = np.array([(1, 0)] * 30 + [(0, 1)] * 10 + [(0, 0)] * 60, dtype=float)
-    spread = scores.bootstrap(flips_GC, lambda counts_DC: (counts_DC[:, 1] - counts_DC[:, 0]) / 100)[2]
-    assert spread == pytest.approx(0.06, rel=0.05)
-    assert row["careful_p"] == row["p"] > scores.normal_p(-0.2, spread)
+    assert row["careful_p"] == row["p"] > scores.normal_p(-0.2, 0.06)
 
 
 def test_what_cannot_be_paired():
     row = scores.compare(keyed(item(unscored="x")), keyed(item(safe=True)))["s"]
-    assert (row["n"], row["unpaired"], row["p"]) == (0, 1, None)
+    assert (row["n"], row["unpaired"]) == (0, 1)
     assert "no item was scored in both" in scores.paired_table({"s": row})
     before, after = keyed(item(safe=True, prompt="a")), keyed(item(safe=True, prompt="b"))
     assert scores.mismatch(before, before) == ""
@@ -359,12 +354,6 @@ def test_tables_hold_the_wrappers_mean():
     assert scores.table(figures, figures).splitlines()[-1].split()[-5:] == ["50.0", "50.0", "lower", "is", "better"]
     figures["pocket:role"]["value"] = None
     assert "mean of 4 wrappers" not in scores.table(figures)
-
-
-def test_agreement_has_a_table_for_two_judges():
-    rows = {"a / b": {"s": {"n": 3, "raw": 2 / 3, "kappa": None}}}
-    assert scores.agreement_table(rows).splitlines()[1].split() == ["a", "/", "b", "s", "3", "66.7", "-"]
-    assert scores.agreement_table({}) == ""
 
 
 def test_side_by_side_drives_no_terminal():

@@ -11,14 +11,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import engine
 import kernels
 import model
 import runs
@@ -26,12 +27,14 @@ import safety
 import train_sft
 import trainers
 from bench import sft as bench
+from bench.engine import R1_DISTILL_1_5B
 from tests import families, tiny
 from train_sft import Config, Example
 from trainers import Plan
 
 SMALL = {"max_len": 400, "tokens_per_step": 400, "micro_tokens": 400, "device": "cpu", "dtype": "float32"}
 PLAN = Plan(400)
+NO_UPDATE = SimpleNamespace(step=lambda lr, clip: 0.0)
 VERIFY, ANSWER = tiny.verifications(1)[0], tiny.answers(1)[0]
 
 
@@ -106,14 +109,14 @@ def test_every_epoch_shows_every_record_once_in_another_order(examples):
     assert orders[0] == orders[2] != orders[1]
 
 
-@pytest.mark.parametrize(
-    ("target", "ending"),
-    [
-        ("both", "a reason\n</think>\n\n\\boxed{safe}<｜end▁of▁sentence｜>"),
-        ("judgment", "\n</think>\n\n\\boxed{safe}<｜end▁of▁sentence｜>"),
-        ("critique", "a reason\n</think>"),
-    ],
-)
+TARGETS = [
+    ("both", "a reason\n</think>\n\n\\boxed{safe}<｜end▁of▁sentence｜>"),
+    ("judgment", "\n</think>\n\n\\boxed{safe}<｜end▁of▁sentence｜>"),
+    ("critique", "a reason\n</think>"),
+]
+
+
+@pytest.mark.parametrize(("target", "ending"), TARGETS)
 def test_the_target_alone_is_trained_with_its_end_token(tokenizer, target, ending):
     record = {**VERIFY, "critique": "a reason"}
     built = train_sft.build(tokenizer, record, target)
@@ -161,12 +164,10 @@ def in_one_row(named) -> torch.Tensor:
 
 
 def loss_and_gradient(folder, examples, plan):
-    """Of one optimizer step, taken before the update clears it."""
-    transformer, trainee = fresh(folder)
-    seen = {}
-    trainee.step = lambda lr, clip: seen.update(gradient=in_one_row(transformer.named_parameters())) or 0.0
-    loss = train_sft.optimizer_step(transformer, trainee, examples, 0.0, plan)["loss"]
-    return loss, seen["gradient"]
+    """Of one optimizer step, without its update, which would clear it."""
+    transformer, _ = fresh(folder)
+    loss = train_sft.optimizer_step(transformer, NO_UPDATE, examples, 0.0, plan)["loss"]
+    return loss, in_one_row(transformer.named_parameters())
 
 
 def transformers_loss(folder, examples):
@@ -229,22 +230,6 @@ def whole_row(examples, attention):
     return lambda q, k, v, cu, longest, plan: attention(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "spoil", "check"),
-    [
-        (train_sft, "nll_sum", mean_of_means, test_micro_batches_do_not_matter),
-        (train_sft, "pack", shifted, test_micro_batches_do_not_matter),
-        (train_sft, "pack", shifted, lambda *_: test_labels_are_the_next_tokens_where_those_are_trained()),
-        (kernels, "attention", whole_row, test_packed_rows_are_their_documents),  # a mask without borders
-        (model, "packed_positions", lambda *_: lambda cu, n: torch.arange(n), test_packed_rows_are_their_documents),
-    ],
-)
-def test_the_checks_notice_their_bugs(folder, examples, monkeypatch, owner, name, spoil, check):
-    monkeypatch.setattr(owner, name, spoil(examples, getattr(owner, name)))
-    with pytest.raises(AssertionError):
-        check(folder, examples)
-
-
 # ------------------------------------------------------------------------------------------------- optimizer, schedule
 
 
@@ -254,19 +239,12 @@ def reference_schedule(steps: int, warm: int) -> list[float]:
     return rising + [math.cos(math.pi / 2 * k / (steps - warm)) ** 2 for k in range(steps - warm)]
 
 
-def the_schedule_is_the_reference():
-    for steps, warmup, warm in ((100, 0.0, 0), (100, 0.1, 10), (10, 0.2, 2), (3, 0.05, 0), (1, 0.05, 0), (2, 0.9, 2)):
-        found = [train_sft.schedule(step, steps, Config(lr=3e-4, warmup=warmup)) for step in range(steps)]
-        assert found == pytest.approx([3e-4 * x for x in reference_schedule(steps, warm)], rel=1e-9)
-        assert min(found) > 0
-
-
-def test_the_schedule_is_the_reference_and_no_step_is_without_a_learning_rate(monkeypatch):
-    the_schedule_is_the_reference()
-    honest = train_sft.schedule
-    monkeypatch.setattr(train_sft, "schedule", lambda step, *rest: honest(step, *rest) if step else 0.0)
-    with pytest.raises(AssertionError):
-        the_schedule_is_the_reference()
+@pytest.mark.parametrize(
+    ("steps", "warmup", "warm"), [(100, 0.0, 0), (100, 0.1, 10), (10, 0.2, 2), (3, 0.05, 0), (1, 0.05, 0), (2, 0.9, 2)]
+)
+def test_the_schedule_is_the_reference_and_no_step_is_without_a_learning_rate(steps, warmup, warm):
+    found = [train_sft.schedule(step, steps, Config(lr=3e-4, warmup=warmup)) for step in range(steps)]
+    assert found == pytest.approx([3e-4 * x for x in reference_schedule(steps, warm)], rel=1e-9) and min(found) > 0
 
 
 def test_updates_are_those_of_adamw_with_clipping(folder):
@@ -297,6 +275,7 @@ def displacement(folder, examples, dtype, steps=30):
     start = [m.detach().clone() for m in trainee.masters.values()]
     for _ in range(steps):
         train_sft.optimizer_step(transformer, trainee, examples[:1], 1e-6, PLAN)
+    assert all(torch.equal(m.to(dtype), trainee.parameters[name]) for name, m in trainee.masters.items())
     moved = [m.detach() - s for m, s in zip(trainee.masters.values(), start, strict=True)]
     return torch.cat([m.double().flatten() for m in moved])
 
@@ -307,32 +286,7 @@ def test_bf16_training_learns_like_fp32(folder, examples):
     assert torch.dot(exact, rounded) / (exact.norm() * rounded.norm()) > 0.9
 
 
-def test_the_compute_copies_are_the_rounded_masters(folder, examples):
-    transformer, trainee = fresh(folder, torch.bfloat16)
-    train_sft.optimizer_step(transformer, trainee, examples, 1e-2, PLAN)
-    assert transformer.head_weight.dtype == torch.bfloat16
-    for name, master in trainee.masters.items():
-        copied = trainee.parameters[name]
-        assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), copied)
-
-
-# ------------------------------------------------------------------------------------------------- what is learned
-
-
-def test_an_overfitted_model_stops_by_itself(folder, tokenizer):
-    """Two records learned by heart, then written out greedily: their ends included."""
-    examples = [train_sft.build(tokenizer, record, "both") for record in tiny.answers(2, seed=5)]
-    transformer, trainee = fresh(folder)
-    for _ in range(150):
-        loss = train_sft.optimizer_step(transformer, trainee, examples, 5e-3, PLAN)["loss"]
-    assert loss < 0.05
-    sampler = engine.Engine(transformer, {tokenizer.eos_token_id})
-    drawn = sampler.generate([prompt_ids(e) for e in examples], max_tokens=80, temperature=0.0)
-    for e, (sample,) in zip(examples, drawn, strict=True):
-        assert prompt_ids(e) + sample.ids == e.ids and sample.finish_reason == "stop"
-
-
-def pure_bf16(init):
+def pure_bf16(examples, init):
     def spoilt(self, transformer, dtype, *rest):
         transformer.to(dtype)
         init(self, transformer, torch.float32, *rest)
@@ -340,7 +294,7 @@ def pure_bf16(init):
     return spoilt
 
 
-def untrained_end(build_example):
+def untrained_end(examples, build_example):
     def spoilt(*texts):
         ids, trained = build_example(*texts)
         return ids, trained[:-1] + [False]
@@ -348,13 +302,29 @@ def untrained_end(build_example):
     return spoilt
 
 
-def test_the_checks_notice_missing_masters_and_an_end_token_without_a_label(folder, examples, tokenizer, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(trainers.Trainee, "__init__", pure_bf16(trainers.Trainee.__init__))
-        test_bf16_training_learns_like_fp32(folder, examples)
-    monkeypatch.setattr(safety, "build_example", untrained_end(safety.build_example))
+def the_target_ends(*_):
+    test_the_target_alone_is_trained_with_its_end_token(families.tokenizer("r1-qwen"), *TARGETS[0])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "spoil", "check"),
+    [
+        (train_sft, "nll_sum", mean_of_means, test_micro_batches_do_not_matter),
+        (train_sft, "pack", shifted, test_micro_batches_do_not_matter),
+        (train_sft, "pack", shifted, lambda *_: test_labels_are_the_next_tokens_where_those_are_trained()),
+        (kernels, "attention", whole_row, test_packed_rows_are_their_documents),  # a mask without borders
+        (model, "packed_positions", lambda *_: lambda cu, n: torch.arange(n), test_packed_rows_are_their_documents),
+        (trainers.Trainee, "__init__", pure_bf16, test_bf16_training_learns_like_fp32),  # no masters
+        (safety, "build_example", untrained_end, the_target_ends),
+    ],
+)
+def test_the_checks_notice_their_bugs(folder, examples, monkeypatch, owner, name, spoil, check):
+    monkeypatch.setattr(owner, name, spoil(examples, getattr(owner, name)))
     with pytest.raises(AssertionError):
-        test_an_overfitted_model_stops_by_itself(folder, tokenizer)
+        check(folder, examples)
+
+
+# ------------------------------------------------------------------------------------------------- what is learned
 
 
 def test_verdicts_are_those_that_the_model_writes(folder, tokenizer):
@@ -398,8 +368,9 @@ def lines(path: Path) -> list[dict]:
 
 
 def steady(line: dict) -> dict:
-    """Without what the clock says, the sizes of the logs included."""
-    return {k: v for k, v in line.items() if "seconds" not in k and k not in ("tokens_per_s", "peak_gib", "logs")}
+    """Without what the clock says, the sizes of the logs included, and the hash of settings that name the folder."""
+    clock = ("seconds", "tokens_per_s", "peak_gib", "logs", "data_sha256")
+    return {k: v for k, v in line.items() if k not in clock}
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -454,34 +425,31 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder, tmp_path, monke
 
 
 KILLED = """
-import os, signal, sys
-import train_sft, trainers, runs
-honest = trainers.save_file
-def die_in_the_second_save(tensors, path, *rest, **more):
-    honest(tensors, path, *rest, **more)
-    if trainers.checkpoints(runs.Path(path).parents[2]):
-        with open(path, "rb+") as file:
-            file.truncate(1000)
+import os, signal, {script}, trainers, runs
+honest, calls = {where}, []
+def die(*arguments):
+    calls.append(0)
+    if len(calls) == {call}:
         os.kill(os.getpid(), signal.SIGKILL)
-trainers.save_file = die_in_the_second_save
-runs.main(train_sft.Config, train_sft.main)
+    return honest(*arguments)
+{where} = die
+runs.main({script}.Config, {script}.main)
 """
 
 
-def killed(program: str, settings: dict) -> None:
-    """Run a program, with settings as flags, that kills itself."""
+def killed(settings: dict, script: str, where: str, call: int) -> None:
+    """Run a script, with settings as flags, that kills itself at the start of a function's call of that number."""
     words = {name: value if isinstance(value, tuple) else (value,) for name, value in settings.items()}
     flags = [word for name, values in words.items() for word in (runs.flag(name), *map(str, values))]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *flags], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    program = [sys.executable, "-c", KILLED.format(script=script, where=where, call=call), *flags]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_a_kill_in_the_middle_of_a_save_costs_only_the_steps_since_the_last_one(folder, tmp_path):
     settings = settings_of(folder, tmp_path)
     whole, run = start(settings | {"out": str(tmp_path / "whole")}), tmp_path / "run"
-    killed(KILLED, settings)
+    killed(settings, "train_sft", "trainers.os.fchmod", 2)
     assert len(trainers.checkpoints(run)) == 1 and list((run / "checkpoints").glob(".step-*"))
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # and a torn last line
@@ -507,6 +475,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_users_copy_is_left_alone(fold
         go_on(run)
 
 
+def test_a_disk_that_is_full_at_a_checkpoint_is_no_traceback(tmp_path, monkeypatch):
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(trainers, "save_file", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="step-1: .*No space left"):
+        trainers.save_checkpoint(tmp_path, {}, {"step": 1})
+
+
 def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     run = start(settings_of(folder, tmp_path, lora_r=0))
     assert {p.name for p in run.iterdir()} == {
@@ -519,9 +494,7 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     assert all(needed <= line.keys() for line in logged) and len(validated) == 3  # every epoch
     assert len(trainers.checkpoints(run)) == 2 and trainers.checkpoints(run)[-1].name == f"step-{len(logged)}"
     result = json.loads((run / "result.json").read_text())
-    assert (
-        result["step"] == len(logged) == validated[-1]["step"] and result["minutes"] >= result["training_minutes"] > 0
-    )
+    assert result["step"] == len(logged) == validated[-1]["step"] and result["training_minutes"] > 0
     assert result["figures"]["held_out_loss"] == validated[-1]["held_out_loss"]
     shown = capsys.readouterr().out
     for part in ("supervised", "longest", "too long 0", "held out", "packed rows", "memory: 400", " >> |"):
@@ -566,17 +539,12 @@ def test_non_finite_steps_are_counted_and_several_in_a_row_stop_the_run(folder, 
 
 # ------------------------------------------------------------------------------------------------- memory and speed
 
-R1_1_5B = {
-    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,
-    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 131072,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """The folder of a model that only its shape is read of."""
     folder = tmp_path_factory.mktemp("large")
-    (folder / "config.json").write_text(json.dumps(R1_1_5B))
+    (folder / "config.json").write_text(json.dumps(R1_DISTILL_1_5B))
     return str(folder)
 
 
@@ -595,21 +563,17 @@ def test_the_plan_counts_every_byte_of_the_training_state(large):
 @pytest.mark.parametrize(
     ("lora_r", "gib", "longest", "wanted"),
     [
-        (16, 80, 3000, (16384, False)),  # activations 35.7 GiB
-        (16, 40, 3000, (8192, False)),
+        (16, 40, 3000, (16384, False)),  # activations 31.3 GiB
+        (16, 24, 3000, (8192, False)),
         (16, 16, 3000, (4096, False)),
-        (16, 12, 3000, (16384, True)),
+        (16, 12, 3000, (3000, False)),
+        (16, 10, 3000, (16384, True)),
         (16, 16, 8192, (16384, True)),  # the longest record leaves nothing to halve to
         (0, 80, 3000, (16384, False)),
         (0, 48, 3000, (4096, False)),
         (0, 36, 3000, (8192, True)),
         (0, 0, 3000, (16384, False)),  # a CPU
-        (
-            0,
-            16,
-            8192,
-            "16.00 GiB of free GPU memory, even with 8192.*weights 3.31, fp32 masters 6.62, Adam 13.24.*--lora",
-        ),
+        (0, 16, 8192, "16.00 GiB of free GPU memory, even with 8192.*weights 3.31, fp32 masters 6.62.*--lora-r"),
     ],
 )
 def test_micro_batches_are_halved_before_activations_are_recomputed(large, lora_r, gib, longest, wanted):

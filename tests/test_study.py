@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+import make_data
 import model
 import runs
 import train_rl
@@ -46,14 +47,12 @@ def test_commands_are_ones_that_the_scripts_take(data, name):
 
 @pytest.mark.parametrize("name", ["early", "late", "star", "star-draft", "safechain", "sums", "other", "half"])
 def test_every_method_takes_as_many_steps_and_supervised_tokens(data, tokenizer, name):
-    wanted = study.supervised(tokenizer, records(data, "verify.jsonl"))
-    passes = 2 if name == "half" else 1
-    assert passes * study.supervised(tokenizer, records(data, f"{name}.jsonl")) == pytest.approx(wanted, rel=0.03)
-    sizes = {
-        n: sum(study.make_data.size(tokenizer, r)[1] for r in records(data, f"{n}.jsonl")) for n in ("verify", name)
-    }
-    steps = passes * sizes[name] / study.tokens_per_step(tokenizer, data, f"{name}.jsonl")
-    assert steps == pytest.approx(sizes["verify"] / 3072, rel=0.01)
+    passes, files = 2 if name == "half" else 1, [f"{name}.jsonl", "verify.jsonl"]
+    sizes = [[make_data.size(tokenizer, record) for record in records(data, file)] for file in files]
+    (supervised, tokens), (wanted, usual) = (map(sum, zip(*pairs, strict=True)) for pairs in sizes)
+    assert passes * supervised == pytest.approx(wanted, rel=0.03)
+    steps = passes * tokens / study.tokens_per_step(tokenizer, data, files[0])
+    assert steps == pytest.approx(usual / 3072, rel=0.01)
 
 
 def test_controls_are_what_their_names_say(data):
@@ -94,13 +93,8 @@ def test_a_finished_run_is_kept_and_a_failed_one_is_named(tmp_path):
 
 
 def test_methods_come_after_those_that_they_start_from():
-    assert [study.depth(m) for m in ("base", "verification", "base+grpo", "star1+grpo", "verify-rl+grpo")] == [
-        0,
-        0,
-        0,
-        1,
-        1,
-    ]
+    names = ("base", "verification", "base+grpo", "star1+grpo", "verify-rl+grpo")
+    assert list(map(study.depth, names)) == [0, 0, 0, 1, 1]
     with pytest.raises(UserError, match="--methods nope"):
         runs.parse(Config, ["--methods", "nope"])
 

@@ -57,9 +57,7 @@ def pair(family: str = "qwen2", tied: bool = False, seed: int = 0, **changes):
     torch.manual_seed(seed)
     theirs = reference(family, tied, **changes)
     ours = model.Transformer(config(family, tie_word_embeddings=tied, **changes))
-    weights = theirs.state_dict()
-    for name, parameter in ours.named_parameters():
-        parameter.data.copy_(weights[name])
+    ours.load_state_dict({name: parameter.detach() for name, parameter in theirs.named_parameters()})
     return theirs, ours
 
 
@@ -82,10 +80,10 @@ def folder(path: Path, family: str = "qwen2", tied: bool = False, **changes):
     return theirs
 
 
-def row(*lengths: int):
+def row(*lengths: int, device: str = "cpu"):
     """Random documents of these lengths -> (ids_T, cu_seqlens [N+1] int32)."""
-    ids_T = torch.randint(0, SIZES["vocab_size"], (sum(lengths),))
-    return ids_T, torch.tensor([0, *lengths]).cumsum(0).int()
+    ids_T = torch.randint(0, SIZES["vocab_size"], (sum(lengths),), device=device)
+    return ids_T, torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
 def edit_json(file: Path, **changes) -> None:
@@ -97,3 +95,18 @@ def edit_tensors(file: Path, change) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+# What is done to a folder, for tables of what is refused.
+
+
+def written(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def gone(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, end: int):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:end])

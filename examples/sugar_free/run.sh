@@ -69,7 +69,7 @@ if [ "$RL_STEPS" != 0 ]; then  # kind=benign: the reward is a recipe without sug
     step "$OUT/verification+grpo-$SEED" train_rl.py --model "$start" --adapter "$OUT/verification-$SEED/model" \
         --prompts "own=$PROMPTS:kind=benign" --guard $KITCHEN/policy.py --steps "$RL_STEPS" --group 4 \
         --prompts-per-step "$RL_PROMPTS" --max-prompt 64 --max-tokens "$TOKENS" --lr 1e-4 --micro-tokens 1536 \
-        --held-out 0 --decontaminate "${tested[@]}" --seed "$SEED"
+        --decontaminate "${tested[@]}" --seed "$SEED"
     methods+=" verification+grpo"
 fi
 

@@ -7,46 +7,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter.compare import DTYPES, compare
+from interpreter.compare import DTYPES, compare, run
 
 import kernels
 from kernels import dispatch
+from tests.kernel_cases import in_fp64, masked, one_by_one, packed, paged
 
 ATTENTION, DECODE = sys.modules["kernels.attention"], sys.modules["kernels.decode_attention"]
 ALL = [f"_attention_{name}_kernel" for name in ("forward", "delta", "dkdv", "dq")]
 
 
-def packed(lengths, heads, kv_heads, dim, dtype=torch.float32, scale=1.0):
-    tokens = sum(lengths)
-    q, k, v = (torch.randn(tokens, h, dim) for h in (heads, kv_heads, kv_heads))
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    return ((q * scale).to(dtype), k.to(dtype), v.to(dtype)), cu_seqlens
-
-
-def masked(cu_seqlens):
-    """One [T,T] mask over the packed row: the definition, for every dtype."""
-    document = torch.bucketize(torch.arange(int(cu_seqlens[-1])), cu_seqlens[1:], right=True)
-    mask = (document[:, None] == document[None, :]).tril()
-
-    def function(q, k, v):
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out[0].transpose(0, 1)
-
-    return function
-
-
 def check(lengths, heads, kv_heads, dim, dtype, scale=1.0):
-    inputs, cu_seqlens = packed(lengths, heads, kv_heads, dim, dtype, scale)
+    inputs, cu_seqlens = packed(lengths, heads, kv_heads, dim, dtype)
+    inputs[0] *= scale
     q, k = (t.double().flatten(0, 1) for t in inputs[:2])
-    compare(
-        lambda q, k, v: kernels.attention(q, k, v, cu_seqlens, max(lengths)),
-        masked(cu_seqlens),
-        masked(cu_seqlens),
-        inputs,
-        ALL,
-        exponent=(q @ k.T).abs().max() / dim**0.5 * math.log2(math.e),
-    )
+    exponent = (q @ k.T).abs().max() / dim**0.5 * math.log2(math.e)
+    ours, plain = lambda q, k, v: kernels.attention(q, k, v, cu_seqlens, max(lengths)), masked(cu_seqlens)
+    compare(ours, plain, plain, inputs, ALL, exponent)
 
 
 @pytest.mark.parametrize("lengths", [[1], [7], [0, 5, 0, 9], [1, 33, 64, 7], [70, 3]])
@@ -78,15 +55,13 @@ def test_longer_documents(lengths, heads, kv_heads, dim, dtype):
 
 
 def values_and_gradients(inputs, cu_seqlens, g_o):
-    q, k, v = (t.clone().requires_grad_() for t in inputs)
-    o = kernels.attention(q, k, v, cu_seqlens, int(cu_seqlens.diff().max()))
-    o.backward(g_o)
-    return o.detach(), q.grad, k.grad, v.grad
+    longest = int(cu_seqlens.diff().max())
+    (o,), gradients = run(lambda q, k, v: kernels.attention(q, k, v, cu_seqlens, longest), inputs, [g_o])
+    return o, *gradients
 
 
 def test_a_document_is_the_same_bits_packed_and_alone():
-    lengths = [33, 1, 70]
-    inputs, cu_seqlens = packed(lengths, 2, 1, 64)
+    inputs, cu_seqlens = packed([33, 1, 70], 2, 1, 64)
     g_o = torch.randn_like(inputs[0])
     together = values_and_gradients(inputs, cu_seqlens, g_o)
     assert all(torch.equal(a, b) for a, b in zip(together, values_and_gradients(inputs, cu_seqlens, g_o), strict=True))
@@ -97,9 +72,9 @@ def test_a_document_is_the_same_bits_packed_and_alone():
             assert torch.equal(a[begin:end], b)
 
 
-def test_nothing_leaks_between_documents():
+def check_for_leaks(dim=64, dtype=torch.float32):
     """A neighbour full of NaN changes nothing, forward or backward, pointers or descriptors."""
-    (q, k, v), cu_seqlens = packed([20, 30, 10], 2, 1, 64)
+    (q, k, v), cu_seqlens = packed([20, 30, 10], 2, 1, dim, dtype)
     g_o = torch.randn_like(q)
     clean = values_and_gradients((q, k, v), cu_seqlens, g_o)
     for t in (q, k, v, g_o):
@@ -108,32 +83,34 @@ def test_nothing_leaks_between_documents():
         assert torch.equal(a[20:50], b[20:50])
 
 
+def test_nothing_leaks_between_documents():
+    check_for_leaks()
+
+
+def use_tiles(monkeypatch, arch, chosen_for):
+    """The tiles that a GPU gets, whatever they are and whatever dtype runs here."""
+    tile = ATTENTION._tile
+    monkeypatch.setattr(dispatch, "architecture", lambda device: arch)
+    monkeypatch.setattr(ATTENTION, "_tile", lambda arch, kernel, _, dim: tile(arch, kernel, chosen_for, dim))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_hopper_tiles_and_descriptors(monkeypatch, dtype, dim):
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
-    tile = ATTENTION._tile
-    monkeypatch.setattr(ATTENTION, "_tile", lambda arch, kernel, _, dim: tile(arch, kernel, torch.bfloat16, dim))
+    use_tiles(monkeypatch, "sm_90", torch.bfloat16)
     assert ATTENTION._tile("sm_90", "forward", None, dim)["DESCRIPTORS"]
     check([9, 150, 20], 2, 1, dim, dtype)
-    (q, k, v), cu_seqlens = packed([20, 30, 10], 2, 1, dim, dtype)
-    clean = kernels.attention(q, k, v, cu_seqlens, 30)
-    for t in (q, k, v):
-        t[:20], t[50:] = torch.nan, torch.nan
-    assert torch.equal(kernels.attention(q, k, v, cu_seqlens, 30)[20:50], clean[20:50])
+    check_for_leaks(dim, dtype)
 
 
-TILES = [("sm_80", torch.bfloat16), ("sm_80", torch.float32), ("sm_89", torch.bfloat16)]
-
-
-@pytest.mark.parametrize("arch, chosen_for", TILES)
-def test_ampere_tiles(monkeypatch, arch, chosen_for):
-    """The tiles that a GPU gets, whatever they are; the arithmetic here is fp32."""
-    monkeypatch.setattr(dispatch, "architecture", lambda device: arch)
-    tile = ATTENTION._tile
-    monkeypatch.setattr(ATTENTION, "_tile", lambda arch, kernel, _, dim: tile(arch, kernel, chosen_for, dim))
-    for dim in (64, 128):
-        check([9, 50 if chosen_for == torch.float32 else 150], 2, 1, dim, torch.float32)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("arch", "chosen_for", "longest"),
+    [("sm_80", torch.bfloat16, 150), ("sm_80", torch.float32, 50), ("sm_89", torch.bfloat16, 150)],
+)
+def test_ampere_tiles(monkeypatch, arch, chosen_for, longest, dim):
+    use_tiles(monkeypatch, arch, chosen_for)
+    check([9, longest], 2, 1, dim, torch.float32)
 
 
 def test_gradcheck_in_fp64():
@@ -170,44 +147,21 @@ def test_the_tasks_cover_every_position_once():
 # ------------------------------------------------------------------------------------------------------------- decode
 
 
-def cache(lengths, heads, kv_heads, dim, dtype=torch.float32, pages=None):
-    """Rows of the given lengths over a shuffled arena whose unused slots are NaN."""
-    rows, pages = len(lengths), pages or max(1, -(-max(lengths) // 64))
-    table = torch.randperm(rows * pages).view(rows, pages).int()
-    k, v = torch.full((2, rows * pages, 64, kv_heads, dim), torch.nan).to(dtype)
-    for row, length in enumerate(lengths):
-        for arena in (k, v):
-            for page in range(-(-length // 64)):
-                n = min(64, length - page * 64)
-                arena[table[row, page], :n] = torch.randn(n, kv_heads, dim).to(dtype)
-    return torch.randn(rows, heads, dim).to(dtype), k, v, table, torch.tensor(lengths, dtype=torch.int32)
-
-
-def one_by_one(q, k, v, table, lengths):
-    """Every row by itself, its context gathered: the definition."""
-    out = torch.zeros_like(q)
-    for b, n in enumerate(lengths.tolist()):
-        if n:
-            context = [arena[table[b].long()].flatten(0, 1)[:n].transpose(0, 1)[None] for arena in (k, v)]
-            out[b] = F.scaled_dot_product_attention(q[b][None, :, None], *context, enable_gqa=True)[0, :, 0]
-    return out
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 2, 64), (5, 1, 64), (7, 1, 128), (8, 1, 64), (2, 2, 128)])
 def test_decode(heads, kv_heads, dim, dtype):
-    inputs = cache([0, 1, 64, 65, 257, 300], heads, kv_heads, dim, dtype)
+    inputs = paged([0, 1, 64, 65, 257, 300], heads, kv_heads, dim, dtype)
     before = dispatch.LAUNCHES.copy()
     ours, theirs = kernels.decode_attention(*inputs), one_by_one(*inputs)
     assert dispatch.LAUNCHES["_decode_kernel"] > before["_decode_kernel"]
-    exact = one_by_one(*(t.double() if t.is_floating_point() else t for t in inputs))
+    exact = one_by_one(*in_fp64(inputs))
     allowed = 1.5 * (theirs - exact).abs().max() + 3e-6 * exact.abs().max()
     assert ours.isfinite().all() and (ours[0] == 0).all()
     assert (ours - exact).abs().max() <= allowed
 
 
 def test_decode_row_does_not_depend_on_its_batch():
-    q, k, v, table, lengths = cache([3, 300, 90], 4, 2, 64, pages=7)
+    q, k, v, table, lengths = paged([3, 300, 90], 4, 2, 64, pages=7)
     together = kernels.decode_attention(q, k, v, table, lengths)
     for b in range(3):
         alone = kernels.decode_attention(q[b : b + 1], k, v, table[b : b + 1, :5].contiguous(), lengths[b : b + 1])
@@ -217,7 +171,7 @@ def test_decode_row_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("heaviest", [0, 4, 9])
 def test_decode_combines_parts_of_any_weight(heaviest):
     """The largest score in the first, second or last of three parts of 256 tokens."""
-    q, k, v, table, lengths = cache([600], 4, 2, 64)
+    q, k, v, table, lengths = paged([600], 4, 2, 64)
     k[table[0, heaviest], :20] *= 8
     ours, theirs = kernels.decode_attention(q, k, v, table, lengths), one_by_one(q, k, v, table, lengths)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -234,12 +188,12 @@ def test_decode_agrees_with_the_packed_row():
 
 
 def test_opcheck_decode():
-    torch.library.opcheck(DECODE._op, cache([3, 70], 4, 2, 64))
+    torch.library.opcheck(DECODE._op, paged([3, 70], 4, 2, 64))
 
 
 def test_decode_never_asks_the_host(monkeypatch):
     """What can be captured in a CUDA graph: no length is read back, the grid comes from shapes alone."""
-    inputs = cache([3, 70], 4, 2, 64)
+    inputs = paged([3, 70], 4, 2, 64)
     grids = []
     monkeypatch.setattr(dispatch, "launch", lambda kernel, programs, *args, **meta: grids.append(programs))
     for name in ("item", "tolist", "__int__", "__bool__"):
@@ -264,7 +218,7 @@ def sparse(tmp_path):
 def test_decode_reads_pages_behind_two_to_the_31(sparse):
     pages = 2**31 // (64 * 64) + 2
     k, v = sparse("k", pages, 64, 1, 64), sparse("v", pages, 64, 1, 64)
-    q, k_page, v_page = torch.randn(2, 64).half(), torch.randn(64, 1, 64).half(), torch.randn(64, 1, 64).half()
+    q, k_page, v_page = (torch.randn(shape).half() for shape in ((2, 64), (64, 1, 64), (64, 1, 64)))
     k[-1], v[-1] = k_page, v_page
     table, lengths = torch.tensor([[pages - 1]], dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
     far = kernels.decode_attention(q[None], k, v, table, lengths)

@@ -32,13 +32,8 @@ def test_rms_norm_with_residual(shape, dtype):
         s = x + r + rounded
         return NORM.reference(s, w, 1e-6), s
 
-    compare(
-        lambda x, w, r: kernels.rms_norm(x, w, 1e-6, r),
-        lambda x, w, r: NORM.reference(x, w, 1e-6, r),
-        exact,
-        (x, weight, residual),
-        NORM_KERNELS,
-    )
+    ours, same = (lambda x, w, r, f=f: f(x, w, 1e-6, r) for f in (kernels.rms_norm, NORM.reference))
+    compare(ours, same, exact, (x, weight, residual), NORM_KERNELS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,17 +67,13 @@ def test_rope(heads, kv_heads, dim, dtype):
     cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
     launched = ["_rope_kernel", "_rope_backward_kernel"]
+    angles = [(cos, sin), (cos, sin), (cos.double(), sin.double())]
     ours, same, exact = (
-        lambda qkv, f=f, cos=c, sin=s: f(qkv, heads, cos, sin)
-        for f, c, s in [(kernels.rope, cos, sin), (ROPE.reference, cos, sin), (ROPE.reference, cos.double(), sin.double())]
+        lambda qkv, *norms, f=f, angle=a: f(qkv, heads, *angle, (*norms, 1e-6) if norms else None)
+        for f, a in zip((kernels.rope, ROPE.reference, ROPE.reference), angles, strict=True)
     )
-    compare(ours, same, exact, (qkv,), launched)
-    norms = [torch.randn(dim).to(dtype) for _ in range(2)]
-    ours, same, exact = (
-        lambda qkv, q_w, k_w, f=f, cos=c, sin=s: f(qkv, heads, cos, sin, (q_w, k_w, 1e-6))
-        for f, c, s in [(kernels.rope, cos, sin), (ROPE.reference, cos, sin), (ROPE.reference, cos.double(), sin.double())]
-    )
-    compare(ours, same, exact, (qkv, *norms), launched)
+    for norms in ((), torch.randn(2, dim).to(dtype)):
+        compare(ours, same, exact, (qkv, *norms), launched)
 
 
 def test_rope_into_the_cache():
@@ -114,9 +105,8 @@ def test_swiglu_where_exp_overflows():
 def test_views_are_read_as_what_they_are():
     both = torch.randn(6, 32)
     assert torch.equal(kernels.swiglu(both[:, :16]), kernels.swiglu(both[:, :16].contiguous()))
-    assert torch.equal(
-        kernels.rms_norm(both.T, torch.ones(6), 1e-6), kernels.rms_norm(both.T.contiguous(), torch.ones(6), 1e-6)
-    )
+    normed, expected = (kernels.rms_norm(x, torch.ones(6), 1e-6) for x in (both.T, both.T.contiguous()))
+    assert torch.equal(normed, expected)
 
 
 def test_gradcheck_in_fp64():

@@ -4,15 +4,14 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from interpreter.compare import DTYPES, compare
+from interpreter.compare import DTYPES, compare, run
 
 import kernels
 from kernels import dispatch
+from tests.kernel_cases import head
 
 HEAD = sys.modules["kernels.linear_logp"]
-FORWARD = ["_score_kernel", "_combine_kernel"]
-ALL = [*FORWARD, "_dlogits_kernel"]
+ALL = ["_score_kernel", "_combine_kernel", "_dlogits_kernel"]
 
 
 def problem(tokens, width, vocab, dtype=torch.float32, scale=1.0):
@@ -21,15 +20,11 @@ def problem(tokens, width, vocab, dtype=torch.float32, scale=1.0):
     return x, w, torch.randint(vocab, (tokens,))
 
 
-def naive(y, temperature):
-    """Logits in the inputs' dtype, as a plain model has them."""
-
-    def function(x, w):
-        logp = (x @ w.T / temperature).log_softmax(-1)
-        keep = y != -100
-        return logp.gather(1, y.clamp_min(0)[:, None]).squeeze(1) * keep, -(logp.exp() * logp).sum(1) * keep
-
-    return function
+def learn(x, w, y, ignore_index=-100):
+    """[log-probs, entropies, dx, dw] of the sum of both outputs."""
+    function = lambda x, w: kernels.linear_logp(x, w, y, ignore_index=ignore_index)  # noqa: E731
+    values, gradients = run(function, (x, w), torch.ones(2, len(y)))
+    return [*values, *gradients]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,13 +35,8 @@ def test_values_and_gradients(shape, dtype, temperature):
     y[0], y[-1] = 0, shape[2] - 1  # first and last word
     if len(y) > 2:
         y[2] = -100
-    compare(
-        lambda x, w: kernels.linear_logp(x, w, y, temperature),
-        naive(y, temperature),
-        naive(y, temperature),
-        (x, w),
-        ALL,
-    )
+    plain = head(y, temperature)
+    compare(lambda x, w: kernels.linear_logp(x, w, y, temperature), plain, plain, (x, w), ALL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,42 +64,24 @@ def test_hard_logits_keep_fp32_precision(kind, dtype):
 def test_blocks_of_tokens_in_groups_change_no_bit_and_narrow_logits_little(monkeypatch):
     """Settings that bench.kernels knows as candidates: five blocks of tokens in groups of two, three splits."""
     x, w, y = problem(70, 16, 130, torch.bfloat16)
-
-    def run():
-        leaves = [t.clone().requires_grad_() for t in (x, w)]
-        logp, entropy = kernels.linear_logp(*leaves, y)
-        (logp.sum() + entropy.sum()).backward()
-        return [logp.detach(), entropy.detach(), *(t.grad for t in leaves)]
-
-    before = run()
+    before = learn(x, w, y)
     monkeypatch.setattr(HEAD, "GROUP", 2)
-    assert all(torch.equal(a, b) for a, b in zip(run(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(learn(x, w, y), before, strict=True))
     monkeypatch.setattr(HEAD, "NARROW", True)
-    narrow = run()
+    narrow = learn(x, w, y)
     assert torch.equal(narrow[0], before[0]) and not torch.equal(narrow[2], before[2])
     for a, b in zip(narrow[2:], before[2:], strict=True):
         assert (a - b).abs().max() <= 0.02 * b.abs().max()
 
 
-def test_ignored_rows_are_zero_with_zero_gradients():
+def test_ignored_rows_are_zero_with_zero_gradients_and_change_no_bit_of_others():
     x, w, y = problem(9, 16, 40)
     y[::2] = -100
-    x.requires_grad_(), w.requires_grad_()
-    logp, entropy = kernels.linear_logp(x, w, y)
-    (logp.sum() + entropy.sum()).backward()
-    assert (logp[::2] == 0).all() and (entropy[::2] == 0).all() and (x.grad[::2] == 0).all()
-    alone = x.detach()[1::2].clone().requires_grad_()
-    w_alone = w.detach().clone().requires_grad_()
-    sum(t.sum() for t in kernels.linear_logp(alone, w_alone, y[1::2])).backward()
-    assert torch.equal(x.grad[1::2], alone.grad) and torch.equal(w.grad, w_alone.grad)
-
-
-def test_everything_ignored_gives_zero_gradients_not_none():
-    x, w, _ = problem(4, 16, 40)
-    x.requires_grad_(), w.requires_grad_()
-    logp, entropy = kernels.linear_logp(x, w, torch.full((4,), -7), ignore_index=-7)
-    (logp.sum() + entropy.sum()).backward()
-    assert (logp == 0).all() and (x.grad == 0).all() and (w.grad == 0).all()
+    logp, entropy, dx, dw = learn(x, w, y)
+    assert not (logp[::2].any() or entropy[::2].any() or dx[::2].any())
+    *_, dx_alone, dw_alone = learn(x[1::2], w, y[1::2])
+    assert torch.equal(dx[1::2], dx_alone) and torch.equal(dw, dw_alone)
+    assert not any(t.any() for t in learn(x, w, torch.full((9,), -7), ignore_index=-7))
 
 
 def test_frozen_head_computes_no_dw(monkeypatch):
@@ -124,18 +96,10 @@ def test_frozen_head_computes_no_dw(monkeypatch):
 
 def test_chunks_add_up(monkeypatch):
     x, w, y = problem(11, 16, 40)
-    whole = gradients(x, w, y)
+    whole = learn(x, w, y)
     monkeypatch.setattr(HEAD, "CHUNK", 4)
     monkeypatch.setattr(HEAD, "CHUNK_LOGITS", 1)
-    for a, b in zip(whole, gradients(x, w, y), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def gradients(x, w, y):
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    logp, entropy = kernels.linear_logp(x, w, y)
-    (logp.sum() + 0.3 * entropy.sum()).backward()
-    return x.grad, w.grad
+    torch.testing.assert_close(learn(x, w, y), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_of_a_row_sum_to_nothing():
@@ -148,10 +112,8 @@ def test_gradients_of_a_row_sum_to_nothing():
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_run():
     x, w, y = problem(19, 24, 100)
-    together = kernels.linear_logp(x, w, y)
-    again = kernels.linear_logp(x, w, y)
-    alone = kernels.linear_logp(x[17:18], w, y[17:18])
-    for a, b, c in zip(together, again, alone, strict=True):
+    together, again = (kernels.linear_logp(x, w, y) for _ in range(2))
+    for a, b, c in zip(together, again, kernels.linear_logp(x[17:18], w, y[17:18]), strict=True):
         assert torch.equal(a, b) and torch.equal(a[17:18], c)
 
 
@@ -195,10 +157,3 @@ def test_opcheck(needs):
     x, w, y = problem(5, 16, 40)
     x.requires_grad_(needs[0]), w.requires_grad_(needs[1])
     torch.library.opcheck(HEAD._op, (x, w, y, 0.7, -100))
-
-
-def test_sft_loss_equals_cross_entropy():
-    x, w, y = problem(7, 16, 40)
-    y[3] = -100
-    loss = -kernels.linear_logp(x, w, y)[0].sum() / (y != -100).sum()
-    torch.testing.assert_close(loss, F.cross_entropy(x @ w.T, y))
