@@ -26,7 +26,7 @@ def items(rng: random.Random, rates: dict[str, float], n: int, text: str) -> lis
                 "cluster": f"c{i // 2}", "prompt": f"request {i} {text}", "completion": text,
                 "thinking": f"it is harmful {text}" if hit else text,
                 "answer": None if cut else f"answer {text}", "finish_reason": "length" if cut else "stop",
-                "tokens": rng.randint(5, 96), "category": ("tonic", "toxin", text)[i % 3], "sample": 0,
+                "tokens": rng.randint(5, 96), "sample": 0,
             }  # fmt: skip
             labels = {"asr": {"safe": not hit, "refused": not hit}, "compliance": {"safe": True, "complied": hit}}
             other = truth if hit else ("unsafe" if truth == "safe" else "safe")
@@ -48,7 +48,7 @@ def evaluation(folder: Path, method: str, seed: int | None, rates: dict, *, n=40
     rows = {suite: {**row, "judge": "pocket", "decoding": "greedy"} for suite, row in scores.score(labelled).items()}
     agreement = {"pocket / other": scores.agreement(labelled, labelled)}
     summary = {"world_seed": 0, "method": method, "seed": seed, "rewarded_by": [], "training": list(map(str, training)),
-               "seconds": {"generate": 3.0, "judge": 0.5}, "usage": {}, "agreement": agreement}  # fmt: skip
+               "usage": {}, "agreement": agreement}  # fmt: skip
     settings = {"script": "evaluate", "values": {"model": "pocket/base", "seed": seed or 0, **config}}
     write_files(folder, {"config": settings, "result": rows, "summary": summary})
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in labelled))

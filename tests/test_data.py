@@ -338,6 +338,13 @@ def test_a_critique_that_is_missing_or_disagrees_makes_no_record(policy, tmp_pat
     assert all("guard_verdict" not in record for record in kept)
 
 
+def test_a_run_without_a_record_says_so(tmp_path, capsys):
+    own, prompts = tmp_path / "own.py", tiny.write(tmp_path / "p.jsonl", [{"prompt": "hello"}])
+    own.write_text("def judge(item):\n    return {'safe': True}\n\n\ndef critique(item):\n    return 'fine.', 'safe'\n")
+    given = {"guard": own, "expert": own, "prompts": f"own={prompts}:kind=harmful", "baseline": "safechain"}
+    assert data(tmp_path / "run", **given) == 0 and "no verification record" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- servers
 
 

@@ -2,7 +2,6 @@
 run.sh are tested with the recipes."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -190,21 +189,10 @@ def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_pa
     assert summary["rewarded_by"] == [POLICY]  # a verifier may judge what it rewarded
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('return item["nope"]', "mine.py: judge, item example, failed at line 2: KeyError: 'nope'"),
-        ("import no_such_package", "failed at line 2: ModuleNotFoundError"),
-        ("return True", "gave True: neither"),
-        ("yield {}", "gave <generator"),
-    ],
-)
-def test_a_mistake_in_an_own_file_is_named_with_its_line_before_anything_is_sampled(
-    tmp_path, monkeypatch, line, message
-):
+def test_a_mistake_in_an_own_file_of_a_relative_path_is_named_with_its_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(f"def judge(item):\n    {line}\n")
-    with pytest.raises(runs.UserError, match=re.escape(message)):
+    Path("mine.py").write_text('def judge(item):\n    return item["nope"]\n')
+    with pytest.raises(runs.UserError, match="mine.py: judge, item example, failed at line 2: KeyError"):
         judges.load("mine.py")
 
 

@@ -107,8 +107,7 @@ BAD_BODIES = {
     "no finish reason": completion("x", finish=None),
     "half a surrogate": completion("\ud800"),
     "negative tokens": completion("x", tokens=(1, -5)),
-    "endless tokens": '{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": '
-    '{"prompt_tokens": Infinity}}',
+    "endless tokens": completion("x", tokens=(float("inf"), 1)),
     "tokens in words": {**completion("x"), "usage": {"prompt_tokens": "10"}},
     "parts of no kind": completion(["x"]),
     "deep nesting": '{"a":' * 100_000,

@@ -113,12 +113,11 @@ def test_norm_rotation_and_gate(dtype):
     compare(kernels.swiglu, gate, gate, [x], launched)
     cos, sin = torch.randn(2, 300, 64, device=DEVICE).repeat(1, 1, 2)
     qkv, launched = torch.randn(300, 9 * 128, device=DEVICE).to(dtype), ["_rope_kernel", "_rope_backward_kernel"]
-    norms = torch.randn(2, 128, device=DEVICE).to(dtype)
-    compare(*(lambda x, f=f: f(x, 7, cos, sin) for f in (kernels.rope, rotate, rotate)), [qkv], launched)
-    compare(
-        *(lambda x, a, b, f=f: f(x, 7, cos, sin, (a, b, 1e-6)) for f in (kernels.rope, rotate, rotate)),
-        [qkv, *norms], launched,
-    )  # fmt: skip
+    ours, plain = (
+        lambda x, *norms, f=f: f(x, 7, cos, sin, (*norms, 1e-6) if norms else None) for f in (kernels.rope, rotate)
+    )
+    for norms in ((), torch.randn(2, 128, device=DEVICE).to(dtype)):
+        compare(ours, plain, plain, [qkv, *norms], launched)
 
 
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float32, 3e-6)])
@@ -141,6 +140,38 @@ def test_decode_attention_also_in_a_cuda_graph(dtype, floor):
     for b in range(5):
         alone = kernels.decode_attention(q[b : b + 1], k, v, table[b : b + 1], lengths[b : b + 1])
         assert torch.equal(captured[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("mode", ["sample", "greedy", "top_p"])
+@pytest.mark.parametrize("vocab", [1000, 151_936])
+def test_sample_also_in_a_cuda_graph(vocab, mode):
+    """The tokens of the reference, but for a number that falls between two roundings; then the graph's are the same."""
+    logits, found = torch.randn(64, vocab, device=DEVICE) * 4, []
+
+    def step(state, z):
+        kernels.sample(z, state.first(64), state.step, state.eos_E, state.knobs, mode)
+
+    for name in ("reference", "triton", "graph"):
+        state, z = engine.State(64, 1, 2, {7}, DEVICE), logits.clone()
+        state.rows["key"].copy_(torch.arange(64) * 99), state.rows["limit"].fill_(9)
+        state.knobs.temperature.fill_(1.0 if mode == "greedy" else 0.7), state.knobs.top_p.fill_(0.9)
+        if name == "graph":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(state, z)
+        state.rows["live"].fill_(True)
+        kernels.force("reference" if name == "reference" else None)
+        graph.replay() if name == "graph" else step(state, z)
+        kernels.force(None)
+        found.append(state.rows | {"kept": z.isfinite().sum(1)})
+    reference, eager, graphed = found
+    assert all(torch.equal(eager[name], graphed[name]) for name in eager)
+    same = eager["ids"][:, 0] == reference["ids"][:, 0]
+    assert same.float().mean() > 0.95 and (eager["count"] == 1).all()
+    assert (eager["logp"] - reference["logp"])[same, 0].abs().max() < 2e-5
+    if mode == "top_p":
+        p = (logits / 0.7).double().softmax(1).sort(descending=True).values
+        assert ((p.cumsum(1) - p < 0.9).sum(1) - eager["kept"]).abs().max() <= 1
 
 
 def test_a_document_of_32k():
