@@ -671,7 +671,7 @@ class Expert(NamedTuple):
     endpoint: Endpoint | None = None
 
 
-def load_expert(name: str, *, world=None, limits=None, **_hardware) -> Expert:
+def load_expert(name: str, *, world=None, limits=None) -> Expert:
     """An expert: pocket (needs `world`) | endpoint=MODEL@URL | POLICY.py. Raises UserError for others."""
     if name.endswith(".py"):
         return Expert(name, own_stream(name, "critique", own_critique, world))

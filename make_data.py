@@ -59,7 +59,7 @@ class Config:
     max_tokens: int = option(8192, "length limit of a sample", pocket=96, low=1)
     guard: str = option("qwen3guard", "labels the answers, named as in evaluate.py --judge", pocket="pocket")
     controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
-    expert: str = option("", "endpoint=MODEL@URL, local=MODEL, POLICY.py or none (no critiques)", pocket="pocket")
+    expert: str = option("", "endpoint=MODEL@URL, POLICY.py or none (no critiques)", pocket="pocket")
     spec: str = option("star", "safety specification: a name under specs/ or the path of a text file", pocket="pocket")
     records: int = option(6000, "records to aim at, two thirds from harmful prompts; 0: all", pocket=0, low=0)
     baseline: tuple = option((), "star1, star1-draft, safechain, NAME:published[=PATH]", pocket=tuple(BASELINES))
@@ -418,7 +418,7 @@ def main(config: Config, origin: dict) -> int:
         sampler, model_hash = (transformer, tokenizer), model.fingerprint(transformer, tokenizer)
     judge = judges.load(config.guard, controversial=config.controversial, **settings)
     silent = judges.Expert("none", guards_verdict)
-    expert = silent if config.expert == "none" else judges.load_expert(config.expert, **settings)
+    expert = silent if config.expert == "none" else judges.load_expert(config.expert, world=world, limits=limits)
     endpoints = {"sampler": config.endpoint and sampler, "guard": judge.endpoint, "expert": expert.endpoint}
 
     folder = runs.new_folder(config, origin, "make_data", model.device_name(device))  # what is wrong has shown by now

@@ -34,8 +34,6 @@ LEAST_ROWS = 16  # longest answers that must fit into the sampler's cache
 PATIENCE = 5  # steps in a row without a finite gradient before a run stops
 GUARD_SHARE = 0.3  # of the GPU memory left for the caches of policy and guard, what the guard gets
 MAX_ROWS = 512  # samples that an engine decodes at a time
-# Dense bf16 products with fp32 accumulators, FLOPs a second; the first name that the device's contains
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 class Trainee:
@@ -366,13 +364,3 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def mfu(transformer, lora: bool, tokens_per_s: float) -> dict:
-    """{"mfu": share of the dense bf16 peak that products with weights reach} on a known GPU, else nothing: 6 FLOPs a
-    parameter and token, 4 where the weights get no gradient."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in device]
-    embedding = 0 if transformer.config.tie_word_embeddings else transformer.model.embed_tokens.weight.numel()
-    parameters = sum(p.numel() for p in transformer.parameters()) - embedding
-    return {"mfu": (4 if lora else 6) * parameters * tokens_per_s / peaks[0]} if peaks else {}

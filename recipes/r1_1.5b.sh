@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The same lines for R1-Distill-Qwen-1.5B on one GPU of 24 GB (LoRA in RL) or, with RL_LORA_R=0 RL_LR=1e-6, of 80 GB.
 #
-#   recipes/r1_1.5b.sh --dry-run                       EXPERT=local=Qwen/Qwen3-14B recipes/r1_1.5b.sh
+#   recipes/r1_1.5b.sh --dry-run                       EXPERT=endpoint=MODEL@URL recipes/r1_1.5b.sh
 #
 # No line of this has been run on a GPU. Interrupted, it goes on where it stopped.
 #
@@ -21,7 +21,7 @@ METHODS=${METHODS:-verification star1}  # two arms, for time
 RL_METHODS=${RL_METHODS:-verification}
 
 # What the paper leaves open
-EXPERT=${EXPERT:-endpoint=expert@http://localhost:8000/v1}  # or local=MODEL, which then shares the GPU
+EXPERT=${EXPERT:-endpoint=expert@http://localhost:8000/v1}
 MAX_COST=${MAX_COST:-0}
 EXPERT_FREE=${EXPERT_FREE:-}  # yes: RL on verification alone, without critiques
 PRICES=${PRICES:-0 0}

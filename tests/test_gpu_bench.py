@@ -6,9 +6,12 @@ import sys
 import time
 
 import pytest
+import torch
 
+import model
 import runs
 from bench import gpu
+from bench.engine import R1_DISTILL_1_5B
 
 
 @pytest.mark.parametrize("stage", ["device", "decode", "sft"])
@@ -57,3 +60,12 @@ def test_the_whole_command_on_toy_shapes(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert {row["stage"] for row in rows} == set(gpu.STAGES)
     assert {row["outcome"] for row in rows if "outcome" in row} == {"skipped"}  # needs a GPU
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("NVIDIA H200", 0.5), ("Unheard-of 1", None)])
+def test_mfu_needs_a_known_gpu(name, wanted):
+    with torch.device("meta"):
+        shape = model.Transformer(model.Config.from_dict(R1_DISTILL_1_5B))
+    parameters = sum(p.numel() for p in shape.parameters()) - 151_936 * 1536  # without the embedding
+    for lora, flops in ((False, 6), (True, 4)):
+        assert gpu.mfu(shape, lora, 989e12 / 2 / flops / parameters, name).get("mfu") == pytest.approx(wanted)

@@ -590,16 +590,6 @@ def test_micro_batches_are_halved_before_activations_are_recomputed(large, lora_
         assert f"{wanted[0]} tokens a forward pass, activations {'recomputed' if wanted[1] else 'kept'}" in str(plan)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("NVIDIA H200", 0.5), ("Unheard-of 1", None)])
-def test_mfu_needs_a_known_gpu(monkeypatch, large, name, wanted):
-    shape = trainers.shape_of(large)
-    parameters = sum(p.numel() for p in shape.parameters()) - 151_936 * 1536  # without the embedding
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    for lora, flops in ((False, 6), (True, 4)):
-        assert trainers.mfu(shape, lora, 989e12 / 2 / flops / parameters).get("mfu") == pytest.approx(wanted)
-
-
 # ------------------------------------------------------------------------------------------------- beside TRL
 
 
