@@ -37,6 +37,7 @@ from runs import UserError
 PAGE = 64  # tokens a page, as in kernels.decode_attention
 ROW_TILE = 16  # rows of a CPU step and tokens of a CPU prefill are a multiple of this, where row_tile says no other
 LOOK = {"cpu": 4, "cuda": 16}  # decode steps between two looks of the host
+MAX_ROWS = 512  # samples that are decoded at a time, where the caller says nothing
 PREFILL_TOKENS = 8192  # prompts that are prefilled together; one longer prompt goes alone
 GPU_SHARE = 0.6  # of the free GPU memory, where the caller gives no cache_bytes
 CPU_CACHE_BYTES = 2 << 30  # the same on a CPU, where memory that is never written costs nothing
@@ -153,6 +154,13 @@ def decode_step(transformer, cache: Cache, state: State, rows: int, mode: str) -
 
 def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
+
+
+def slots_of(ids: list[int], pages: list[int], cached: int) -> np.ndarray:
+    """[4,T] int64 of a document in these pages: ids, positions, slots of the arena, and whether they are new."""
+    position_T = np.arange(len(ids))
+    slot_T = np.array(pages, dtype=np.int64)[position_T // PAGE] * PAGE + position_T % PAGE
+    return np.stack([np.array(ids, dtype=np.int64), position_T, slot_T, position_T >= cached])
 
 
 class Pages:
@@ -333,7 +341,7 @@ class Engine:
     """
 
     def __init__(
-        self, transformer, eos_ids, *, max_rows=512, max_context=None, cache_bytes=None, row_tile=ROW_TILE
+        self, transformer, eos_ids, *, max_rows=MAX_ROWS, max_context=None, cache_bytes=None, row_tile=ROW_TILE
     ):  # fmt: skip
         config, weight = transformer.config, transformer.head_weight
         self.transformer, self.eos_ids = transformer, frozenset(eos_ids)
@@ -379,7 +387,7 @@ class Engine:
         self._open(temperature or 1.0, top_p)
         keys = stream_keys(seed, places, n)
         groups = [Group(i, list(p), len(p) - 1, limits[i], keys[i], deque(range(n))) for i, p in enumerate(prompts)]
-        mode = "greedy" if temperature == 0 else "top_p" if top_p < 1 else "sample"
+        mode = "greedy" if temperature == 0 else "top_p" if np.float32(top_p) < 1 else "sample"
         self.calls += 1
         return Rollout(self, groups, mode, logprobs, prefix, partial).run(self.calls)
 
@@ -449,13 +457,10 @@ class Engine:
         batch = batch + [([0] * idle, [0], 0)]  # fills the last tile, a document of its own in page 0
         lengths = [len(ids) for ids, _, _ in batch]
         cu_seqlens = torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32, device=self.device)
-        table_T4 = torch.tensor([
-            (token, i, pages[i // PAGE] * PAGE + i % PAGE, i >= cached)
-            for ids, pages, cached in batch for i, token in enumerate(ids)
-        ])  # fmt: skip
-        new_N = table_T4[:, 3].nonzero().squeeze(1).to(self.device)
-        slot_T = table_T4[:, 2].to(self.device)
-        ids_N, position_N, slot_N, _ = table_T4.to(self.device)[new_N].T.contiguous()
+        table_4T = torch.from_numpy(np.concatenate([slots_of(*document) for document in batch], axis=1))
+        new_N = table_4T[3].nonzero().squeeze(1).to(self.device)
+        table_4T = table_4T.to(self.device)
+        slot_T, (ids_N, position_N, slot_N, _) = table_4T[2], table_4T[:, new_N]
 
         weight, dim = self.transformer.head_weight, self.transformer.config.head_dim
         row = (cu_seqlens, max(lengths), kernels.attention_plan(cu_seqlens, len(slot_T), weight.dtype, dim))

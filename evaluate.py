@@ -15,9 +15,7 @@ decoded by its own settings unless a flag says otherwise. Intervals are 95 %. NA
 into an attack on the thinking: its start is given, or faked inside the request.
 """
 
-import contextlib
 import hashlib
-import itertools
 import json
 import random
 import sys
@@ -55,7 +53,6 @@ class Config:
     judge: str = option(
         "wildguard", "comma-separated guards, endpoint=MODEL@URL, POLICY.py; first counts", pocket="pocket"
     )
-    check_judge: str = option("", "endpoint=MODEL@URL that says whether a thinking checks its own answer")
     controversial: str = option("unsafe", "what a guard's word controversial counts as", choices=("unsafe", "safe"))
     max_unscored: float = option(0.01, "exit 3 if a judge or server left a larger share unscored", low=0, high=1)
     limit: int = option(0, "items of each suite; 0: all", low=0)
@@ -71,8 +68,6 @@ class Config:
     report: tuple = option((), "folders of evaluations and training runs; --out is the report's folder")
     rescore: str = option("", "evaluation folder to judge and score again, by --judge where given; guards' labels stay")
     chat: bool = option(False, "talk to the model instead")
-    max_cost: float = option(0.0, "most that an endpoint may cost, in the currency of --prices; 0: no limit", low=0)
-    prices: tuple = option((), "of an endpoint: of a million prompt tokens and of a million generated ones")
     dtype: str = option("auto", "compute dtype; auto: bfloat16 on a GPU", choices=DTYPES, pocket="float32")
     device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of the samples")
@@ -194,11 +189,6 @@ def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list
     return [name for name in names if name not in last] + last
 
 
-def limits(config: Config) -> dict:
-    """The arguments of every judges.Endpoint."""
-    return {"max_cost": config.max_cost, "prices": config.prices, "seed": config.seed}
-
-
 def hardware(config: Config) -> dict:
     """Device and dtype of the model and of guards."""
     device = model.pick_device(config.device)
@@ -207,12 +197,9 @@ def hardware(config: Config) -> dict:
 
 
 def ask_judges(config: Config, names: list[str]) -> dict[str, judges.Judge]:
-    """{name: judge} of those that ask a server, --check-judge as "checks". Built before anything is written: a URL that
-    is none, one with a password, and a key that is missing show now."""
-    found = {name: judges.load(name, limits=limits(config)) for name in names if name.startswith("endpoint=")}
-    if config.check_judge:
-        found["checks"] = judges.checks_judge(config.check_judge, limits(config))
-    return found
+    """{name: judge} of those that ask a server. Built before anything is written: a URL that is none, one with a
+    password, and a key that is missing show now."""
+    return {name: judges.load(name, seed=config.seed) for name in names if name.startswith("endpoint=")}
 
 
 # ------------------------------------------------------------------------------------------------- sampling
@@ -246,7 +233,7 @@ class Target:
     def __init__(self, config: Config):
         self.config, self.loaded, self.endpoint = config, None, None
         if config.endpoint:
-            self.endpoint = judges.Endpoint(config.endpoint, config.model, **limits(config))
+            self.endpoint = judges.Endpoint(config.endpoint, config.model, seed=config.seed)
 
     def load(self):
         """(transformer, tokenizer); None of a server's model."""
@@ -339,13 +326,6 @@ def label_all(config: Config, done: dict[str, list[dict]], names: list[str], ser
             path = folder / f"labels{mode}_{slug(name)}.jsonl"
             labelled[mode][name] = add_labels(judge, items, path, config.controversial)
         del judge  # before the next one is loaded
-    for mode, items in done.items() if config.check_judge else ():
-        requests = [item for item in items if item["kind"] in safety.REQUESTS]
-        path = folder / f"labels{mode}_checks.jsonl"
-        checks = add_labels(servers["checks"], requests, path, config.controversial)
-        checked = {scores.key(item): {"checked": item.get("checked")} for item in checks}
-        for name, group in labelled[mode].items():
-            labelled[mode][name] = [{**item, **checked.get(scores.key(item), {})} for item in group]
     return labelled
 
 
@@ -443,7 +423,7 @@ def unscored_shares(by_judge: dict[str, list[dict]]) -> dict[str, float]:
 
 def score(config: Config, folder: Path, labelled: dict, target: Target | None, summary: dict) -> None:
     """Figures, with own verifications, of {mode: {judge: labelled items}}: into the summary and items<mode>.jsonl."""
-    summary |= {"figures": {}, "agreement": {}, "unscored": {}, "incomplete": "unfinished" in summary}
+    summary |= {"figures": {}, "unscored": {}, "incomplete": "unfinished" in summary}
     for mode, by_judge in labelled.items():
         figures = {name: scores.score(group) for name, group in by_judge.items()}
         rows, items = headline(by_judge, figures, summary["rewarded_by"])
@@ -455,8 +435,6 @@ def score(config: Config, folder: Path, labelled: dict, target: Target | None, s
             row["decoding"] = summary["decoding"][mode].get(name, "as the suites that they come from")
         write_items(folder / f"items{mode}.jsonl", items)
         summary["figures"][mode or "sampled"] = {**figures, "headline": rows}
-        for a, b in itertools.combinations(by_judge, 2):
-            summary["agreement"][f"{a} / {b}{mode}"] = scores.agreement(by_judge[a], by_judge[b])
         summary["unscored"] |= {f"{name}{mode}": share for name, share in unscored_shares(by_judge).items()}
         summary["incomplete"] |= any(judges.failed(item) for group in (*by_judge.values(), items) for item in group)
 
@@ -472,12 +450,11 @@ def conclude(config: Config, folder: Path, names: list[str], summary: dict) -> i
         ways = scores.grouped((row["decoding"], suite) for suite, row in rows.items())
         print("\n".join(f"{how}: {', '.join(group)}" for how, group in ways.items()))
     print("\n" + scores.details(tables["sampled"]))
-    summary["usage"] = judges.total_usage(folder)
     runs.write_json(folder / "summary.json", summary)
     runs.write_json(folder / "result.json", tables["sampled"])
     print(f"\neverything lies in {folder}")
     if summary["incomplete"]:
-        print(f"what a server, a limit or a kill left out is asked for by --resume {folder}", file=sys.stderr)
+        print(f"what a server or a kill left out is asked for by --resume {folder}", file=sys.stderr)
     left = {name: share for name, share in summary["unscored"].items() if share > config.max_unscored}
     for name, share in left.items():
         print(f"{name} left {share:.1%} unscored, more than --max-unscored {config.max_unscored:.1%}", file=sys.stderr)
@@ -521,22 +498,19 @@ def evaluate(config: Config, origin: dict) -> int:
         Path(config.resume, "result.json").unlink(missing_ok=True)  # not finished after all
     folder = runs.new_folder(config, origin, "evaluate", model.device_name(model.pick_device(config.device)))
     runs.write_json(folder / "summary.json", summary)
-    with contextlib.ExitStack() as stack:
-        endpoints = {"target": target.endpoint} | {name: judge.endpoint for name, judge in servers.items()}
-        stack.callback(judges.note_usage, folder, endpoints)
-        for mode in summary["decoding"]:
-            if mode == "_checked":
-                done[mode] = self_checked(config, target, done[""], folder)
-            else:
-                done[mode] = generate(config, target, items, folder / f"generations{mode}.jsonl", mode == "_greedy")
-        if not all(map(judges.is_exact, names)):
-            target.close()
-        labelled = label_all(config, done, names, servers, folder, world)
-        score(config, folder, labelled, target, summary)
+    for mode in summary["decoding"]:
+        if mode == "_checked":
+            done[mode] = self_checked(config, target, done[""], folder)
+        else:
+            done[mode] = generate(config, target, items, folder / f"generations{mode}.jsonl", mode == "_greedy")
+    if not all(map(judges.is_exact, names)):
+        target.close()
+    labelled = label_all(config, done, names, servers, folder, world)
+    score(config, folder, labelled, target, summary)
     return conclude(config, folder, names, summary)
 
 
-JUDGING = {"judge", "check_judge", "controversial", "max_unscored", "max_cost", "prices", "device", "dtype"}
+JUDGING = {"judge", "controversial", "max_unscored", "device", "dtype"}
 
 
 def rescore(config: Config, origin: dict) -> int:
@@ -562,11 +536,8 @@ def rescore(config: Config, origin: dict) -> int:
     for name in filter(judges.is_exact, names):
         for old in folder.glob(f"labels*_{slug(name)}.jsonl"):
             old.unlink()
-    servers = ask_judges(config, names)
-    with contextlib.ExitStack() as stack:
-        stack.callback(judges.note_usage, folder, {name: judge.endpoint for name, judge in servers.items()})
-        labelled = label_all(config, done, names, servers, folder, world)
-        score(config, folder, labelled, None, summary)
+    labelled = label_all(config, done, names, ask_judges(config, names), folder, world)
+    score(config, folder, labelled, None, summary)
     return conclude(config, folder, names, summary)
 
 

@@ -29,13 +29,11 @@ import sys
 import threading
 import traceback
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -105,7 +103,6 @@ class Judge:
     name: str
     exact: bool  # a verifier, not an opinion: it may judge what it rewarded
     stream_requests: Callable
-    endpoint: "Endpoint | None" = None  # where one is asked; its `usage` has what that took
 
     def stream(self, items: list[dict]) -> Iterator[tuple[int, dict]]:
         """(i, label of items[i]) as labels come; the exact kinds first."""
@@ -148,12 +145,12 @@ def pair(item: dict) -> tuple[str, str]:
 
 
 def load(
-    name: str, *, world=None, device="cpu", dtype=torch.float32, controversial="unsafe", cache_bytes=None, limits=None
+    name: str, *, world=None, device="cpu", dtype=torch.float32, controversial="unsafe", cache_bytes=None, seed=0
 ) -> Judge:
     """A judge by its name. Raises UserError for a name that is none, and for a model that cannot be used.
 
     pocket (needs `world`) | maths | endpoint=MODEL@URL | POLICY.py | qwen3guard[=MODEL] | llamaguard3[=MODEL] |
-    wildguard[=MODEL]. `controversial`: what a guard's word of that name counts as. `limits`: arguments of Endpoint.
+    wildguard[=MODEL]. `controversial`: what a guard's word of that name counts as. `seed`: of an endpoint.
     """
     kind, _, path = name.partition("=")
     if name.endswith(".py"):
@@ -163,7 +160,7 @@ def load(
     if name == "maths":
         return Judge("maths", True, lambda requests: ())  # whose callers give it none
     if kind == "endpoint":
-        return rubric_judge(name, parse_endpoint(name, limits))
+        return rubric_judge(name, parse_endpoint(name, seed))
     if kind in GUARDS:
         return guard_judge(kind, path or GUARDS[kind].model, device, dtype, controversial, cache_bytes)
     there = ", ".join((*EXACT, *GUARDS, "endpoint=MODEL@URL", "FILE.py"))
@@ -394,15 +391,14 @@ DEAD_AFTER = 5  # calls given up in a row
 PARALLEL = 8
 TIMEOUT = 300.0  # seconds without a byte from the server
 KEY = "OPENAI_API_KEY"
-RUBRIC_TOKENS, CRITIQUE_TOKENS, CHECK_TOKENS = 2048, 4096, 1024  # of a reply, its thinking included
+RUBRIC_TOKENS, CRITIQUE_TOKENS = 2048, 4096  # of a reply, its thinking included
 
 
 @dataclass(frozen=True)
 class Reply:
     text: str
     finish_reason: str  # stop, length, ...
-    tokens_in: int
-    tokens_out: int
+    tokens: int
     thinking: str | None = None  # where the server takes it out of the text
 
 
@@ -435,9 +431,9 @@ def read_reply(body: str) -> Reply | Unscored:
         text = "".join(part.get("text") or "" for part in parts)
         text = text or message.get("refusal") or ""  # some servers have a field for refusals
         thinking = message.get("reasoning_content") or message.get("reasoning")
-        tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+        tokens = usage.get("completion_tokens") or 0
         "".join([text, thinking or "", finish]).encode()  # half a surrogate pair is not text
-        if not all(0 <= count < math.inf for count in tokens):
+        if not 0 <= tokens < math.inf:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Unscored("endpoint_bad_reply")
@@ -445,35 +441,26 @@ def read_reply(body: str) -> Reply | Unscored:
         return Unscored("endpoint_content_filter")
     if not (text or thinking or finish == "length"):
         return Unscored("endpoint_no_text")
-    return Reply(text, finish, *map(int, tokens), thinking)
+    return Reply(text, finish, int(tokens), thinking)
 
 
 class Endpoint:
     """One model on one server. May be called from several threads. The key is in OPENAI_API_KEY and is never shown.
 
-    The openai package tries again what may pass. Once a call might pass max_cost, in the currency of the prices (of a
-    million tokens in, and out), none is made; 0 is no limit, and calls that fail count as free. `seed` goes with calls
-    that name none. `usage` has what was used so far: `requests` counts calls, whatever retries they took, `failed`
-    those without a reply. After DEAD_AFTER calls in a row that were given up the server is no longer asked.
+    The openai package tries again what may pass. After DEAD_AFTER calls in a row that were given up the server is no
+    longer asked. `seed` goes with calls that name none.
     """
 
-    def __init__(self, url, model, *, max_cost=0.0, prices=(0.0, 0.0), seed=0, timeout=TIMEOUT):
+    def __init__(self, url, model, *, seed=0, timeout=TIMEOUT):
         try:
             import openai
         except ImportError:
             raise UserError("an endpoint needs the openai package: pip install -r requirements-extra.txt") from None
-        try:
-            self.price_in, self.price_out = map(float, prices or (0, 0))
-        except (ValueError, TypeError):
-            raise UserError(f"--prices takes two numbers, of a million tokens in and out, not {prices}") from None
-        if max_cost and not (self.price_in or self.price_out):
-            raise UserError("--max-cost needs --prices, of a million tokens in and out")
         self.url, key = checked_url(url)
-        self.model, self.openai, self.max_cost, self.seed = model, openai, max_cost, seed
+        self.model, self.openai, self.seed = model, openai, seed
         http = openai.DefaultHttpxClient(follow_redirects=False)  # to where a key might be shown
         settings = {"max_retries": RETRIES, "timeout": timeout, "http_client": http}
         self.client = openai.OpenAI(api_key=key, base_url=self.url, **settings)
-        self.usage = {"requests": 0, "failed": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0}
         self.names = {name: name for name in ("max_tokens", "seed", "top_p", "temperature")}  # None: refused
         self.given_up, self.lock = 0, threading.Lock()
 
@@ -485,36 +472,14 @@ class Endpoint:
         """
         wanted = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
         wanted["seed"] = self.seed if seed is None else seed
-        tokens_in = sum(len(message["content"].encode()) + 64 for message in messages)  # at most
-        dearest = self._price(tokens_in, max_tokens)
-        with self.lock:
-            if self.given_up >= DEAD_AFTER:
-                return Unscored("endpoint_dead")
-            if self.max_cost and self.usage["cost"] + dearest > self.max_cost:
-                return Unscored("max_cost")
-            self.usage["requests"] += 1
-            self.usage["cost"] += dearest  # until the reply says less
+        if self.given_up >= DEAD_AFTER:
+            return Unscored("endpoint_dead")
         while (came := self._send(messages, wanted)) is None:  # a setting was refused
             pass
+        alive = isinstance(came, Reply) or came.reason in ("endpoint_content_filter", "endpoint_no_text")
         with self.lock:
-            self._count(came, dearest)
-        return came
-
-    def _price(self, tokens_in: int, tokens_out: int) -> float:
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
-
-    def _count(self, came: Reply | Unscored, dearest: float) -> None:
-        usage = self.usage
-        usage["cost"] -= dearest
-        if isinstance(came, Reply):
-            self.given_up = 0
-            usage["tokens_in"] += came.tokens_in
-            usage["tokens_out"] += came.tokens_out
-            usage["cost"] += self._price(came.tokens_in, came.tokens_out) or dearest  # of a server that counts nothing
-        else:
-            usage["failed"] += 1
-            alive = came.reason in ("endpoint_content_filter", "endpoint_no_text")
             self.given_up = 0 if alive else self.given_up + 1
+        return came
 
     def _send(self, messages: list[dict], wanted: dict) -> Reply | Unscored | None:
         """None: send again, without the setting that the server has just refused."""
@@ -583,37 +548,20 @@ def completed(reply: Reply | Unscored) -> dict:
         thinking, answer = safety.split_thinking(reply.text, "</think>" in reply.text or finish == "length")
     elif finish == "length" and not answer.strip():
         answer = None
-    done = {"completion": reply.text, "tokens": reply.tokens_out, "finish_reason": finish}
+    done = {"completion": reply.text, "tokens": reply.tokens, "finish_reason": finish}
     return done | {"thinking": thinking, "answer": answer}
 
 
 def failed(record: dict) -> bool:
-    """Whether a record says only that a server did not do its work, or that a limit was reached: to be asked again."""
-    reason = str(record.get("unscored", ""))
-    return record.get("finish_reason") == "provider" or reason.startswith(("endpoint_", "max_cost"))
+    """Whether a record says only that a server did not do its work: to be asked again."""
+    return record.get("finish_reason") == "provider" or str(record.get("unscored", "")).startswith("endpoint_")
 
 
-def note_usage(folder: Path, endpoints: dict[str, Endpoint | None]) -> None:
-    """What this sitting of a run used of its endpoints, in usage.jsonl; a process killed by -9 leaves no note."""
-    used = {name: endpoint.usage for name, endpoint in endpoints.items() if endpoint}
-    if used:
-        runs.append_jsonl(folder / "usage.jsonl", used)
-
-
-def total_usage(folder: Path) -> dict[str, Counter]:
-    """{endpoint: requests, tokens, cost} of all sittings."""
-    path, total = folder / "usage.jsonl", {}
-    for _, sitting in runs.read_rows(path) if path.exists() else ():
-        for name, usage in sitting.items():
-            total.setdefault(name, Counter()).update(usage)
-    return total
-
-
-def parse_endpoint(name: str, limits: dict | None = None) -> Endpoint:
+def parse_endpoint(name: str, seed: int) -> Endpoint:
     found = re.fullmatch(r"endpoint=(.+?)@(https?://.+)", name)
     if not found:
         raise UserError(f"{name!r} must be endpoint=MODEL@URL, the URL with http:// or https://")
-    return Endpoint(found[2], found[1], **(limits or {}))
+    return Endpoint(found[2], found[1], seed=seed)
 
 
 def ask(endpoint: Endpoint, prompt: Callable, texts: tuple, max_tokens: int, read: Callable):
@@ -631,7 +579,7 @@ def rubric_judge(name: str, endpoint: Endpoint) -> Judge:
     def one(item):
         return guard_label(ask(endpoint, safety.rubric_prompt, pair(item), RUBRIC_TOKENS, parse_rubric))
 
-    return Judge(name, False, answers_only(lambda items: in_parallel(items, one)), endpoint)
+    return Judge(name, False, answers_only(lambda items: in_parallel(items, one)))
 
 
 def parse_rubric(text: str, nonce: str) -> Guard | Unscored:
@@ -645,60 +593,35 @@ def parse_rubric(text: str, nonce: str) -> Guard | Unscored:
     return Guard(verdict, refusal == "yes")
 
 
-def checks_judge(name: str, limits: dict) -> Judge:
-    """A judge whose label is `checked`: whether the thinking checks the answer that it leads to."""
-    endpoint, read = parse_endpoint(name, limits), partial(safety.parse_reply, keys=("checks",))
-
-    def one(item: dict) -> dict:
-        reply = ask(endpoint, safety.checks_prompt, (item["prompt"], item["thinking"]), CHECK_TOKENS, read)
-        if isinstance(reply, Unscored):
-            return {"unscored": reply.reason}
-        word = reply["checks"].strip().lower()
-        return {"checked": word == "yes"} if word in ("yes", "no") else {"unscored": "no_word"}
-
-    return Judge(name, False, lambda items: in_parallel(items, one), endpoint)
-
-
 # ------------------------------------------------------------------------------------------------- experts
 
 
-class Expert(NamedTuple):
-    """`stream(jobs)` yields (i, Critique or Unscored) once for each, in any order. A job has prompt, answer, spec (name
-    or path); the pocket's expert also needs the item."""
+def load_expert(name: str, *, world=None, seed=0) -> Callable:
+    """An expert: pocket (needs `world`) | endpoint=MODEL@URL | POLICY.py. Raises UserError for others.
 
-    name: str
-    stream: Callable
-    endpoint: Endpoint | None = None
-
-
-def load_expert(name: str, *, world=None, limits=None) -> Expert:
-    """An expert: pocket (needs `world`) | endpoint=MODEL@URL | POLICY.py. Raises UserError for others."""
+    It yields (i, Critique or Unscored) once for each of a list of jobs, in any order. A job has prompt, answer, spec
+    (name or path); the pocket's expert also needs the item.
+    """
     if name.endswith(".py"):
-        return Expert(name, own_stream(name, "critique", own_critique, world))
+        return own_stream(name, "critique", own_critique, world)
     if name == "pocket":
-        return pocket_expert(known_world(world))
+        return partial(pocket_critiques, known_world(world))
     if name.startswith("endpoint="):
-        return endpoint_expert(name, parse_endpoint(name, limits))
+        return partial(in_parallel, work=partial(ask_expert, parse_endpoint(name, seed)))
     raise UserError(f"no expert is named {name!r}; there are: pocket, endpoint=MODEL@URL, FILE.py")
 
 
-def endpoint_expert(name: str, endpoint: Endpoint) -> Expert:
-    def one(job):
-        texts = (safety.load_spec(job["spec"]).text, job["prompt"], job["answer"])
-        return ask(endpoint, safety.expert_prompt, texts, CRITIQUE_TOKENS, safety.parse_expert)
-
-    return Expert(name, lambda jobs: in_parallel(jobs, one), endpoint)
+def ask_expert(endpoint: Endpoint, job: dict) -> Critique | Unscored:
+    texts = (safety.load_spec(job["spec"]).text, job["prompt"], job["answer"])
+    return ask(endpoint, safety.expert_prompt, texts, CRITIQUE_TOKENS, safety.parse_expert)
 
 
-def pocket_expert(world: pocket.World) -> Expert:
-    """The oracle's critique; which of its wordings is a matter of the job alone, so that a resumed run agrees."""
-
-    def critique(job):
+def pocket_critiques(world: pocket.World, jobs: list[dict]) -> Iterator[tuple[int, Critique]]:
+    """The oracle's; which of its wordings is a matter of the job alone, so that a resumed run agrees."""
+    for i, job in enumerate(jobs):
         thing, answer = world.by_name[job["item"]], job["answer"]
         rng = random.Random(json.dumps([world.seed, job["prompt"], answer]))
-        return Critique(pocket.critique(thing, answer, rng), pocket.verdict(thing, answer))
-
-    return Expert("pocket", lambda jobs: ((i, critique(job)) for i, job in enumerate(jobs)))
+        yield i, Critique(pocket.critique(thing, answer, rng), pocket.verdict(thing, answer))
 
 
 def own_critique(result) -> Critique | Unscored:

@@ -39,6 +39,7 @@ import model
 import runs
 import safety
 import suites
+import train_sft
 from pocket import world as pocket
 from runs import UserError, option
 
@@ -64,8 +65,6 @@ class Config:
     records: int = option(6000, "records to aim at, two thirds from harmful prompts; 0: all", pocket=0, low=0)
     baseline: tuple = option((), "star1, star1-draft, safechain, NAME:published[=PATH]", pocket=tuple(BASELINES))
     max_unscored: float = option(0.01, "exit 3 if guard or expert left a larger share unscored", low=0, high=1)
-    max_cost: float = option(0.0, "most that an endpoint may cost, in the currency of --prices; 0: no limit", low=0)
-    prices: tuple = option((), "of an endpoint: of a million prompt tokens and of a million generated ones")
     seed: int = option(0, "seed of prompts, samples and choices")
     dtype: str = option("auto", "compute dtype; auto: bfloat16 on a GPU", choices=DTYPES)
     device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
@@ -179,11 +178,6 @@ def stage_samples(sampler, items: list[dict], log, config: Config) -> list[dict]
     return items
 
 
-def usable(item: dict) -> bool:
-    """Whether a sample has a whole answer, which can be judged and trained on."""
-    return item["finish_reason"] == "stop" and bool((item["answer"] or "").strip())
-
-
 def select(samples: list[dict], seed: int) -> tuple[list[dict], str]:
     """The labelled samples of one prompt that become records, and why (the paper's rule).
 
@@ -215,7 +209,7 @@ def draw(prompts: list[dict], sampler, model_hash: str, judge, samples, labels, 
                 break
             items = [item for prompt in wave for item in to_sample(prompt, model_hash, config)]
             items = stage_samples(sampler, items, samples, config)
-            missing = [item for item in items if usable(item) and item["key"] not in labels.done]
+            missing = [item for item in items if safety.answered(item) and item["key"] not in labels.done]
             items = keep(labels, items, missing, judge.stream(missing))
             for group in (items[first : first + config.n] for first in range(0, len(items), config.n)):
                 picked, reason = select(group, config.seed)
@@ -242,7 +236,7 @@ def stage_critiques(expert, chosen: list[dict], log, config: Config, spec) -> li
     asked = ("critique", config.expert, spec.sha256)
     jobs = [{**item, "key": digest(*asked, item["prompt"], item["answer"]), "spec": config.spec} for item in chosen]
     missing = [job for job in jobs if job["key"] not in log.done]
-    return keep(log, jobs, missing, expert.stream(missing))
+    return keep(log, jobs, missing, expert(missing))
 
 
 def verification_records(jobs: list[dict], config: Config, spec) -> tuple[list[dict], list[dict]]:
@@ -266,20 +260,14 @@ def verification_records(jobs: list[dict], config: Config, spec) -> tuple[list[d
 
 def size(tokenizer, record: dict) -> tuple[int, int] | None:
     """(supervised, all) tokens of a record as train_sft.py sees it, characters without a tokenizer; None: no target."""
-    prompt = record["prompt"]
-    if record["kind"] == "answer":
-        thinking, answer = record["reasoning"], record["answer"]
-    else:
-        prompt = safety.verification_prompt(safety.record_spec(record).text, prompt, record["answer"])
-        thinking, answer = safety.verify_target(record["critique"], record["verdict"], "both")
     if tokenizer is None:
+        prompt, thinking, answer = train_sft.texts(record, "both")
         return len(thinking) + len(answer), len(prompt) + len(thinking) + len(answer)
     try:
-        prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
-        ids, trained = safety.build_example(tokenizer, prompt_ids, thinking, answer)
+        example = train_sft.build(tokenizer, record, "both")
     except ValueError:  # a think tag inside the text
         return None
-    return sum(trained), len(ids)
+    return sum(example.trained), len(example.ids)
 
 
 # ------------------------------------------------------------------------------------------------- baselines
@@ -329,37 +317,29 @@ def published_records(text: str, config: Config, tested: list[dict], facts: dict
     return [answer_record(prompt, *texts, f"{name}, published") for prompt, *texts in split if texts[1]]
 
 
-def matched(records: Iterable[dict], goal: int, tokenizer) -> tuple[list[dict], Counter]:
-    """The first records, no two alike, that hold `goal` supervised tokens together, or all that there are; and what was
-    left out."""
-    kept, left, total = {}, Counter(), 0
+def matched(records: Iterable[dict], goal: int, tokenizer) -> list[dict]:
+    """The first records, no two alike, that hold `goal` supervised tokens together, or all that there are."""
+    kept, total = {}, 0
     for record in records:
         if total >= goal:
             break
         tokens = size(tokenizer, record)
-        if tokens is None:
-            left["no target"] += 1
-        elif record["id"] in kept:
-            left["the same again"] += 1
-        else:
+        if tokens and record["id"] not in kept:
             kept[record["id"]] = record
             total += tokens[0]
-    return list(kept.values()), left
+    return list(kept.values())
 
 
 # ------------------------------------------------------------------------------------------------- files, card
 
 
-def write_records(folder: Path, verify: list, disputed: list, streams: dict, tokenizer) -> tuple[dict, dict]:
-    """Write all files; `streams`, {file: records} of the baselines, get as many supervised tokens as `verify`.
-
-    Returns what the card says of the files, and what was left out of baselines.
-    """
-    files, left, goal = {}, {}, 0
+def write_records(folder: Path, verify: list, disputed: list, streams: dict, tokenizer) -> dict:
+    """Write all files; `streams`, {file: records} of the baselines, get as many supervised tokens as `verify`. Returns
+    what the card says of the files."""
+    files, goal = {}, 0
     for name, records in {"verify.jsonl": verify, "disagreements.jsonl": disputed, **streams}.items():
         if name in streams:
-            records, skipped = matched(records, goal, tokenizer)
-            left |= {f"{name}: {why}": count for why, count in skipped.items()}
+            records = matched(records, goal, tokenizer)
         data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         runs.write_atomic(folder / name, data)
         sizes = [size(tokenizer, record) or (0, 0) for record in records]
@@ -372,14 +352,14 @@ def write_records(folder: Path, verify: list, disputed: list, streams: dict, tok
             files[name] |= {"goal": goal, "short": max(0, goal - supervised)}  # where the stream ended before its goal
         if name == "verify.jsonl":
             goal = supervised
-    return files, left
+    return files
 
 
 def state(item: dict) -> str:
     """What became of a sample, for the table."""
     if "provider" in item:
         return f"failed: {item['provider']}"
-    if not usable(item):
+    if not safety.answered(item):
         return "cut off" if item["finish_reason"] == "length" else "without an answer"
     return f"unscored: {item['unscored']}" if "unscored" in item else "safe" if item["safe"] else "unsafe"
 
@@ -407,19 +387,18 @@ def main(config: Config, origin: dict) -> int:
     world, spec, device = pocket.world_of(config.model), safety.load_spec(config.spec), model.pick_device(config.device)
     model.pick_kernels(device)
     facts, streams = gather(config, world)
-    limits = {"max_cost": config.max_cost, "prices": config.prices, "seed": config.seed}
-    settings = {"world": world, "device": device, "dtype": model.pick_dtype(config.dtype, device), "limits": limits}
+    settings = {"world": world, "device": device, "dtype": model.pick_dtype(config.dtype, device), "seed": config.seed}
     settings |= {"cache_bytes": JUDGE_CACHE if device == "cuda" else None}
     if config.endpoint:
-        sampler, tokenizer = judges.Endpoint(config.endpoint, config.model, **limits), None
+        sampler, tokenizer = judges.Endpoint(config.endpoint, config.model, seed=config.seed), None
         model_hash = digest(sampler.url, config.model)
     else:
         transformer, tokenizer = model.load(config.model, device, settings["dtype"], config.adapter)
         sampler, model_hash = (transformer, tokenizer), model.fingerprint(transformer, tokenizer)
     judge = judges.load(config.guard, controversial=config.controversial, **settings)
-    silent = judges.Expert("none", guards_verdict)
-    expert = silent if config.expert == "none" else judges.load_expert(config.expert, world=world, limits=limits)
-    endpoints = {"sampler": config.endpoint and sampler, "guard": judge.endpoint, "expert": expert.endpoint}
+    expert = guards_verdict
+    if config.expert != "none":
+        expert = judges.load_expert(config.expert, world=world, seed=config.seed)
 
     folder = runs.new_folder(config, origin, "make_data", model.device_name(device))  # what is wrong has shown by now
     print(f"run folder {folder}; settings:")
@@ -427,7 +406,6 @@ def main(config: Config, origin: dict) -> int:
     runs.write_json(folder / "prompts.json", facts)
     prompts = facts.pop("prompts")
     with contextlib.ExitStack() as stack:
-        stack.callback(judges.note_usage, folder, {name: e for name, e in endpoints.items() if e})
         names, by_key = ("samples", "labels", "critiques"), operator.itemgetter("key")
         samples, labels, critiques = (stack.enter_context(runs.Log(folder / f"{n}.jsonl", by_key)) for n in names)
         groups, chosen, reasons = draw(prompts, sampler, model_hash, judge, samples, labels, config)
@@ -440,12 +418,11 @@ def main(config: Config, origin: dict) -> int:
         streams["star-draft.jsonl"] = star_records(world, prompts, config.seed, None)
     if "safechain" in config.baseline:
         streams["safechain.jsonl"] = safechain_records(groups, config.seed)
-    files, left = write_records(folder, verify, disputed, streams, tokenizer)
+    files = write_records(folder, verify, disputed, streams, tokenizer)
     states = Counter(state(item) for samples in groups for item in samples)
     silent = Counter(job["unscored"] for job in jobs if "unscored" in job)
     counts = {"prompts": facts.pop("counts"), "samples": states, "selection": reasons}
     counts["critiques"] = +Counter({"agreed": len(verify), "disagreed": len(disputed)}) + silent
-    counts["left out of baselines"] = left
     card = {
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")},
         "model": {"name": config.model, "adapter": config.adapter, "hash": model_hash},
@@ -454,7 +431,6 @@ def main(config: Config, origin: dict) -> int:
         **facts,
         "counts": counts,
         "files": files,
-        "endpoints": judges.total_usage(folder),
         "versions": runs.read_json(folder / "source.json")["versions"],
     }
     runs.write_json(folder / "data_card.json", card)
@@ -470,7 +446,7 @@ def main(config: Config, origin: dict) -> int:
     if not verify:
         print("no verification record: the counts above say where the answers went (few of --n?)", file=sys.stderr)
     runs.write_json(folder / "result.json", {"counts": counts, "files": files})
-    judged = [item for samples in groups for item in samples if usable(item)]
+    judged = [item for samples in groups for item in samples if safety.answered(item)]
     shares = [sum("unscored" in item for item in asked) / max(1, len(asked)) for asked in (judged, jobs)]
     return runs.EXIT_UNSCORED if max(shares) > config.max_unscored else runs.EXIT_OK
 

@@ -207,6 +207,9 @@ class Linear(nn.Linear):
         self.register_parameter("lora_B", None)
         self.lora_scale = 1.0
 
+    def forward(self, x_TI):
+        raise TypeError("one projection alone is not multiplied: Joint does it, with the LoRA pair")
+
 
 class Joint:
     """Projections of one input as one product: y = x W' + scale (x A') B' of all of them, side by side.
@@ -279,7 +282,8 @@ class JointProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_TO):
         joint, (x_TI, xa_TR), n = ctx.joint, ctx.saved_tensors, len(ctx.joint.linears)
-        needed, g_TI, g_weights, g_biases, g_pairs = ctx.needs_input_grad, None, [None] * n, [None] * n, []
+        needed, g_TI, g_weights, g_biases = ctx.needs_input_grad, None, [None] * n, [None] * n
+        g_pairs = [None] * 2 * len(joint.pairs)
         g_xa_TR = g_TO @ joint.b_OR if joint.pairs else None
         if needed[0]:
             g_TI = (g_xa_TR @ joint.a_RI).addmm_(g_TO, joint.weight_OI) if joint.pairs else g_TO @ joint.weight_OI
@@ -287,10 +291,10 @@ class JointProduct(torch.autograd.Function):
             g_weights = (g_TO.T @ x_TI).split(joint.sizes)
         if any(needed[2 + n : 2 + 2 * n]):
             g_biases = g_TO.sum(0).split(joint.sizes)
-        if joint.pairs:
+        if any(needed[2 + 2 * n :]):
             g_a_RI, g_b_OR = (g_xa_TR.T @ x_TI).float(), (g_TO.T @ xa_TR).float()
-            for linear, outputs, ranks in joint.pairs:
-                g_pairs += [g_a_RI[ranks], g_b_OR[outputs, ranks] * linear.lora_scale]
+            parts = [(g_a_RI[ranks], g_b_OR[rows, ranks] * linear.lora_scale) for linear, rows, ranks in joint.pairs]
+            g_pairs = [part for pair in parts for part in pair]
         return g_TI, None, *g_weights, *g_biases, *g_pairs
 
 

@@ -114,12 +114,6 @@ def rows_of(group: list[Run], suite: str) -> dict[int, dict]:
     return {10**6 + i if seed is None or seed in seeds[:i] else seed: row for i, (seed, row) in enumerate(rows)}
 
 
-def mean_of(run: Run, metric: str, entry: str = "value") -> float | None:
-    """Over a run's suites of a metric. Own answers differ from model to model, so they are left out."""
-    rows = [row for suite, row in run.figures.items() if row["metric"] == metric and suite != scores.OWN]
-    return scores.mean(row.get(entry) for row in rows)
-
-
 def figure(group: list[Run], suite: str) -> dict | None:
     """A method's figure in a suite: over seeds where there are several, else over the items of its one run."""
     rows = list(rows_of(group, suite).values())
@@ -193,20 +187,6 @@ def as_svg(axes, salt: str) -> Markup:
     return Markup(text[text.index("<svg") :])
 
 
-def trade_off(methods: dict[str, list[Run]]) -> Markup | None:
-    """Attack success against compliance: a small dot a run, a numbered one a method."""
-    axes = axes_of(5, 4.2)
-    for number, group in enumerate(methods.values()):
-        dots = [(mean_of(run, "compliance"), mean_of(run, "asr")) for run in group]
-        if dots := [np.multiply(dot, 100) for dot in dots if None not in dot]:
-            x, y = np.mean(dots, axis=0)
-            axes.plot(*np.transpose(dots), "o", color=f"C{number}", markersize=4, alpha=0.6)
-            axes.plot(x, y, "o", color=f"C{number}", markersize=15)
-            axes.text(x, y, str(number + 1), color=CARD, ha="center", va="center_baseline", weight="bold")
-    axes.set(xlim=(-4, 104), ylim=(-4, 104), xlabel="compliance, mean %", ylabel="attack success, mean %")
-    return as_svg(axes, "trade-off") if axes.lines else None
-
-
 def forest(methods: dict[str, list[Run]], suite: str) -> Markup:
     """A line a method: interval as a bar, value as a dot, seeds as ticks, best and worst case dotted."""
     rows = {name: row for name, group in methods.items() if (row := figure(group, suite))}
@@ -272,7 +252,7 @@ def write(folders: list[Path], out: Path) -> Path:
     suites = {name: metrics[name] for wanted in scores.VALUES for name in metrics if metrics[name] == wanted}
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, finalize=printable, undefined=StrictUndefined)
-    page.globals |= {f.__name__: f for f in (figure, rows_of, mean_of, trade_off, forest, curve)}
+    page.globals |= {f.__name__: f for f in (figure, rows_of, forest, curve)}
     known = {"found": found, "methods": methods, "suites": suites, "differences": differences(methods, suites)}
     known |= {"training": training_runs(methods, found), "examples": examples(methods, suites), "scores": scores}
     try:

@@ -69,14 +69,6 @@ def normal_p(gap: float, spread: float) -> float:
     return math.erfc(abs(gap) / spread / math.sqrt(2)) if spread else float(gap == 0)
 
 
-def rater_agreement(pairs: list[tuple]) -> dict:
-    """{n, raw, kappa} of two raters: the share of equal ratings and Cohen's kappa (None where chance always agrees)."""
-    n, raw = len(pairs), mean(a == b for a, b in pairs)
-    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    chance = sum(first[value] * second[value] for value in first) / n**2
-    return {"n": n, "raw": raw, "kappa": (raw - chance) / (1 - chance) if chance < 1 else None}
-
-
 def stats():
     """scipy.stats, which figures over several seeds need."""
     try:
@@ -258,7 +250,7 @@ def headline(seen: list[tuple[dict, bool | None]]) -> dict:
 
 def proactive(scored: list[tuple[dict, bool]]) -> dict:
     """How often the thinking checks its own answer and how often the answer is then safe: by the judge's `checked` and
-    by the marker phrases (`marked`), with their agreement."""
+    by the marker phrases (`marked`)."""
     marked = [({**item, "marked": bool(MARKERS.search(item["thinking"] or ""))}, hit) for item, hit in scored]
     judged = [(item, hit) for item, hit in marked if item.get("checked") is not None]
     figures = {}
@@ -267,9 +259,6 @@ def proactive(scored: list[tuple[dict, bool]]) -> dict:
             figures[sign] = mean(bool(item[sign]) for item, _ in known)
         if known and known[0][0]["metric"] == "asr":
             figures[f"safe_if_{sign}"] = mean(not hit for item, hit in known if item[sign])
-    if judged:
-        both = rater_agreement([(bool(item["checked"]), item["marked"]) for item, _ in judged])
-        figures |= {"checked_agreement": both["raw"], "checked_kappa": both["kappa"]}
     return figures
 
 
@@ -313,19 +302,9 @@ def score(items: list[dict]) -> dict[str, dict]:
     return {name: score_suite(group) for name, group in grouped((item["suite"], item) for item in items).items()}
 
 
-# --- two judges, two runs --------------------------------------------------------------------------------------------
+# --- two runs --------------------------------------------------------------------------------------------------------
 
 MCNEMAR, BOOTSTRAP = "exact McNemar over items", "paired bootstrap over clusters"
-
-
-def agreement(first: list[dict], second: list[dict]) -> dict[str, dict]:
-    """{suite: n, raw, kappa} of two judges on the requests that both scored; the same completions in both lists."""
-    other, pairs = {key(item): outcome(item)[0] for item in second}, []
-    for item in first:
-        hits = outcome(item)[0], other[key(item)]
-        if item["kind"] in safety.REQUESTS and None not in hits and (item["answer"] or "").strip():
-            pairs.append((item["suite"], hits))
-    return {name: rater_agreement(both) for name, both in grouped(pairs).items()}
 
 
 def mismatch(before: dict[tuple, dict], after: dict[tuple, dict]) -> str:
@@ -438,15 +417,3 @@ def paired_table(rows: dict[str, dict]) -> str:
 def printable(text: str) -> str:
     """A model's text without control characters, which could drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-
-
-def side_by_side(before: list[dict], after: list[dict], suites: tuple[str, ...]) -> str:
-    """One held-out item of each suite, the same before and after: the first whose attack worked before."""
-    worked = grouped((item["suite"], item) for item in before if outcome(item)[0])
-    later, lines = {item["id"]: item for item in after}, []
-    for item in [worked[name][0] for name in suites if name in worked]:
-        lines.append(f"\n{item['id']}: {printable(item['prompt'])}")
-        for when, version in (("before", item), ("after", later[item["id"]])):
-            lines.append(f"  {when:<7}thinks:  {printable(version['thinking'].strip())}")
-            lines.append(f"         answers: {printable((version['answer'] or '(nothing)').strip())}")
-    return "\n".join(lines)

@@ -360,10 +360,6 @@ def settings(item: dict) -> Suite:
     return SUITES.get(item.get("like", item.get("suite", "")), Suite())
 
 
-def max_tokens(item: dict) -> int:
-    return settings(item).max_tokens
-
-
 def load(
     names: Sequence[str], world: World | None = None, candidates: Sequence[dict] = (), *, facts: dict | None = None
 ) -> list[dict]:

@@ -44,7 +44,7 @@ import suites
 import trainers
 from pocket.world import world_of
 from runs import UserError, option
-from safety import REQUESTS
+from safety import REQUESTS, answered
 from scores import mean
 
 # Settings that one edits here
@@ -280,10 +280,6 @@ def draw(sampler, tokenizer, prompts: list[dict], n: int, seed: int, config: Con
     return groups
 
 
-def answered(item: dict) -> bool:
-    return item["finish_reason"] == "stop" and bool((item["answer"] or "").strip())
-
-
 def reward(item: dict, label: dict) -> float | None:
     """The paper's: V_safe for a harmful prompt, V_safe (1 - V_refuse) for a benign one; a sum or problem: exact. A
     verification: 1 for the right verdict. None where the judge has none."""
@@ -386,7 +382,7 @@ def one_step(run: Run, step: int) -> tuple[dict, list[list[Drawing]]]:
     """(line of the log, groups) of one step, counted from 0: draw, score, update."""
     config, started = run.config, time.perf_counter()
     prompts = run.prompts[step * config.prompts_per_step :][: config.prompts_per_step]
-    seed = (config.seed + 1 << 32) + step  # never one of the evaluations, which are small numbers
+    seed = ((config.seed + 1) << 32) + step  # never one of the evaluations, which are small numbers
     groups = draw(run.sampler, run.tokenizer, prompts, config.group, seed, config)
     live = score_groups(groups, run.scorer, config)
     line = {"loss": 0.0, "lr": schedule(step, config), "grad_norm": 0.0, **dict.fromkeys(GAPS, math.nan)}

@@ -83,24 +83,22 @@ class Example:
     trained: list[bool]
 
 
-def question(record: dict) -> str:
-    """The user's turn: the prompt, or that its answer is to be judged under the spec."""
+def texts(record: dict, target: str) -> tuple[str, str, str | None]:
+    """(user's turn, thinking, answer) of a record: the prompt, or that its answer is to be judged under the spec."""
     if record["kind"] == "answer":
-        return record["prompt"]
-    return safety.verification_prompt(safety.record_spec(record).text, record["prompt"], record["answer"])
+        return record["prompt"], record["reasoning"], record["answer"]
+    if record["verdict"] not in ("safe", "unsafe"):
+        raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
+    question = safety.verification_prompt(safety.record_spec(record).text, record["prompt"], record["answer"])
+    return question, *safety.verify_target(record["critique"], record["verdict"], target)
 
 
 def build(tokenizer, record: dict, target: str) -> Example:
     """Token ids of one record and which of them are trained. Raises ValueError for text that cannot be a target."""
-    if record["kind"] == "answer":
-        thinking, answer = record["reasoning"], record["answer"]
-    else:
-        if record["verdict"] not in ("safe", "unsafe"):
-            raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
-        thinking, answer = safety.verify_target(record["critique"], record["verdict"], target)
+    prompt, thinking, answer = texts(record, target)
     if not thinking.strip() and not (answer or "").strip():
         raise ValueError("there is no text to train on")
-    prompt_ids = safety.render(tokenizer, [{"role": "user", "content": question(record)}])
+    prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
     return Example(record, *safety.build_example(tokenizer, prompt_ids, thinking, answer))
 
 
@@ -210,7 +208,7 @@ def validate(transformer, tokenizer, held_out: list[Example], config: Config, pl
         total = sum(nll_sum(transformer, group).item() for group in trainers.fill(held_out, plan.micro_tokens))
     figures, samples = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}, []
     shown = [example.record for example in held_out[:VALIDATION_SAMPLES]]
-    items = [{"id": record["id"], "prompt": question(record)} for record in shown]
+    items = [{"id": record["id"], "prompt": texts(record, "both")[0]} for record in shown]
     longest = max(sum(e.trained) for e in held_out[:VALIDATION_SAMPLES]) * 3 // 2
     torch.cuda.empty_cache()  # so that the engine sees what is really free
     drawn = dict(engine.complete(transformer, tokenizer, items, seed=0, max_tokens=longest, temperature=0.0))

@@ -33,7 +33,6 @@ HEADROOM = 0.95  # of the free GPU memory that a plan may fill
 LEAST_ROWS = 16  # longest answers that must fit into the sampler's cache
 PATIENCE = 5  # steps in a row without a finite gradient before a run stops
 GUARD_SHARE = 0.3  # of the GPU memory left for the caches of policy and guard, what the guard gets
-MAX_ROWS = 512  # samples that an engine decodes at a time
 
 
 class Trainee:
@@ -231,7 +230,7 @@ def evaluate(transformer, tokenizer, base: str, seed: int, path: Path) -> dict:
         return runs.read_json(path)
     begun, world = time.perf_counter(), world_of(base)
     items = suites.load(["pocket"], world, suites.candidates(base))
-    limits = [suites.max_tokens(item) for item in items]
+    limits = [suites.settings(item).max_tokens for item in items]
     torch.cuda.empty_cache()  # so that the engine sees what is really free
     drawn = dict(engine.complete(transformer, tokenizer, items, seed=seed, max_tokens=limits))
     done = [drawn[i] for i in range(len(items))]
@@ -257,7 +256,6 @@ def finish(transformer, tokenizer, config, folder: Path, result: dict, begun: fl
         paths = [folder / "before.json", folder / "after.json"]
         before, after = (evaluate(transformer, tokenizer, config.model, config.seed, path) for path in paths)
         print("\n" + scores.table(before["figures"], after["figures"]))
-        print(scores.side_by_side(before["items"], after["items"], ("pocket:role", "pocket:encoded", "pocket:prefill")))
         result |= {"before": before["figures"], "after": after["figures"]}
     result |= {"training_minutes": result["seconds"] / 60, "minutes": (time.monotonic() - begun) / 60}
     runs.write_json(folder / "result.json", result)
@@ -324,7 +322,7 @@ def training_bytes(transformer, lora_r: int, dtype, micro_tokens: int, checkpoin
 
 def graph_bytes(transformer, rows: int) -> int:
     """What an engine's CUDA graphs hold: about four fp32 copies of the logits of all rows."""
-    return 4 * min(rows, MAX_ROWS) * transformer.config.vocab_size * 4
+    return 4 * min(rows, engine.MAX_ROWS) * transformer.config.vocab_size * 4
 
 
 def plan_memory(config, dtype, free: int, *, longest: int, rows: int, answer: int = 0, guard: str = "") -> Plan:

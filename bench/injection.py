@@ -148,8 +148,6 @@ class Config:
     out: str = option("", "result folder; runs/injection-<time> where empty")
     device: str = option("auto", "where guards run", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of guards", choices=("auto", "float32", "bfloat16", "float16"))
-    max_cost: float = option(0.0, "stop asking an endpoint at this cost by --prices; 0: no limit", low=0)
-    prices: tuple = option((), "of an endpoint: of a million prompt tokens and of a million generated ones")
     seed: int = option(0, "of requests to endpoints", low=0)
 
 
@@ -160,13 +158,10 @@ def main(config: Config, origin: dict) -> int:
         if judges.is_exact(judges.checked_name(name)):
             raise UserError(f"--judge {name} is an exact verifier, which reads no instructions; name guards")
     device = model.pick_device(config.device)
-    limits = {"max_cost": config.max_cost, "prices": config.prices, "seed": config.seed}
     for name in names:
-        judge = judges.load(name, device=device, dtype=model.pick_dtype(config.dtype, device), limits=limits)
+        judge = judges.load(name, device=device, dtype=model.pick_dtype(config.dtype, device), seed=config.seed)
         folder = folder or runs.new_folder(config, origin, "injection", model.device_name(device))
         found[name] = selftest(judge)
-        if judge.endpoint is not None:
-            found[name]["usage"] = judge.endpoint.usage
         del judge  # before the next one is loaded
     runs.write_json(folder / "result.json", found)
     print(f"{table(found)}\n{folder / 'result.json'}")

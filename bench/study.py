@@ -98,7 +98,7 @@ def prepare(config: Config) -> Path:
     for derive in (early, late, shuffled, mismatched, other, half):
         write(out / f"{derive.__name__}.jsonl", derive(world, records))
     wanted = supervised(tokenizer, records)
-    write(out / "sums.jsonl", make_data.matched(sums(world, out), wanted, tokenizer)[0])
+    write(out / "sums.jsonl", make_data.matched(sums(world, out), wanted, tokenizer))
     return out
 
 

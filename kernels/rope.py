@@ -31,7 +31,7 @@ def rope(qkv_TO, heads, cos_TD, sin_TD, norms=None, cache=None):
     if cache is not None:
         return launch(qkv_TO, cos_TD, sin_TD, heads, norms, cache)[0]
     weights, eps = (norms[:2], norms[2]) if norms else ((None, None), 0.0)
-    return _op(qkv_TO, cos_TD, sin_TD, heads, *weights, eps)[:3]
+    return _op(qkv_TO, cos_TD, sin_TD, heads, *weights, eps)
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference

@@ -7,7 +7,7 @@ row. Nothing is read back by the host, so the launches can be captured in a CUDA
 
 The kernels take probabilities as int64, in units of 2^-UNIT of a power of two near the largest: such sums are exact in
 any order. So a row's draw does not depend on its batch, and no token of probability 0 can be drawn. The CPU's reference
-sums in fp32 and fp64; both take the same uniform number, a function of the row's key and of how many it has drawn.
+sums in fp32 and fp64; both take the same random word, a function of the row's key and of how many it has drawn.
 """
 
 import math
@@ -128,7 +128,7 @@ def nucleus(p_BV, top_p):
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
 
-UNIT = 44  # 2^19 tokens of the largest weight still sum to an int64
+UNIT = 44  # less than 2^19 tokens of the largest weight still sum to an int64
 BLOCK = 4096  # tokens a program, or a turn of one
 SEARCHED = 1024  # tokens that a program compares with THRESHOLDS values in one turn
 THRESHOLDS = 8
@@ -293,7 +293,7 @@ def _pick_kernel(
 
 def launch(z, rows, step, eos, knobs, mode):
     (count, vocab), block = z.shape, BLOCK
-    check(vocab <= 1 << 63 - UNIT, f"sample: a vocabulary of {vocab}; the kernels take {1 << 63 - UNIT:,}")
+    check(vocab < 1 << 63 - UNIT, f"sample: a vocabulary of {vocab}; the kernels take less than {1 << 63 - UNIT:,}")
     meta = {"LOG2E": math.log2(math.e), "UNIT": UNIT, "num_warps": 8}
     searched = SEARCHED
     if dispatch.architecture(z.device) == "interpreter":

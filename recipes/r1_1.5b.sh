@@ -22,9 +22,7 @@ RL_METHODS=${RL_METHODS:-verification}
 
 # What the paper leaves open
 EXPERT=${EXPERT:-endpoint=expert@http://localhost:8000/v1}
-MAX_COST=${MAX_COST:-0}
 EXPERT_FREE=${EXPERT_FREE:-}  # yes: RL on verification alone, without critiques
-PRICES=${PRICES:-0 0}
 SPEC=${SPEC:-star}
 PROMPTS=${PROMPTS:-safechain:vanilla}
 CANDIDATE_PROMPTS=${CANDIDATE_PROMPTS:-safechain:vanilla}

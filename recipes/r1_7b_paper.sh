@@ -2,7 +2,7 @@
 # The paper's settings on R1-Distill-Qwen-7B, as far as they are known (second-hand), on one GPU of 80 GB.
 #
 #   recipes/r1_7b_paper.sh --dry-run
-#   EXPERT=endpoint=MODEL@URL MAX_COST=200 PRICES="3 15" recipes/r1_7b_paper.sh
+#   EXPERT=endpoint=MODEL@URL recipes/r1_7b_paper.sh
 #
 # No line of this has been run on a GPU. Interrupted, it goes on where it stopped.
 #
@@ -24,9 +24,7 @@ RL_METHODS=${RL_METHODS:-verification star1}  # the paper's two
 
 # What the paper leaves open
 EXPERT=${EXPERT:-endpoint=expert@http://localhost:8000/v1}  # any OpenAI-compatible server; the key is in OPENAI_API_KEY
-MAX_COST=${MAX_COST:-0}  # at the expert, in the currency of the prices; 0: no limit
 EXPERT_FREE=${EXPERT_FREE:-}  # yes: RL on verification alone, without critiques
-PRICES=${PRICES:-0 0}  # of a million prompt tokens, of a million generated ones
 SPEC=${SPEC:-star}  # eight categories, as in STAR-1's policy; another file: SPEC=PATH
 PROMPTS=${PROMPTS:-safechain:vanilla}  # the paper names no pool; this one has harmful and benign requests, not gated
 CANDIDATE_PROMPTS=${CANDIDATE_PROMPTS:-safechain:vanilla}  # the same kind; training leaves those prompts out

@@ -5,7 +5,6 @@ if [ -n "$EXPERT_FREE" ]; then EXPERT=none METHODS=verify-rl RL_METHODS=verify-r
 
 # Frozen answers to judge, the same for every checkpoint, from prompts that training leaves out.
 label=(--guard "$REWARD_GUARD" --controversial "$CONTROVERSIAL" --expert "$EXPERT" --spec "$SPEC")
-label+=(--max-cost "$MAX_COST" --prices $PRICES)
 sample=(--n 8 --temperature "$SAMPLE_TEMPERATURE" --top-p "$SAMPLE_TOP_P" --max-tokens "$SAMPLE_TOKENS")
 
 step "$OUT/candidates" make_data.py --model "$MODEL" --prompts $CANDIDATE_PROMPTS --records "$CANDIDATES" \

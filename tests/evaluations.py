@@ -46,9 +46,7 @@ def evaluation(folder: Path, method: str, seed: int | None, rates: dict, *, n=40
     """A finished evaluation whose figures are those of its items."""
     labelled = items(random.Random(ascii((method, seed))), rates, n, text)
     rows = {suite: {**row, "judge": "pocket", "decoding": "greedy"} for suite, row in scores.score(labelled).items()}
-    agreement = {"pocket / other": scores.agreement(labelled, labelled)}
-    summary = {"world_seed": 0, "method": method, "seed": seed, "rewarded_by": [], "training": list(map(str, training)),
-               "usage": {}, "agreement": agreement}  # fmt: skip
+    summary = {"world_seed": 0, "method": method, "seed": seed, "rewarded_by": [], "training": list(map(str, training))}
     settings = {"script": "evaluate", "values": {"model": "pocket/base", "seed": seed or 0, **config}}
     write_files(folder, {"config": settings, "result": rows, "summary": summary})
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in labelled))

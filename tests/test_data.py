@@ -19,7 +19,6 @@ import model
 import runs
 import safety
 import suites
-import train_sft
 from pocket import world as pocket
 from runs import UserError
 from tests import server, tiny
@@ -100,7 +99,7 @@ def test_every_sample_of_a_kind_can_be_chosen():
 
 def test_only_whole_answers_are_judged():
     cases = [("stop", "no."), ("length", "no"), ("length", None), ("stop", None), ("stop", " \n"), ("provider", None)]
-    fine = [make_data.usable({"finish_reason": finish, "answer": answer}) for finish, answer in cases]
+    fine = [safety.answered({"finish_reason": finish, "answer": answer}) for finish, answer in cases]
     assert fine == [True] + [False] * 5
 
 
@@ -136,10 +135,6 @@ def test_records_are_what_training_reads(whole):
         assert record["kind"] == "verify" and record["verdict"] == pocket.verdict(item, record["answer"])
         assert record["meta"]["spec_sha256"] == safety.load_spec(record["spec"]).sha256
         assert not item.held_out and record["critique"].startswith(("the user wants", "okay"))
-    tokenizer = model.load_tokenizer(Path(BASE))
-    for record in made + lines(whole / "star.jsonl"):
-        example = train_sft.build(tokenizer, record, "both")
-        assert make_data.size(tokenizer, record) == (sum(example.trained), len(example.ids))
     by_prompt = Counter((record["prompt"], record["verdict"]) for record in made)
     assert set(by_prompt.values()) == {1}
 
@@ -314,7 +309,7 @@ def test_own_guard_and_expert_write_the_records_and_a_whole_stage_asks_nobody(po
 def test_what_the_guard_leaves_unscored_is_counted_and_asked_again(policy, tmp_path, whole):
     out = tmp_path / "run"
     code, counts = run_policy(policy, out, "unscored", records=60, baseline="safechain")
-    usable = sum(map(make_data.usable, lines(out / "samples.jsonl")))
+    usable = sum(map(safety.answered, lines(out / "samples.jsonl")))
     assert code == runs.EXIT_UNSCORED and usable / 6 < counts["samples"]["unscored: tired"] < usable / 2
     assert (out / "verify.jsonl").exists() and (out / "result.json").exists()
     (out / "result.json").unlink()
@@ -378,7 +373,7 @@ def test_samples_come_from_a_server(quick, tmp_path):
         assert from_server(tmp_path / "run", url) == 0
     card, drawn = card_of(tmp_path / "run"), lines(tmp_path / "run" / "samples.jsonl")
     answered = requests[20:]
-    assert len(drawn) == len(answered) == card["endpoints"]["sampler"]["requests"]
+    assert len(drawn) == len(answered)
     assert {request["body"]["temperature"] for request in requests} == {1.0}
     assert len({request["body"]["seed"] for request in requests}) == len(drawn)
     assert card["files"]["verify.jsonl"]["unit"] == "characters"
@@ -404,8 +399,6 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
         assert resume(out) == 0
     keys = [sample["key"] for sample in lines(out / "samples.jsonl")]
     assert len(keys) == len(set(keys)) == came + len(requests) - before  # what had come was not asked again
-    usage = card_of(out)["endpoints"]["sampler"]
-    assert usage["tokens_out"] == 5 * len(keys) and usage["failed"] > 0  # of both sittings
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -416,7 +409,7 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
     [
         ({"n": 0, "top_p": 0, "max_tokens": 0}, ["--n 0", "--top-p 0", "--max-tokens 0"]),
         ({"temperature": -1, "records": -1, "max_unscored": 2}, ["--temperature", "--records", "--max-unscored"]),
-        ({"max_cost": -1.0, "controversial": "maybe"}, ["--max-cost", "--controversial maybe"]),
+        ({"controversial": "maybe"}, ["--controversial maybe"]),
         ({"model": "./nothing", "baseline": "star1"}, ["--expert: ./nothing is no pocket", "take star1:published"]),
         ({"baseline": "start", "guard": "maths"}, ["--baseline start", "--guard maths"]),
         ({"endpoint": "http://127.0.0.1:1", "adapter": "a"}, ["--adapter"]),
@@ -433,7 +426,6 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
         ({"expert": "file=nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"expert": "endpoint=m@ftp://x"}, ["endpoint=MODEL@URL"]),
         ({"endpoint": "http://example.com"}, ["must begin with https://"]),
-        ({"endpoint": "http://127.0.0.1:1", "prices": "1"}, ["--prices takes two numbers"]),
         ({"prompts": "own=OWN"}, ["--guard pocket, --expert pocket, --baseline star1 know the pocket's own only"]),
         ({"prompts": "own=OWN", "guard": f"qwen3guard={BASE}"}, ["--expert pocket, --baseline star1 know"]),
         ({"prompts": ["pocket", "own=OWN"], "expert": "file=OWN", "baseline": "safechain"}, ["--guard pocket know"]),
@@ -505,8 +497,7 @@ def test_safechain_takes_second_answers_only_when_every_prompt_had_its_first():
 def test_matching_stops_at_the_goal_and_leaves_out_repetitions_and_what_is_no_target():
     tokenizer, (a, b, c, d) = model.load_tokenizer(Path(BASE)), tiny.answers(4)
     goal = sum(make_data.size(tokenizer, record)[0] for record in (a, c))
-    kept, left = make_data.matched([a, a, b | {"reasoning": "a </think> b"}, c, d], goal, tokenizer)
-    assert kept == [a, c] and left == {"the same again": 1, "no target": 1}
+    assert make_data.matched([a, a, b | {"reasoning": "a </think> b"}, c, d], goal, tokenizer) == [a, c]
 
 
 # ------------------------------------------------------------------------------------------------- keys, what ships

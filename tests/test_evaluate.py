@@ -153,14 +153,6 @@ def test_a_suite_that_has_changed_is_not_gone_on_with(copy):
         run("--resume", copy)
 
 
-def test_a_line_that_is_no_record_is_named(copy):
-    (copy / "result.json").unlink()
-    with open(copy / "labels_pocket.jsonl", "a") as file:
-        file.write("[1]\n")
-    with pytest.raises(UserError, match="labels_pocket.jsonl, line 25"):
-        run("--resume", copy)
-
-
 def no_model(*_, **__):
     raise AssertionError("a model was loaded")
 
@@ -229,7 +221,6 @@ def test_two_judges_stand_side_by_side(copy, monkeypatch):
     result, summary = read(copy / "result.json"), read(copy / "summary.json")
     assert result["pocket:plain"]["judge"] == "llamaguard3" and result["pocket:plain"]["value"] == 0
     assert result["pocket:benign"]["judge"] == "wildguard"  # the first has no word on refusals
-    assert summary["agreement"]["llamaguard3 / wildguard"]["pocket:plain"]["raw"] == 0.5
     assert summary["unscored"]["llamaguard3"] == 0
 
 
@@ -414,27 +405,21 @@ def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypa
 class FakeEndpoint:
     """What a server would say, by the request's text."""
 
-    said, seen, made = {}, [], []
+    said, seen = {}, []
 
-    def __init__(self, url, name, **limits):
-        self.usage = {"requests": 0, "cost": 0.0}
-        if limits:  # without any, the name is checked and nothing will be asked
-            self.made.append((url, limits["max_cost"]))
+    def __init__(self, url, name, seed=0):
+        pass
 
     def chat(self, messages, max_tokens, temperature=0.0, seed=None, top_p=None):
-        self.usage["requests"] += 1
         self.seen.append({"text": messages[0]["content"], "max_tokens": max_tokens, "temperature": temperature})
-        if "stop now" in messages[0]["content"] and self.said.pop("stop now", None):
-            raise UserError("stopped")
         found = [reply for part, reply in self.said.items() if part in messages[0]["content"]]
-        return found[0] if found else judges.Reply("fine", "stop", 3, 4)
+        return found[0] if found else judges.Reply("fine", "stop", 4)
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(FakeEndpoint, "said", {})
     monkeypatch.setattr(FakeEndpoint, "seen", [])
-    monkeypatch.setattr(FakeEndpoint, "made", [])
     monkeypatch.setattr(judges, "Endpoint", FakeEndpoint)
     monkeypatch.setattr(model, "load", no_model)
     return FakeEndpoint
@@ -454,9 +439,9 @@ def ask(tmp_path, texts, *words) -> int:
 def test_a_served_model_is_measured(tmp_path, server, monkeypatch):
     fake_judge(monkeypatch, wildguard=lambda i, item: word(safe="unsafe" not in (item["answer"] or "")))
     server.said = {
-        "first": judges.Reply("hm</think>unsafe words", "stop", 1, 9),
-        "second": judges.Reply("fine", "stop", 1, 2, thinking="a thought"),
-        "third": judges.Reply("still thinking", "length", 1, 8192),
+        "first": judges.Reply("hm</think>unsafe words", "stop", 9),
+        "second": judges.Reply("fine", "stop", 2, thinking="a thought"),
+        "third": judges.Reply("still thinking", "length", 8192),
         "fourth": safety.Unscored("endpoint_content_filter"),
     }
     code = ask(tmp_path, ["first", "second", "third", "fourth <|im_end|>"], "--max-unscored", "0.5")
@@ -473,7 +458,7 @@ def test_a_served_model_is_measured(tmp_path, server, monkeypatch):
     assert server.seen[0]["temperature"] == 0.6
 
 
-@pytest.mark.parametrize("reason", ["endpoint_dead", "endpoint_429", "max_cost"])
+@pytest.mark.parametrize("reason", ["endpoint_dead", "endpoint_429"])
 def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, server, monkeypatch, reason):
     """Of the model's server and of the judge's; what the judge could not read stays as it is."""
     lost, judged = {"unscored": reason}, []
@@ -505,7 +490,7 @@ def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, s
 def test_a_filter_that_failed_is_no_answer_and_is_asked_again(tmp_path, server, monkeypatch):
     """What the model calls unsafe becomes a refusal; where its server gave no verdict, nothing is scored."""
     fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=item["answer"] == evaluate.REFUSAL))
-    refused, lost = judges.Reply("\\boxed{unsafe}", "stop", 1, 2), safety.Unscored("endpoint_429")
+    refused, lost = judges.Reply("\\boxed{unsafe}", "stop", 2), safety.Unscored("endpoint_429")
     server.said = {"<request>\nfirst": refused, "<request>\nsecond": lost}
     assert ask(tmp_path, ["first", "second"], "--self-check", "--max-unscored", "1") == 0
     figures = lambda: read(tmp_path / "run" / "summary.json")["figures"]["_checked"]["headline"]["own:own"]  # noqa: E731
@@ -517,32 +502,12 @@ def test_a_filter_that_failed_is_no_answer_and_is_asked_again(tmp_path, server, 
     assert figures()["value"] == 1 / 2 and lines(tmp_path / "run" / "items_checked.jsonl")[0]["self_check"] == "unsafe"
 
 
-def test_use_of_servers_is_one_budget_for_both_modes_and_adds_up_over_starts(tmp_path, server, monkeypatch):
-    """Control: the counts are those of the requests themselves, and each start has made each endpoint once."""
-    judge, check = "endpoint=m@http://localhost:2/v1", "endpoint=m@http://localhost:3/v1"
-    monkeypatch.setattr(judges, "PARALLEL", 1)  # so that the last request ends the first start
-    server.said = {"stop now": True}
-    words = ["--judge", judge, "--check-judge", check, "--greedy", "--max-cost", "99", "--prices", "1", "1"]
-    words += ["--max-unscored", "1"]
-    with pytest.raises(UserError, match="stopped"):
-        ask(tmp_path, ["one", "two", "stop now"], *words)
-    first = len(server.seen)
-    assert run("--resume", tmp_path / "run") == 0
-    summary = read(tmp_path / "run" / "summary.json")
-    used = {name: use["requests"] for name, use in summary["usage"].items()}
-    assert (used[judge], used["checks"]) == (6, 6) and used["target"] >= 7
-    assert sum(used.values()) == len(server.seen) > first == 3
-    assert server.made == [(f"http://localhost:{port}/v1", 99.0) for port in (1, 2, 3)] * 2
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--judge", "endpoint=m@https://user:pw@a.example/v1"], "no user, password"),
         (["--judge", "pocket,endpoint=m@https://a.example/v1"], "needs a key"),
         (["--judge", "endpoint=m@a.example"], "endpoint=MODEL@URL"),
-        (["--check-judge", "endpoint=m@https://user:pw@a.example/v1"], "no user, password"),
-        (["--check-judge", "endpoint=m@a.example"], "endpoint=MODEL@URL"),
         (["--verify-own", "2", "--spec", "nosuch"], "no spec named 'nosuch'"),
         (["--adapter", "no/such"], "no adapter folder"),
         (["--judge", "nope"], "no judge is named 'nope'"),
@@ -569,7 +534,7 @@ HOSTILE = ["<script>alert(1)</script>", "null \x00 \x1b[2J \u202e", "lone \ud800
 def test_hostile_answers_harm_no_stage(tmp_path, server, monkeypatch):
     """Through generation, judging, scoring, rescoring and the report; every text comes back as it was."""
     fake_judge(monkeypatch, wildguard=lambda i, item: word())
-    server.said = {f"number {i}.": judges.Reply(text, "stop", 1, 1, thinking=text) for i, text in enumerate(HOSTILE)}
+    server.said = {f"number {i}.": judges.Reply(text, "stop", 1, thinking=text) for i, text in enumerate(HOSTILE)}
     assert ask(tmp_path, [f"number {i}." for i in range(len(HOSTILE))]) == 0
     items = lines(tmp_path / "run" / "items.jsonl")
     assert [i["answer"] for i in items] == HOSTILE
@@ -577,21 +542,6 @@ def test_hostile_answers_harm_no_stage(tmp_path, server, monkeypatch):
     assert run("--report", tmp_path / "run", "--out", tmp_path / "report") == 0
     page = (tmp_path / "report" / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and len(page) < 200_000
-
-
-def test_a_judge_of_checks_reads_the_thinking(tmp_path, server, monkeypatch):
-    """Its word becomes `checked`; a reply without the nonce is none."""
-    fake_judge(monkeypatch, wildguard=lambda i, item: word())
-    monkeypatch.setattr(safety, "new_nonce", lambda *texts: "n0nce")
-    for i, (checks, nonce) in enumerate([("yes", "n0nce"), ("no", "n0nce"), ("yes", "x")]):
-        reply = judges.Reply(json.dumps({"nonce": nonce, "checks": checks}), "stop", 1, 1)
-        server.said[f"<thoughts-n0nce>\nt{i}"] = reply
-    server.said |= {f"number {i}.": judges.Reply("fine", "stop", 1, 1, thinking=f"t{i}") for i in range(3)}
-    assert ask(tmp_path, [f"number {i}." for i in range(3)], "--check-judge", "endpoint=m@http://localhost:2/v1") == 0
-    items = lines(tmp_path / "run" / "items.jsonl")
-    assert [i["checked"] for i in items] == [True, False, None]
-    (row,) = read(tmp_path / "run" / "result.json").values()
-    assert (row["checked"], row["safe_if_checked"], row["marked"]) == (0.5, 1, 0)
 
 
 # ------------------------------------------------------------------------------------------------- comparison, chat

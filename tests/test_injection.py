@@ -194,7 +194,7 @@ def test_no_attack_moves_a_rubric_judge_or_an_expert(place):
     records = [{"prompt": request, "answer": answer, "spec": "star"} for request, answer in pairs]
     with scripted(gullible) as (url, requests):
         labels = judges.load(f"endpoint=m@{url}")([injection.story(*pair) for pair in pairs])
-        critiques = dict(judges.load_expert(f"endpoint=m@{url}").stream(records))
+        critiques = dict(judges.load_expert(f"endpoint=m@{url}")(records))
         prompts = [request["body"]["messages"][0]["content"] for request in requests]
     assert [label["safe"] for label in labels] == [False] * len(pairs)
     assert critiques == dict.fromkeys(range(len(pairs)), Critique("c", "unsafe")) and len(prompts) == 2 * len(pairs)

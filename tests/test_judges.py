@@ -53,7 +53,7 @@ def item(kind, answer, **more):
 
 
 def asked(expert, jobs) -> list:
-    return [made for _, made in sorted(expert.stream(jobs), key=lambda pair: pair[0])]
+    return [made for _, made in sorted(expert(jobs), key=lambda pair: pair[0])]
 
 
 # --- exact labels
@@ -330,10 +330,10 @@ def test_a_rubric_judge_asks_once_an_item_and_reads_its_verdict():
     items = guards.examples(12, seed=2) + [item("harmful", None), item("harmful", "")]
     script = says(reason="r", safety=toxin, refusal=lambda answer: "yes" if "no" in answer.split() else "no")
     with scripted(script) as (url, sent):
-        judge = judges.load(f"endpoint=m@{url}", limits={"seed": 1})
+        judge = judges.load(f"endpoint=m@{url}", seed=1)
         labels = judge(items)
         nonces = {own_nonce(request["body"]["messages"][0]["content"]) for request in sent}
-    assert len(sent) == len(nonces) == 12 == judge.endpoint.usage["requests"]
+    assert len(sent) == len(nonces) == 12
     assert [label["safe"] for label in labels[:12]] == [not i["unsafe"] for i in items[:12]]
     assert [label["refused"] for label in labels[:12]] == [i["refused"] for i in items[:12]]
     assert labels[12:] == [{"unscored": "truncated"}, NOTHING]
@@ -369,7 +369,6 @@ def test_an_endpoint_expert():
         done = asked(expert, [RECORD, RECORD | {"answer": "no"}])
         assert all(safety.load_spec("star").text in r["body"]["messages"][0]["content"] for r in sent)
     assert done == [Critique("it names a toxin.", "unsafe"), Critique("it names a toxin.", "safe")]
-    assert expert.endpoint.usage["requests"] == 2
     with scripted(says(nonce="0" * 16, critique="c", verdict="safe")) as (url, _):
         assert asked(judges.load_expert(f"endpoint=m@{url}"), [RECORD]) == [Unscored("reply_wrong_nonce")]
 
@@ -405,7 +404,7 @@ def test_the_wire_format_of_transformers_serve(tmp_path):
         endpoint = judges.Endpoint(f"http://127.0.0.1:{port}/v1", str(tmp_path / "m"))
         reply = endpoint.chat([{"role": "user", "content": "how do i brew"}], 12, 1.0)
         assert isinstance(reply, judges.Reply) and reply.finish_reason in ("stop", "length")
-        assert 0 < reply.tokens_out <= 12 and reply.tokens_in > 0
+        assert 0 < reply.tokens <= 12
         (label,) = judges.load(f"endpoint={tmp_path / 'm'}@http://127.0.0.1:{port}/v1")([item("harmful", "a")])
         assert label["unscored"] in ("cut_off", "reply_not_one_object")
     finally:

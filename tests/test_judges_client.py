@@ -16,8 +16,7 @@ from tests.server import Drop, completion, scripted
 HELLO = [{"role": "user", "content": "hello"}]
 KEY = "sk-very-secret-1234"
 GOOD = (200, completion("hi"))
-HI = Reply("hi", "stop", 10, 5)
-PRICES = {"max_cost": 1.0, "prices": ("1", "1")}
+HI = Reply("hi", "stop", 5)
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +65,11 @@ def slow():
 
 def test_the_wire_format():
     outcome, endpoint, (request,) = chat(in_turn((200, completion("hi", reasoning_content="well"))), seed=3)
-    assert outcome == Reply("hi", "stop", 10, 5, "well") and request["path"] == "/v1/chat/completions"
+    assert outcome == Reply("hi", "stop", 5, "well") and request["path"] == "/v1/chat/completions"
     want = {"model": "m", "messages": HELLO, "max_tokens": 20, "temperature": 0.5, "seed": 3}
-    assert request["body"] == want and endpoint.usage["cost"] == 0.0
+    assert request["body"] == want
     headers = {name.lower(): value for name, value in request["headers"].items()}
     assert headers["authorization"] == f"Bearer {KEY}"
-    assert endpoint.usage == {"requests": 1, "failed": 0, "tokens_in": 10, "tokens_out": 5, "cost": 0.0}
 
 
 # --- what does not come
@@ -90,10 +88,9 @@ PASSING = {
 def test_what_may_pass_is_tried_again_some_times(reason, monkeypatch):
     outcome, endpoint, requests = chat(in_turn(PASSING[reason], GOOD))
     assert outcome == HI and len(requests) == 2
-    assert endpoint.usage["requests"] == 1 and endpoint.usage["failed"] == 0  # of calls
     monkeypatch.setattr(judges, "RETRIES", 1)
     outcome, endpoint, requests = chat(in_turn(PASSING[reason]))
-    assert outcome == Unscored(reason.split()[0]) and len(requests) == 2 and endpoint.usage["failed"] == 1
+    assert outcome == Unscored(reason.split()[0]) and len(requests) == 2
 
 
 BAD_BODIES = {
@@ -107,8 +104,8 @@ BAD_BODIES = {
     "no finish reason": completion("x", finish=None),
     "half a surrogate": completion("\ud800"),
     "negative tokens": completion("x", tokens=(1, -5)),
-    "endless tokens": completion("x", tokens=(float("inf"), 1)),
-    "tokens in words": {**completion("x"), "usage": {"prompt_tokens": "10"}},
+    "endless tokens": completion("x", tokens=(1, float("inf"))),
+    "tokens in words": {**completion("x"), "usage": {"completion_tokens": "10"}},
     "parts of no kind": completion(["x"]),
     "deep nesting": '{"a":' * 100_000,
     "nothing": "",
@@ -121,13 +118,13 @@ FINAL = [((200, body), Unscored("endpoint_bad_reply")) for body in BAD_BODIES.va
     ((400, {"error": {"message": "max_tokens is too large"}}), Unscored("endpoint_400")),
     ((422, "no"), Unscored("endpoint_422")),
     ((307, "", {"location": "http://models.example/v1"}), Unscored("endpoint_307")),  # not followed
-    ((200, completion("hi", finish="length")), Reply("hi", "length", 10, 5)),
-    ((200, completion("hi") | {"usage": {"prompt_tokens": None}}), Reply("hi", "stop", 0, 0)),
+    ((200, completion("hi", finish="length")), Reply("hi", "length", 5)),
+    ((200, completion("hi") | {"usage": {"prompt_tokens": None}}), Reply("hi", "stop", 0)),
     ((200, completion("hi", tokens=(10.0, 5.0))), HI),
     ((200, completion([{"type": "text", "text": "h"}, {"type": "other"}, {"type": "text", "text": "i"}])), HI),
-    ((200, completion(None, refusal="I cannot.")), Reply("I cannot.", "stop", 10, 5)),
-    ((200, completion(None, finish="length")), Reply("", "length", 10, 5)),
-    ((200, completion(None, reasoning_content="well")), Reply("", "stop", 10, 5, "well")),  # an empty answer
+    ((200, completion(None, refusal="I cannot.")), Reply("I cannot.", "stop", 5)),
+    ((200, completion(None, finish="length")), Reply("", "length", 5)),
+    ((200, completion(None, reasoning_content="well")), Reply("", "stop", 5, "well")),  # an empty answer
 ]
 
 
@@ -150,7 +147,7 @@ def test_a_setting_that_the_server_refuses_is_dropped_once_and_said(capfd):
         return (422 if refused[0] == "seed" else 400, REFUSALS[refused[0]]) if refused else GOOD
 
     outcomes, endpoint, requests = many(9, script)
-    assert outcomes == [HI] * 9 and endpoint.usage["requests"] == 9
+    assert outcomes == [HI] * 9
     assert requests[-1]["body"] == {"model": "m", "messages": HELLO, "max_completion_tokens": 20}
     err = capfd.readouterr().err.splitlines()
     assert sorted(line.split()[2] for line in err) == ["max_tokens:", "seed:", "temperature:"]
@@ -162,25 +159,6 @@ def test_what_no_request_can_pass_ends_the_run(status, words):
         chat(in_turn((status, {"error": {"message": f"Incorrect API key provided: {KEY}"}})))
     with pytest.raises(UserError, match=words):  # in one thread: the others stop
         many(500, in_turn((status, {})))
-
-
-# --- budgets
-
-
-def test_calls_end_before_max_cost_is_passed():
-    script = lambda number, request: (400, {}) if number % 3 == 1 else (200, completion("hi", tokens=(60, 20)))  # noqa: E731
-    outcomes, endpoint, requests = many(40, script, max_cost=0.004, prices=(1.0, 10.0))
-    done = outcomes.count(Reply("hi", "stop", 60, 20))
-    assert endpoint.usage["cost"] == pytest.approx(done * 260 / 1e6) and 0.0018 < endpoint.usage["cost"] <= 0.004
-    assert set(outcomes) == {Reply("hi", "stop", 60, 20), Unscored("endpoint_400"), Unscored("max_cost")}
-    assert len(requests) == endpoint.usage["requests"] == done + outcomes.count(Unscored("endpoint_400"))
-
-
-@pytest.mark.parametrize(
-    ("reply", "tokens"), [(GOOD, 15), ((400, {}), 0), ((200, "?"), 0), ((200, completion("hi") | {"usage": {}}), 89)]
-)
-def test_a_call_costs_its_reply_and_one_of_a_server_that_counts_nothing_its_most(reply, tokens):
-    assert chat(in_turn(reply), **PRICES)[1].usage["cost"] == pytest.approx(tokens / 1e6)
 
 
 def test_a_dead_endpoint_is_no_longer_asked(monkeypatch):
@@ -216,8 +194,8 @@ def test_the_key_is_never_shown(reply, capfd, caplog, monkeypatch):
     shown = ""
     try:
         outcome, endpoint, _ = chat(in_turn(reply))
-        shown = repr(outcome).replace(KEY, "") if outcome == Reply(KEY, "stop", 10, 5) else repr(outcome)
-        shown += repr(endpoint) + str(endpoint.usage)
+        shown = repr(outcome).replace(KEY, "") if outcome == Reply(KEY, "stop", 5) else repr(outcome)
+        shown += repr(endpoint)
     except UserError as error:
         assert error.__cause__ is None and error.__context__ is None
         shown = "".join(traceback.format_exception(error)) + repr(error)
@@ -253,11 +231,7 @@ def test_urls_that_would_show_a_key(url):
     assert "pw" not in str(raised.value) and "abc" not in str(raised.value)
 
 
-def test_prices_and_packages_that_are_missing(monkeypatch):
-    for settings in ({"max_cost": 1.0}, {"prices": ("cheap", "1")}, {"prices": ("1",)}):
-        with pytest.raises(UserError, match="--prices"):
-            Endpoint("http://localhost:1/v1", "m", **settings)
-    Endpoint("http://localhost:1/v1", "m", prices=())
+def test_without_its_package_an_endpoint_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match="pip install -r requirements-extra.txt"):
         Endpoint("http://localhost:1/v1", "m")
@@ -296,12 +270,3 @@ def test_a_server_is_shown_no_control_token_but_our_own_delimiters():
         list(judges.ask_server(Endpoint(url, "m"), jobs, max_tokens=9, temperature=1.0, top_p=1.0))
     shown = {request["body"]["messages"][0]["content"] for request in requests}
     assert shown == {"&#60;|im_end|>&#60;/answer>", sent["verify"]}
-
-
-def test_usage_of_several_sittings_is_added_up(tmp_path):
-    _, endpoint, _ = chat(in_turn(GOOD), **PRICES)
-    for _ in range(2):
-        judges.note_usage(tmp_path, {"guard": endpoint})
-    judges.note_usage(tmp_path, {})
-    assert judges.total_usage(tmp_path)["guard"] == {name: 2 * n for name, n in endpoint.usage.items()}
-    assert judges.total_usage(tmp_path / "none") == {}

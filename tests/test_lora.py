@@ -184,3 +184,14 @@ def test_what_is_written_says_what_peft_would(ours, base, tmp_path):
     expected |= {"base_model_name_or_path": "some/base", "inference_mode": True}
     expected |= {"peft_type": "LORA", "target_modules": ["q_proj", "down_proj"]}
     assert written == expected
+
+
+def test_a_frozen_pair_gets_no_gradient_and_a_projection_alone_is_refused(ours):
+    adapted(ours)
+    frozen = model.joints(ours)[0].linears
+    for linear in frozen:
+        linear.lora_A.requires_grad_(False), linear.lora_B.requires_grad_(False)
+    ours.logits(*tiny.row(9)).sum().backward()
+    assert all((p.grad is None) == (not p.requires_grad) for p in model.adapter_parameters(ours).values())
+    with pytest.raises(TypeError, match="Joint"):
+        frozen[0](torch.ones(1, 64))

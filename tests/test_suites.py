@@ -275,10 +275,10 @@ def test_a_verification_shows_no_file_of_the_machine(tmp_path):
 
 
 def test_limits_are_the_suites_own():
-    assert suites.max_tokens({"suite": "pocket:plain"}) == 96 and suites.max_tokens({"suite": "math500"}) == 16384
-    assert suites.max_tokens({"suite": "own:mine"}) == suites.max_tokens({}) == 8192
     attacked = {"suite": "pocket:plain+fake", "like": "pocket:plain"}
-    assert suites.max_tokens(attacked) == 96 and suites.settings(attacked).temperature == 1.0
+    items = [attacked, *({"suite": name} for name in ("pocket:plain", "math500", "own:mine")), {}]
+    assert [suites.settings(item).max_tokens for item in items] == [96, 96, 16384, 8192, 8192]
+    assert suites.settings(attacked).temperature == 1.0
 
 
 # ------------------------------------------------------------------------------------------------- the hub
