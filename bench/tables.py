@@ -91,6 +91,17 @@ def means_table(way: str, columns: tuple[str, ...]) -> Callable:
     return build
 
 
+def worlds_table() -> str:
+    """The worlds beside each other, means over the seeds that each has."""
+    rows, lines = study(), []
+    worlds, shown = sorted({row["world"] for row in rows}), {"mean": "4 wrappers", "prefill": "hijack", "verify": "F1"}
+    for name, method in METHODS.items():
+        groups = [(of_method(rows, name, world), column) for column in shown for world in worlds]
+        values = [[row["sampled"][column] for row in group] for group, column in groups]
+        lines.append([method.title, *(f"{scores.t_interval(v)[0]:.1f}" if v else "" for v in values)])
+    return markdown(["sampled", *(f"{t}, world {w}" for t in shown.values() for w in worlds)], lines)
+
+
 def runs_table() -> str:
     """Every model that was measured, sampled."""
     lines = []
@@ -138,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "greedy": means_table("greedy", (*COLUMNS, "mean")),
     "differences": differences_table(CLAIMS, ("mean", "prefill", "benign", "sums", "verify")),
     "self-check": cost_table,
+    "worlds": worlds_table,
     "runs": runs_table,
 }
 
