@@ -178,7 +178,7 @@ def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list
     if requests and "maths" in names:
         raise UserError(f"--judge maths: {requests[0]['suite']} holds requests, which need another judge")
     if "pocket" in names and any("item" not in item for item in requests):
-        raise UserError("--judge pocket: it knows pocket items only; name another judge")
+        raise UserError("--judge pocket: it knows pocket items only; name your POLICY.py or a guard")
     if any(item["kind"] == "maths" for item in items):
         maths.grade([("\\boxed{0}", "1")])  # raises where math-verify is missing
     last = [name for name in names if requests and biased(name, rewarded)]
@@ -187,6 +187,20 @@ def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list
     if last:
         print(f"{', '.join(last)}: the reward of this model's training; goes last and gives no figure of the table")
     return [name for name in names if name not in last] + last
+
+
+def with_rules(config: Config, names: list[str], origin: dict) -> Config:
+    """The settings, without verify:own where a POLICY.py judges by rules that --spec was not given: the model would be
+    asked under others. Raises UserError where it is to be a filter by them."""
+    own = ", ".join(name for name in names if name.endswith(".py"))
+    if not own or origin["spec"] == "flag":
+        return config
+    needed = f"--judge {own}: its rules are needed too: --spec RULES.txt"
+    if config.self_check:
+        raise UserError(needed)
+    if config.verify_own:
+        print(f"verify:own is left out; {needed}")
+    return replace(config, verify_own=0)
 
 
 def hardware(config: Config) -> dict:
@@ -427,7 +441,7 @@ def score(config: Config, folder: Path, labelled: dict, target: Target | None, s
     for mode, by_judge in labelled.items():
         figures = {name: scores.score(group) for name, group in by_judge.items()}
         rows, items = headline(by_judge, figures, summary["rewarded_by"])
-        if not mode and (config.verify_own or (folder / "own.jsonl").exists()):
+        if not mode and config.verify_own:
             own = verify_own(config, target, items, folder)
             rows |= {name: {**row, "judge": next(iter(by_judge))} for name, row in scores.score(own).items()}
             items += own
@@ -490,6 +504,7 @@ def evaluate(config: Config, origin: dict) -> int:
     items = load_items(config, world, facts)
     summary = begin_summary(config, items, facts, world)
     names = check_judges(config, items, summary["rewarded_by"])
+    config = with_rules(config, names, origin)
     target, servers = Target(config), ask_judges(config, names)
     safety.load_spec(config.spec)
     if not config.resume:
@@ -520,7 +535,8 @@ def rescore(config: Config, origin: dict) -> int:
     given = {name: getattr(config, name) for name, of in origin.items() if of == "flag" and name != "rescore"}
     if others := given.keys() - JUDGING:
         raise UserError(f"--rescore reads all but judges from its run; remove {', '.join(map(runs.flag, others))}")
-    config = replace(runs.parse(Config, ["--resume", str(folder)])[0], **given)
+    config, origin = runs.parse(Config, ["--resume", str(folder)])
+    config = replace(config, self_check=False, **given)  # what was filtered is there
     decoded, _, _, summary = report.read(folder / "summary.json", "decoding", "rewarded_by", "world_seed")
     done = {}
     for mode, known in decoded.items():
@@ -532,6 +548,7 @@ def rescore(config: Config, origin: dict) -> int:
     if not (folder / "result.json").exists():
         summary["unfinished"] = True  # --resume can still go on
     names = check_judges(config, done[""], summary["rewarded_by"])
+    config = with_rules(config, names, origin)
     world = None if summary["world_seed"] is None else World(summary["world_seed"])
     for name in filter(judges.is_exact, names):
         for old in folder.glob(f"labels*_{slug(name)}.jsonl"):
@@ -560,8 +577,10 @@ def compare(config: Config) -> int:
         for what in ("judge", "decoding"):
             if (other := results[1].get(suite, {}).get(what)) != (one := row.get(what)):
                 print(f"caution, {suite}: the {what} differs: {one!r} and {other!r}")
-    rows = scores.compare(*tables)
-    print(scores.paired_table(rows))
+    rows, names = scores.compare(*tables), sorted({row["judge"] for row in results[0].values() if "judge" in row})
+    print(f"the sampled answers (no greedy ones), judged by {', '.join(names)}:\n{scores.paired_table(rows)}")
+    if scores.OWN in results[0] | results[1]:
+        print(f"{scores.OWN} is left out: each model was asked about its own answers")
     if config.out:
         runs.write_json(Path(config.out) / "compare.json", rows)
     return runs.EXIT_OK

@@ -186,7 +186,7 @@ def is_exact(name: str) -> bool:
 
 def known_world(world: pocket.World | None) -> pocket.World:
     if world is None:
-        raise UserError("judge and expert pocket know pocket items only; name another one for a real model")
+        raise UserError("judge and expert pocket know pocket items only; name your POLICY.py, maths or a guard")
     return world
 
 
@@ -608,7 +608,7 @@ def load_expert(name: str, *, world=None, seed=0) -> Callable:
         return partial(pocket_critiques, known_world(world))
     if name.startswith("endpoint="):
         return partial(in_parallel, work=partial(ask_expert, parse_endpoint(name, seed)))
-    raise UserError(f"no expert is named {name!r}; there are: pocket, endpoint=MODEL@URL, FILE.py")
+    raise UserError(f"no expert is named {name!r}; there are: pocket, endpoint=MODEL@URL, FILE.py, none")
 
 
 def ask_expert(endpoint: Endpoint, job: dict) -> Critique | Unscored:

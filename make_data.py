@@ -4,7 +4,7 @@
     python make_data.py --model M --expert endpoint=NAME@URL --out DIR        the paper's pipeline for a real model
     python make_data.py --model M --expert ... --records 30                   a quick try of it
     python make_data.py --model NAME --endpoint URL --guard ... --expert ...  samples from a server
-    python make_data.py --guard POLICY.py --expert POLICY.py                  your own labels and critiques (judges.py)
+    python make_data.py --guard POLICY.py --expert POLICY.py --spec RULES.txt   your labels and critiques (judges.py)
     python make_data.py --resume DIR                          goes on where it stopped, whatever stopped it
 
 The paper's pipeline (A2 of its method): N = 8 answers to each prompt from the very model that will be trained; a guard
@@ -39,7 +39,6 @@ import model
 import runs
 import safety
 import suites
-import train_sft
 from pocket import world as pocket
 from runs import UserError, option
 
@@ -75,7 +74,7 @@ class Config:
         """What is wrong between settings."""
         unknown = [text for text in self.baseline if parse_baseline(text)[0] not in BASELINES]
         checks = {
-            f"--expert: {self.model} is no pocket; name who writes the critiques, such as endpoint=M@URL": self.expert,
+            f"--expert: {self.model} is no pocket; name who writes the critiques, endpoint=M@URL, or none": self.expert,
             "--guard maths grades no requests; name another one": self.guard != "maths",
             f"--baseline {' '.join(unknown)}: there are {', '.join(BASELINES)}, NAME:published[=PATH]": not unknown,
             "--baseline star1: only the pocket writes such answers; take star1:published": runs.is_pocket(self.model)
@@ -109,7 +108,7 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> dict:
         raise UserError(f"--prompts {names}: maths problems are for train_rl.py; here go harmful and benign requests")
     pockets = {
         "--guard pocket": "--guard qwen3guard or POLICY.py" if config.guard == "pocket" else "",
-        "--expert pocket": "--expert endpoint=MODEL@URL or POLICY.py" if config.expert == "pocket" else "",
+        "--expert pocket": "--expert endpoint=MODEL@URL, POLICY.py or none" if config.expert == "pocket" else "",
         "--baseline star1": "--baseline safechain" if {"star1", "star1-draft"} & set(config.baseline) else "",
     }
     pockets = {name: other for name, other in pockets.items() if other}
@@ -261,13 +260,13 @@ def verification_records(jobs: list[dict], config: Config, spec) -> tuple[list[d
 def size(tokenizer, record: dict) -> tuple[int, int] | None:
     """(supervised, all) tokens of a record as train_sft.py sees it, characters without a tokenizer; None: no target."""
     if tokenizer is None:
-        prompt, thinking, answer = train_sft.texts(record, "both")
+        prompt, thinking, answer = safety.record_texts(record, "both")
         return len(thinking) + len(answer), len(prompt) + len(thinking) + len(answer)
     try:
-        example = train_sft.build(tokenizer, record, "both")
+        ids, trained = safety.record_example(tokenizer, record, "both")
     except ValueError:  # a think tag inside the text
         return None
-    return sum(example.trained), len(example.ids)
+    return sum(trained), len(ids)
 
 
 # ------------------------------------------------------------------------------------------------- baselines
@@ -384,6 +383,12 @@ def gather(config: Config, world) -> tuple[dict, dict]:
 
 
 def main(config: Config, origin: dict) -> int:
+    own = [f"--{n} {of}" for n, of in (("guard", config.guard), ("expert", config.expert)) if of.endswith(".py")]
+    if own and origin["spec"] != "flag":
+        raise UserError(f"{', '.join(own)}: its rules are needed too: --spec RULES.txt")
+    if origin["baseline"] == "pocket" and not set(config.prompts) <= set(suites.POCKET_PROMPTS):
+        print(f"--prompts {' '.join(config.prompts)}: no baseline unless --baseline names one, such as safechain")
+        config = dataclasses.replace(config, baseline=())
     world, spec, device = pocket.world_of(config.model), safety.load_spec(config.spec), model.pick_device(config.device)
     model.pick_kernels(device)
     facts, streams = gather(config, world)

@@ -181,7 +181,7 @@ def load_file(path: str | Path):
     """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"{path} is no Python file (.py)")
+        raise UserError(f"{path} is no Python file (.py)" if path.exists() else f"{path}: no such file")
     name = f"file:{path.resolve()}"
     if name not in sys.modules:
         loader = importlib.machinery.SourceFileLoader(name, str(path))
@@ -409,6 +409,9 @@ def from_json(text: str, where: str, hint: str = ""):
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not text
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text else ""  # of JSON lines `where` has it
+        raise UserError(f"{where}{line}, column {error.colno}: not JSON ({error.msg}){hint}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}){hint}") from None
     return value
@@ -441,10 +444,14 @@ def csv_rows(text: str, name: str, delimiter: str = ",") -> Iterator[tuple[str, 
         named = [name for name in reader.fieldnames or () if name]
         if len(named) > len(set(named)):
             raise UserError(f"{name}, line 1: two columns have one name among {', '.join(named)}")
+        if len(named) == 1 and ";" in named[0]:
+            raise UserError(f"{name}, line 1: {named[0]!r} is one column; separated by ';'? save it with commas")
         for row in reader:
             if None in row or None in row.values():
-                wanted = f"not {len(reader.fieldnames)} columns, as the first line has"
-                raise UserError(f"{name}, line {reader.line_num}: {wanted}")
+                wanted, more = len(reader.fieldnames), len(row.pop(None, ()))
+                wrong = f"{wanted + more - list(row.values()).count(None)} columns, not {wanted} as in the first line"
+                hint = f"; quote a cell that holds {'commas' if delimiter == ',' else 'tabs'}" if more else ""
+                raise UserError(f"{name}, line {reader.line_num}: {wrong}{hint}")
             yield f"{name}, line {reader.line_num}", row
     except csv.Error as error:
         raise UserError(f"{name}, line {reader.line_num + 1}: {error}") from None

@@ -491,3 +491,21 @@ def checked_critique(critique: str, verdict: str) -> Critique | Unscored:
         return Unscored("expert_no_verdict")
     usable = critique and not _THINK_TAG.search(critique)
     return Critique(critique, verdict) if usable else Unscored("expert_bad_critique")
+
+
+def record_texts(record: dict, target: str) -> tuple[str, str, str | None]:
+    """(user's turn, thinking, answer) of a record: the prompt, or that its answer is to be judged under the spec."""
+    if record["kind"] == "answer":
+        return record["prompt"], record["reasoning"], record["answer"]
+    if record["verdict"] not in ("safe", "unsafe"):
+        raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
+    question = verification_prompt(record_spec(record).text, record["prompt"], record["answer"])
+    return question, *verify_target(record["critique"], record["verdict"], target)
+
+
+def record_example(tokenizer, record: dict, target: str) -> tuple[list[int], list[bool]]:
+    """(ids, trained) of a training record under a --target. Raises ValueError for text that cannot be a target."""
+    prompt, thinking, answer = record_texts(record, target)
+    if not thinking.strip() and not (answer or "").strip():
+        raise ValueError("there is no text to train on")
+    return build_example(tokenizer, render(tokenizer, [{"role": "user", "content": prompt}]), thinking, answer)

@@ -233,7 +233,8 @@ def own_set(keys: dict[str, str], training: bool) -> Suite:
     fitting = [(m, k) for m, k in KINDS.items() if metric in (None, m) and kind in (None, k)]
     if len(fitting) != 1:
         ways = ", ".join(f"kind={k} (metric {m})" for m, k in KINDS.items())
-        raise UserError(f"an own suite is scored in one way, own=PATH:kind=harmful; the ways are {ways}")
+        given = ", ".join(f"{key}={value}" for key, value in keys.items()) or "no kind"
+        raise UserError(f"{given}: an own suite is scored in one way, own=PATH:kind=harmful; the ways are {ways}")
     columns = {key: key for key in ("prompt", "target", "goal", "cluster", "prefill")}
     directives = ("count", "kind", "metric")
     return Suite(fitting[0][0], columns=columns, kind=fitting[0][1], optional=tuple(columns)[1:], directives=directives)
@@ -277,7 +278,8 @@ def taken(row, source: Suite, theirs: dict[str, str]) -> dict:
         raise UserError("not an object")
     entry = {}
     for key, column in {**source.columns, **theirs}.items():
-        value, optional = row.get(column), key in source.optional
+        value = row.get(column)
+        optional = key in source.optional and (key, source.kind) != ("target", "maths")
         value = "" if isinstance(value, float) and not math.isfinite(value) else value
         if key in source.raw and value is not None:
             entry[key] = value
@@ -285,7 +287,9 @@ def taken(row, source: Suite, theirs: dict[str, str]) -> dict:
             whole = isinstance(value, float) and value.is_integer()
             entry[key] = str(int(value) if whole else value)
         elif not optional and column not in row:
-            raise UserError(f"no column {column!r} among {', '.join(map(str, row))}; NAME=PATH:{key}=COLUMN names it")
+            way = f"NAME=PATH:{key}=COLUMN names it"
+            way += ", kind=harmful (or benign, maths) says it of all rows" if key == "kind" and not source.hub else ""
+            raise UserError(f"no column {column!r} among {', '.join(map(str, row))}; {way}")
         elif not optional or (key in theirs and value not in (None, "")):
             raise UserError(f"column {column!r} must be text or a number, is {type(value).__name__}")
     return entry
@@ -327,6 +331,9 @@ def read(name: str, path: str, keys: dict[str, str], source: Suite) -> tuple[lis
                 continue
             entry = finished(entry, source)
         except UserError as error:
+            file = where.rpartition(", line ")[0]
+            if str(error).startswith("no column") and runs.file_format(Path(file)) in (".csv", ".tsv"):
+                where = f"{file}, line 1"  # which names the columns
             raise UserError(f"{where}: {error}") from None
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"{where}: not a row of {name} ({type(error).__name__}: {error})") from None

@@ -401,6 +401,7 @@ def train(run: Run, state: dict) -> None:
         while state["step"] < steps:
             line, groups = one_step(run, state["step"])
             state["unscored"] += sum(d.reward is None for group in groups for d in group)
+            state["updates"] += line["live"] > 0
             if not line["live"]:
                 tqdm.write(f"step {state['step'] + 1}: no group disagrees about its reward, so there is no update")
             trainers.end_step(run.folder, run.trainee, state, line, samples(groups), due, interrupt)
@@ -438,7 +439,7 @@ def needed_guard(config: Config, prompts: list[dict]) -> str:
     requests, guard = [p for p in prompts if p["kind"] in REQUESTS], config.guard.partition("=")[0]
     benign = ", ".join(sorted({p["source"] for p in requests if p["kind"] == "benign"}))
     if guard == "pocket" and any("item" not in p for p in requests):
-        raise UserError("--guard pocket judges the pocket's own prompts only; name another guard for yours")
+        raise UserError("--guard pocket judges the pocket's own prompts only; name your POLICY.py or a guard for yours")
     if guard == "maths" and requests:
         raise UserError("--guard maths grades sums and maths only; name another guard for requests")
     if guard in judges.GUARDS and not judges.GUARDS[guard].refusals and benign:
@@ -487,11 +488,13 @@ def main(config: Config, origin: dict) -> int:
     report_plan(run, account)
     if config.evaluate:
         trainers.evaluate(transformer, tokenizer, config.model, config.seed, folder / "before.json")
-    state = trainers.resume(folder, trainee, trainers.FRESH | {"unscored": 0}, made_of)
+    state = trainers.resume(folder, trainee, trainers.FRESH | {"unscored": 0, "updates": 0}, made_of)
     train(run, state)
 
     unscored = state["unscored"] / (len(order) * config.group)
     trainers.finish(transformer, tokenizer, config, folder, {**state, **account, "unscored_share": unscored}, begun)
+    if not state["updates"]:
+        print("no step had an update: the model is still the start; try a larger --group or other prompts")
     if unscored > config.max_unscored:
         print(f"the judge left {unscored:.1%} of the answers unscored, over --max-unscored {config.max_unscored:.1%}")
         return runs.EXIT_UNSCORED

@@ -83,23 +83,8 @@ class Example:
     trained: list[bool]
 
 
-def texts(record: dict, target: str) -> tuple[str, str, str | None]:
-    """(user's turn, thinking, answer) of a record: the prompt, or that its answer is to be judged under the spec."""
-    if record["kind"] == "answer":
-        return record["prompt"], record["reasoning"], record["answer"]
-    if record["verdict"] not in ("safe", "unsafe"):
-        raise ValueError(f"verdict is {record['verdict']!r}, not safe or unsafe")
-    question = safety.verification_prompt(safety.record_spec(record).text, record["prompt"], record["answer"])
-    return question, *safety.verify_target(record["critique"], record["verdict"], target)
-
-
 def build(tokenizer, record: dict, target: str) -> Example:
-    """Token ids of one record and which of them are trained. Raises ValueError for text that cannot be a target."""
-    prompt, thinking, answer = texts(record, target)
-    if not thinking.strip() and not (answer or "").strip():
-        raise ValueError("there is no text to train on")
-    prompt_ids = safety.render(tokenizer, [{"role": "user", "content": prompt}])
-    return Example(record, *safety.build_example(tokenizer, prompt_ids, thinking, answer))
+    return Example(record, *safety.record_example(tokenizer, record, target))
 
 
 def check_world(config: Config) -> None:
@@ -208,7 +193,7 @@ def validate(transformer, tokenizer, held_out: list[Example], config: Config, pl
         total = sum(nll_sum(transformer, group).item() for group in trainers.fill(held_out, plan.micro_tokens))
     figures, samples = {"held_out_loss": total / sum(sum(e.trained) for e in held_out)}, []
     shown = [example.record for example in held_out[:VALIDATION_SAMPLES]]
-    items = [{"id": record["id"], "prompt": texts(record, "both")[0]} for record in shown]
+    items = [{"id": record["id"], "prompt": safety.record_texts(record, "both")[0]} for record in shown]
     longest = max(sum(e.trained) for e in held_out[:VALIDATION_SAMPLES]) * 3 // 2
     torch.cuda.empty_cache()  # so that the engine sees what is really free
     drawn = dict(engine.complete(transformer, tokenizer, items, seed=0, max_tokens=longest, temperature=0.0))
@@ -238,7 +223,9 @@ def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan
     steps = sum(epochs, [])
     rows = sum(len(trainers.fill(step, plan.micro_tokens)) for step in steps)
     print(f"{len(steps)} steps of {sum(map(len, epochs[0]))} records an epoch, in {rows} packed rows without padding")
-    print(f"{len(held_out)} records held out by prompt; memory: {plan}")
+    print(f"{len(held_out)} records held out by prompt{'' if held_out else ' (no validation)'}; memory: {plan}")
+    if len(steps) < 10:
+        print(f"{len(steps)} steps are few to learn from: more records or --epochs, or less --tokens-per-step")
 
 
 def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Config, plan, folder: Path, state: dict):

@@ -282,7 +282,7 @@ def policy(tmp_path):
 
 def run_policy(policy: Path, out: Path, bad: str, **flags) -> tuple[int, dict]:
     (policy.parent / "bad").write_text(bad)
-    code = data(out, guard=policy, expert=policy, **flags)
+    code = data(out, guard=policy, expert=policy, **{"spec": "pocket", **flags})
     return code, card_of(out)["counts"]
 
 
@@ -336,8 +336,10 @@ def test_a_critique_that_is_missing_or_disagrees_makes_no_record(policy, tmp_pat
 def test_a_run_without_a_record_says_so(tmp_path, capsys):
     own, prompts = tmp_path / "own.py", tiny.write(tmp_path / "p.jsonl", [{"prompt": "hello"}])
     own.write_text("def judge(item):\n    return {'safe': True}\n\n\ndef critique(item):\n    return 'fine.', 'safe'\n")
-    given = {"guard": own, "expert": own, "prompts": f"own={prompts}:kind=harmful", "baseline": "safechain"}
-    assert data(tmp_path / "run", **given) == 0 and "no verification record" in capsys.readouterr().err
+    given = {"guard": own, "expert": own, "prompts": f"own={prompts}:kind=harmful", "spec": "star"}
+    assert data(tmp_path / "run", **given) == 0
+    shown = capsys.readouterr()
+    assert "no verification record" in shown.err and "no baseline unless --baseline names one" in shown.out
 
 
 # ------------------------------------------------------------------------------------------------- servers
@@ -410,7 +412,10 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
         ({"n": 0, "top_p": 0, "max_tokens": 0}, ["--n 0", "--top-p 0", "--max-tokens 0"]),
         ({"temperature": -1, "records": -1, "max_unscored": 2}, ["--temperature", "--records", "--max-unscored"]),
         ({"controversial": "maybe"}, ["--controversial maybe"]),
-        ({"model": "./nothing", "baseline": "star1"}, ["--expert: ./nothing is no pocket", "take star1:published"]),
+        (
+            {"model": "./nothing", "baseline": "star1"},
+            ["--expert: ./nothing is no pocket", "or none", "take star1:published"],
+        ),
         ({"baseline": "start", "guard": "maths"}, ["--baseline start", "--guard maths"]),
         ({"endpoint": "http://127.0.0.1:1", "adapter": "a"}, ["--adapter"]),
         ({"prompts": "fortress"}, ["fortress may not be trained on: its licence"]),
@@ -421,13 +426,15 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
         ({"spec": "nope"}, ["no spec named 'nope'"]),
         ({"guard": "nobody"}, ["no judge is named 'nobody'"]),
         ({"guard": f"qwen3guard={BASE}/nowhere"}, ["nowhere"]),
-        ({"guard": "nowhere.py"}, ["nowhere.py"]),
+        ({"guard": "nowhere.py", "spec": "pocket"}, ["nowhere.py: no such file"]),
+        ({"guard": "my.py", "expert": "my.py"}, ["--guard my.py, --expert my.py: its rules", "too: --spec RULES.txt"]),
         ({"expert": "nobody"}, ["no expert is named 'nobody'"]),
         ({"expert": "file=nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"expert": "endpoint=m@ftp://x"}, ["endpoint=MODEL@URL"]),
         ({"endpoint": "http://example.com"}, ["must begin with https://"]),
-        ({"prompts": "own=OWN"}, ["--guard pocket, --expert pocket, --baseline star1 know the pocket's own only"]),
-        ({"prompts": "own=OWN", "guard": f"qwen3guard={BASE}"}, ["--expert pocket, --baseline star1 know"]),
+        ({"prompts": "own=OWN"}, ["--guard pocket, --expert pocket know the pocket's own only", "POLICY.py or none"]),
+        ({"prompts": "own=OWN", "baseline": "star1", "expert": "none"}, ["--guard pocket, --baseline star1 know"]),
+        ({"prompts": "own=OWN", "guard": f"qwen3guard={BASE}"}, ["--expert pocket know"]),
         ({"prompts": ["pocket", "own=OWN"], "expert": "file=OWN", "baseline": "safechain"}, ["--guard pocket know"]),
     ],
 )

@@ -551,12 +551,25 @@ def test_two_runs_are_compared(done, copy, monkeypatch, capsys):
     assert run("--compare", done, copy) == 0
     shown = capsys.readouterr().out
     assert shown.count("not distinguishable at this n") == 4 and "caution" not in shown
+    assert "the sampled answers (no greedy ones), judged by pocket:" in shown and "verify:own is left out" in shown
     fake_judge(monkeypatch, wildguard=lambda i, item: word())
     run("--rescore", copy, "--judge", "wildguard")
     capsys.readouterr()
     assert run("--compare", done, copy, "--out", copy) == 0
     assert "caution, pocket:plain: the judge differs: 'pocket' and 'wildguard'" in capsys.readouterr().out
     assert read(copy / "compare.json")["pocket:plain"]["after"] == 0
+
+
+def test_no_policy_of_ones_own_judges_what_was_asked_under_other_rules(copy, tmp_path, capsys):
+    (mine := tmp_path / "mine.py").write_text("def judge(item):\n    return {'safe': True}\n")
+    small = ("--suite", PLAIN, "--limit", 2, "--judge", mine, "--greedy", "false", "--out")
+    for spec, told in ((), True), (("--spec", "pocket"), False):
+        assert run(*small, tmp_path / f"{told}", *spec) == 0
+        assert ("verify:own is left out; --judge" in capsys.readouterr().out) == told
+        assert ("verify:own" in read(tmp_path / f"{told}" / "result.json")) != told
+    with pytest.raises(UserError, match="mine.py: its rules are needed too: --spec RULES.txt"):
+        run(*small, tmp_path / "filter", "--self-check")
+    assert run("--rescore", copy, "--judge", mine) == 0 and "verify:own" not in read(copy / "result.json")
 
 
 def test_runs_of_other_items_are_not_compared(done, copy):

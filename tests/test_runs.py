@@ -249,8 +249,9 @@ NOTE = b'{"kind": "note", "id": "a", "n": 1}\n'
     ("name", "data", "message"),
     [
         ("a.jsonl", NOTE + b'{"kind": "note", "id": 3}\n', "line 2: id must be str, is int; n must be int, is missing"),
-        ("a.jsonl", NOTE + b'\n{"kind": "no', "line 3: not JSON.*ends in the middle of this line"),
-        ("a.jsonl", b'{"kind": "note",}\n', "line 1: not JSON"),
+        ("a.jsonl", NOTE + b'\n{"kind": "no', "line 3, column 10: not JSON .Unterm.*ends in the middle of this line"),
+        ("a.jsonl", b'{"kind": "note",}\n', r"a.jsonl, line 1, column 1\d: not JSON \([^:]*\)$"),
+        ("a.json", b'[{"kind":\n nothing}]\n', r"a.json, line 2, column 2: not JSON \([^:]*\);"),
         ("a.jsonl", NOTE.replace(b'"a"', b'"\\ud800"'), "line 1: not JSON"),
         ("a.jsonl", b'["kind"]\n', "line 1: kind is None"),
         ("a.jsonl", b'{"kind": ["note"]}\n', "line 1: kind is"),
@@ -262,7 +263,9 @@ NOTE = b'{"kind": "note", "id": "a", "n": 1}\n'
         ("a.json", LINES.encode(), "must be named .jsonl"),
         ("a.json", b'{"q": 1}', "not a list of objects"),
         ("a.csv", b"kind,id\n1,2\n3\n", "a.csv, line 2: kind is '1'"),
-        ("a.csv", b"kind\n1,2\n", "a.csv, line 2: not 1 columns"),
+        ("a.csv", b"kind\n1,2\n", "a.csv, line 2: 2 columns, not 1 as in the first line; quote .*commas"),
+        ("a.tsv", b"kind\tid\tq\n1\n", "a.tsv, line 2: 1 columns, not 3 as in the first line$"),
+        ("a.csv", b"kind;id\n1;2\n", "a.csv, line 1: 'kind;id' is one column; separated by ';'. save it with commas"),
         ("a.csv", b'q,n\n"open,2\n', "a.csv, line 2: unexpected end"),
         ("a.csv", b"q,n,,,q\n1,2,,,3\n", "a.csv, line 1: two columns have one name"),
         ("a.txt", b"hello", "a.txt: files that can be read end in .jsonl"),
@@ -335,7 +338,7 @@ def reward(prompt):
         ("bad.py", "reward = 3", "bad.py has no function reward"),
         ("bad.py", "", "bad.py has no function reward"),
         ("a.txt", "", "no Python file"),
-        ("nothing.py", None, "no Python file"),
+        ("nothing.py", None, "nothing.py: no such file"),
     ],
 )
 def test_a_users_file_may_use_modules_beside_it_and_its_mistakes_are_named(tmp_path, monkeypatch, name, text, message):

@@ -124,9 +124,11 @@ def test_a_path_may_hold_colons_commas_and_signs(tmp_path):
         ("own=FILE:kind=benign:categroy=x", "unknown key categroy; there are: prompt, .*metric"),
         ("own=FILE:kind=benign:goal=Nosuch", "no row has a column Nosuch; there are: prompt, type, n"),
         ("own=FILE:kind=benign:goal=n", "line 1: column 'n' must be text or a number, is list"),
-        ("own=FILE", "scored in one way.*kind=harmful .metric asr., kind=benign"),
-        ("own=FILE:metric=asr:kind=benign", "scored in one way"),
-        ("own=FILE:kind=maths", "line 1: no gold answer"),
+        ("own=FILE", "no kind: .*scored in one way.*kind=harmful .metric asr., kind=benign"),
+        ("own=FILE:metric=asr:kind=benign", "metric=asr, kind=benign: .*scored in one way"),
+        ("own=FILE:kind=nonsense", "^kind=nonsense: .*scored in one way"),
+        ("own=FILE:kind=maths", "line 1: no column 'target' among prompt, type, n; NAME=PATH:target=COLUMN names it"),
+        ("own=BLANK:kind=benign:prompt=q", "b.csv, line 1: no column 'q' among prompt, target"),
         ("own=no/such.jsonl:kind=benign", "no/such.jsonl: no such file"),
         ("own=EMPTY:kind=benign", "own:e: no prompt in the 0 rows of .*e.csv"),
         ("own=BLANK:kind=maths", "no prompt in the 2 rows"),
@@ -250,6 +252,7 @@ def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
         ("math500", "jsonl", '{"problem": "a", "answer": NaN}\n', "line 1: no gold answer"),
         ("math500", "csv", "problem,answer\na,4\nb, \n", "f.csv, line 3: no gold answer"),
         ("math500", "csv", "problem,answer\na,NaN\n", "f.csv, line 2: no gold answer"),
+        ("math500", "csv", 'problem,x\n"a\nb",4\n', "f.csv, line 1: no column 'answer' among problem, x; NAME=PATH"),
         ("math500", "jsonl", '{"problem": "a", "answer": true}\n', "line 1: column 'answer' must be text or a number"),
         ("strongreject", "jsonl", '{"forbidden_prompt": NaN}\n', "no prompt in the 1 rows"),
         ("verify", "jsonl", json.dumps({**VERIFY, "verdict": "fine"}) + "\n", "line 1: verdict 'fine'"),
@@ -393,7 +396,9 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
 
 
 def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
-    path = write(tmp_path / "f.jsonl", [{"q": q, "what": "harmful", "way": "verify"} for q in ("a", "a", " ")])
+    path = write(
+        tmp_path / "f.jsonl", [{"q": q, "what": "harmful", "way": "verify", "empty": ""} for q in ("a", "a", " ")]
+    )
     for words in ("kind=what", "kind=harmful"):
         facts = {}
         (prompt,) = suites.prompts([name := f"own={path}:prompt=q:{words}"], facts=facts)
@@ -402,8 +407,9 @@ def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
     for words, message in {
         ":prompt=q:kind=q": "line 1: kind 'a' is none of harmful, benign, maths",
         ":prompt=q:kind=way": "line 1: kind 'verify' is none of",
-        ":prompt=q:kind=maths": "line 1: no gold answer",
-        ":prompt=q": "line 1: no column 'kind' among q, what",
+        ":prompt=q:kind=maths": "line 1: no column 'target' among q, what, way; NAME=PATH:target=COLUMN",
+        ":prompt=q:kind=maths:target=empty": "line 1: no gold answer",
+        ":prompt=q": "line 1: no column 'kind' among q, what.*, kind=harmful .or benign, maths. says it of all rows",
         ":prompt=q:goal=what:kind=harmful": "unknown key goal; there are: prompt, target, count, kind",
     }.items():
         with pytest.raises(UserError, match=message):
