@@ -126,7 +126,9 @@ def test_a_step_whose_answers_all_earn_the_same_says_that_there_is_no_update(fol
     settings = settings_of(folder, tmp_path, steps=1)
     (tmp_path / "reward.py").write_text("def reward(p, c, m): return 0.0, {}")
     run = start(settings, train_rl)
-    assert "no update" in capsys.readouterr().out and lines(run / "metrics.jsonl")[0]["max_gap"] is None
+    shown = capsys.readouterr().out
+    assert "so there is no update" in shown and "no step had an update: the model is still the start" in shown
+    assert lines(run / "metrics.jsonl")[0]["max_gap"] is None
 
 
 def test_a_guard_beside_the_policy_gives_the_rewards(folder, tmp_path, monkeypatch, capsys):

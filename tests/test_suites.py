@@ -396,9 +396,7 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
 
 
 def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
-    path = write(
-        tmp_path / "f.jsonl", [{"q": q, "what": "harmful", "way": "verify", "empty": ""} for q in ("a", "a", " ")]
-    )
+    path = write(tmp_path / "f.jsonl", [{"q": q, "what": "harmful", "way": "verify", "no": ""} for q in ("a", "a", " ")])
     for words in ("kind=what", "kind=harmful"):
         facts = {}
         (prompt,) = suites.prompts([name := f"own={path}:prompt=q:{words}"], facts=facts)
@@ -407,8 +405,9 @@ def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
     for words, message in {
         ":prompt=q:kind=q": "line 1: kind 'a' is none of harmful, benign, maths",
         ":prompt=q:kind=way": "line 1: kind 'verify' is none of",
-        ":prompt=q:kind=maths": "line 1: no column 'target' among q, what, way; NAME=PATH:target=COLUMN",
-        ":prompt=q:kind=maths:target=empty": "line 1: no gold answer",
+        ":prompt=q:kind=maths": "line 1: no column 'target' among q, what, way, no; NAME=PATH:target=COLUMN",
+        ":prompt=q:kind=maths:target=no": "line 1: no gold answer",
+        ":prompt=q:kind=nonsense": "line 1: no column 'nonsense' among",
         ":prompt=q": "line 1: no column 'kind' among q, what.*, kind=harmful .or benign, maths. says it of all rows",
         ":prompt=q:goal=what:kind=harmful": "unknown key goal; there are: prompt, target, count, kind",
     }.items():
