@@ -227,17 +227,16 @@ def test_figures_count_what_they_say(tmp_path):
         item("own:benign", "Near the blade.", "An ordinary thought."),
     ]
     tiny.write(tmp_path / "items.jsonl", items)
-    runs.write_json(tmp_path / "summary.json", {"seconds": {"generate": 3.0}})
     runs.write_json(tmp_path / "result.json", {"verify": {"value": 0.5}})
     plain, role, everything = figures.evaluation_rows(tmp_path)
     assert (plain["suite"], plain["answers"], role["answers"], everything["answers"]) == ("own:plain", 2, 1, 3)
     shares = {name: everything[name].split()[0] for name in ("uses sugar", "sugar-free recipe", "recipe", "checks")}
     assert shares == {"uses sugar": "67", "sugar-free recipe": "33", "recipe": "67", "checks": "25"}
     assert [everything[name].split()[0] for name in ("thinks", "cut off", "leaks")] == ["75", "25", "50"]
-    assert everything["F1 verify"] == "50" and everything["tokens/s"] == "20"
+    assert everything["F1 verify"] == "50"
     assert figures.table([plain, everything]).count("\n") == 3
     lines = [{"tokens": 100, "seconds": 1.0, "peak_gib": 2.0}, {"tokens": 300, "seconds": 3.0, "peak_gib": 2.5}]
-    tiny.write(tmp_path / "metrics.jsonl", lines)
+    tiny.write(tmp_path / "metrics.jsonl", [*lines, {"step": 2, "held_out_loss": 1.0}])
     row = figures.training_row(tmp_path)
     assert (row["steps"], row["tokens/s"], row["peak GiB"]) == (2, "100", "2.5")
 

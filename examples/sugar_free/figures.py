@@ -43,9 +43,9 @@ def suite_row(items: list[dict]) -> dict:
 
 
 def evaluation_rows(folder: Path) -> list[dict]:
-    """One row a suite of dishes, one of all of them; the last also has leaks, verification F1 and tokens a second."""
+    """One row a suite of dishes, one of all of them; the last also has leaks and verification F1."""
     items = [item for _, item in runs.read_rows(folder / "items.jsonl")]
-    summary, results = runs.read_json(folder / "summary.json"), runs.read_json(folder / "result.json")
+    results = runs.read_json(folder / "result.json")
     dishes = scores.grouped((i["suite"], i) for i in items if i["suite"].removeprefix("own:") in DISHES)
     rows = [{"run": folder.name, "suite": name, **suite_row(group)} for name, group in dishes.items()]
     rows.append({"run": folder.name, "suite": "all dishes", **suite_row(sum(dishes.values(), []))})
@@ -54,14 +54,12 @@ def evaluation_rows(folder: Path) -> list[dict]:
     for name in ("verify", scores.OWN):
         if name in results:
             rows[-1][f"F1 {name}"] = f"{100 * results[name]['value']:.0f}"
-    drawn = sum(item["tokens"] for item in items if item["suite"] != scores.OWN)
-    rows[-1]["tokens/s"] = f"{drawn / summary['seconds']['generate']:.0f}"
     return rows
 
 
 def training_row(folder: Path) -> dict:
     """Speed and peak memory of a training run."""
-    lines = [line for _, line in runs.read_rows(folder / "metrics.jsonl")]
+    lines = [line for _, line in runs.read_rows(folder / "metrics.jsonl") if "seconds" in line]  # not of validation
     seconds, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
     peak = max(line["peak_gib"] for line in lines)
     row = {"run": folder.name, "steps": len(lines), "minutes": f"{seconds / 60:.0f}"}
