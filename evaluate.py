@@ -606,7 +606,7 @@ def chat(config: Config) -> int:
     spec = safety.load_spec(config.spec)
     transformer, tokenizer = Target(config).load()
     end, turns, count = model.end_ids(transformer, tokenizer), [], 0
-    sampler = engine.Engine(transformer, end)
+    sampler = engine.Engine(transformer, end, row_tile=1)  # one row: nothing to be the same with
 
     def reply(messages: list[dict]) -> str:
         """Shows the reply as it is drawn; returns its answer."""

@@ -412,7 +412,7 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
         ({"n": 0, "top_p": 0, "max_tokens": 0}, ["--n 0", "--top-p 0", "--max-tokens 0"]),
         ({"temperature": -1, "records": -1, "max_unscored": 2}, ["--temperature", "--records", "--max-unscored"]),
         ({"controversial": "maybe"}, ["--controversial maybe"]),
-        ({"model": "./nothing", "baseline": "star1"}, ["--expert: ./nothing is no pocket", "or none", "star1:published"]),
+        ({"model": "./nothing", "baseline": "star1"}, ["./nothing is no pocket", "or none", "star1:published"]),
         ({"baseline": "start", "guard": "maths"}, ["--baseline start", "--guard maths"]),
         ({"endpoint": "http://127.0.0.1:1", "adapter": "a"}, ["--adapter"]),
         ({"prompts": "fortress"}, ["fortress may not be trained on: its licence"]),

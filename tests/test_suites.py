@@ -396,7 +396,7 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
 
 
 def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
-    path = write(tmp_path / "f.jsonl", [{"q": q, "what": "harmful", "way": "verify", "no": ""} for q in ("a", "a", " ")])
+    path = write(tmp_path / "f.jsonl", [{"q": q, "what": "harmful", "way": "verify", "no": ""} for q in "aa "])
     for words in ("kind=what", "kind=harmful"):
         facts = {}
         (prompt,) = suites.prompts([name := f"own={path}:prompt=q:{words}"], facts=facts)
