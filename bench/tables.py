@@ -138,6 +138,17 @@ def cost_table() -> str:
     return markdown(["answers without → with the check", "4 wrappers", "prefill", "benign", "tokens an item"], lines)
 
 
+def kitchen_table(part: str) -> Callable:
+    """Of examples/sugar_free on a real model, as examples.sugar_free.figures measured it: all dishes, or trainings."""
+
+    def build() -> str:
+        rows = [r for r in runs.read_json(RESULTS / "sugar_free.json")[part] if r.get("suite") in (None, "all dishes")]
+        columns = [name for name in rows[0] if name not in ("run", "suite")]
+        return markdown(["run", *columns], [[row["run"], *(str(row[c]) for c in columns)] for row in rows])
+
+    return build
+
+
 CLAIMS = (
     ("star1", "verification"), ("star1+grpo", "verification+grpo"), ("base+grpo", "verification+grpo"),
     ("late", "early"), ("verification", "other"), ("verification", "half"), ("verification", "verify-rl"),
@@ -150,6 +161,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "differences": differences_table(CLAIMS, ("mean", "prefill", "benign", "sums", "verify")),
     "self-check": cost_table,
     "worlds": worlds_table,
+    "kitchen": kitchen_table("evaluations"),
+    "kitchen-training": kitchen_table("trainings"),
     "runs": runs_table,
 }
 
