@@ -160,7 +160,7 @@ UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
         ({"r": 8}, r"lora_A.weight is \[4, 96\], not \[8, 96\]"),
         ({"lora_alpha": "8"}, "lora_alpha must be a positive float"),
         (tiny.gone("adapter_config.json"), "no adapter_config.json"),
-        (tiny.written("adapter_config.json", "{"), "adapter_config.json: not JSON"),
+        (tiny.written("adapter_config.json", "{"), "adapter_config.json, column .: not JSON"),
         (tiny.gone("adapter_model.safetensors"), "no adapter_model.safetensors"),
         (tiny.cut("adapter_model.safetensors", -7), "not a whole safetensors file"),
         (

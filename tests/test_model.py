@@ -68,7 +68,7 @@ SETTINGS = [  # the words of the refusal, what is done to the folder
     ("num_hidden_layers must be a positive int, not 0", config(num_hidden_layers=0)),
     ("4 attention heads do not divide into 3 key-value heads", config(num_key_value_heads=3)),
     ("has no config.json", gone("config.json")),
-    ("config.json: not JSON", written("config.json", "{'a': 1}")),
+    ("config.json, column .: not JSON", written("config.json", "{'a': 1}")),
     ("config.json holds no JSON object", written("config.json", "[]")),
     ("has no tokenizer.json", gone("tokenizer.json")),
     ("its tokenizer files cannot be read", written("tokenizer.json", "{}")),
