@@ -167,5 +167,5 @@ def test_the_pockets_run_ends_with_its_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["before"].keys() == result["after"].keys() >= {"pocket:role", "pocket:benign", "pocket:verify"}
-    for part in ("mean of 4 wrappers", "thinks:", "answers:", str(tmp_path / "run")):
+    for part in ("mean of 4 wrappers", str(tmp_path / "run")):
         assert part in done.stdout
