@@ -283,7 +283,8 @@ def measure(config: Config) -> dict:
 
 def in_its_own_process(config: Config, side: str) -> dict:
     """The figures of a side, or {"error": the end of what it said}."""
-    flags = [w for name, v in {**asdict(config), "only": side}.items() if v != "" for w in (runs.flag(name), str(v).lower())]
+    given = {name: str(v).lower() for name, v in {**asdict(config), "only": side}.items() if v != ""}
+    flags = [word for name, value in given.items() for word in (runs.flag(name), value)]
     done = subprocess.run([sys.executable, "-m", "bench.grpo", *flags], capture_output=True, text=True)
     return {"error": done.stderr[-2000:]} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
