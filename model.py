@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -120,8 +121,11 @@ class Config:
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
         """Defaults of absent settings are Transformers'. Raises ModelError for what this file does not compute."""
-        name = (raw.get("architectures") or ["(none)"])[0]
+        names = raw.get("architectures") or ["(none)"]
+        name, tied = names if isinstance(names, str) else names[0], raw.get("tie_word_embeddings") or False
         refuse_unsupported(name, raw)
+        if not isinstance(tied, bool):
+            raise ModelError(f"config.json: tie_word_embeddings must be true or false, not {tied!r}")
         llama, qwen3 = name == "LlamaForCausalLM", name == "Qwen3ForCausalLM"
         sizes = {key: positive(raw, key) for key in SIZES}
         hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -134,7 +138,7 @@ class Config:
             head_dim=positive(raw, "head_dim", 128 if qwen3 else hidden // heads),
             rms_norm_eps=positive(raw, "rms_norm_eps", 1e-6, kind=float),
             rope=read_rope(raw),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            tie_word_embeddings=tied,
             qkv_bias=name == "Qwen2ForCausalLM" or ((llama or qwen3) and bool(raw.get("attention_bias"))),
             o_bias=(llama or qwen3) and bool(raw.get("attention_bias")),
             mlp_bias=llama and bool(raw.get("mlp_bias")),
@@ -143,11 +147,11 @@ class Config:
         )
 
 
-def positive(raw: dict, key: str, default=None, kind: type = int):
+def positive(raw: dict, key: str, default=None, kind: type = int, file: str = "config.json"):
     """raw[key] as a positive number; null counts as absent."""
     value = default if raw.get(key) is None else raw[key]
     if not isinstance(value, int if kind is int else int | float) or not value > 0:
-        raise ModelError(f"config.json: {key} must be a positive {kind.__name__}, not {value!r}")
+        raise ModelError(f"{file}: {key} must be a positive {kind.__name__}, not {value!r}")
     return value
 
 
@@ -772,12 +776,16 @@ def load_adapter(transformer: Transformer, path) -> list[nn.Parameter]:
     """Attach a LoRA adapter in PEFT's format; returns its parameters. Raises ModelError."""
     path = Path(path)
     if not path.is_dir():
-        raise ModelError(f"no adapter folder at {path}; from the hub: hf download {path} --local-dir DIR")
+        hub = (
+            f"; from the hub: hf download {path} --local-dir DIR" if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) else ""
+        )
+        raise ModelError(f"no adapter folder at {path}{hub}")
     config = read_json(settings_file(path, "adapter_config.json"))
     refuse_adapter(path, config)
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path} has no adapter_model.safetensors (only safetensors are read)")
-    r, alpha = positive(config, "r"), positive(config, "lora_alpha", kind=float)
+    file = str(path / "adapter_config.json")
+    r, alpha = positive(config, "r", file=file), positive(config, "lora_alpha", kind=float, file=file)
     pairs = add_lora(transformer, r, alpha, targets=sorted(config["target_modules"]))
     read_tensors([path / "adapter_model.safetensors"], adapter_parameters(transformer), {})
     refresh_lora(transformer)

@@ -156,7 +156,7 @@ UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
         ({"target_modules": ".*proj"}, "target_modules"),
         ({"target_modules": ["q_proj"]}, "surplus tensor base_model.model.model.layers.0"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"r": None}, "r must be a positive int"),
+        ({"r": None}, "adapter_config.json: r must be a positive int"),
         ({"r": 8}, r"lora_A.weight is \[4, 96\], not \[8, 96\]"),
         ({"lora_alpha": "8"}, "lora_alpha must be a positive float"),
         (tiny.gone("adapter_config.json"), "no adapter_config.json"),

@@ -67,6 +67,8 @@ SETTINGS = [  # the words of the refusal, what is done to the folder
     ("hidden_size must be a positive int, not '64'", config(hidden_size="64")),
     ("num_hidden_layers must be a positive int, not 0", config(num_hidden_layers=0)),
     ("4 attention heads do not divide into 3 key-value heads", config(num_key_value_heads=3)),
+    ("tie_word_embeddings must be true or false, not 'false'", config(tie_word_embeddings="false")),
+    ("architecture GPT2LMHeadModel is not supported; supported", config(architectures="GPT2LMHeadModel")),
     ("has no config.json", gone("config.json")),
     ("config.json, column .: not JSON", written("config.json", "{'a': 1}")),
     ("config.json holds no JSON object", written("config.json", "[]")),
