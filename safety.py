@@ -462,11 +462,12 @@ Reply with this one JSON object and nothing else, the nonce copied:
 
 def parse_reply(text: str, nonce: str, keys: tuple[str, ...]) -> dict[str, str] | Unscored:
     """The one JSON object of a reply: the nonce and exactly `keys`, all strings. Thinking and a code fence may surround
-    it, line breaks stand in its strings; anything else (a second object, prose, a repeated or surplus key, another
-    nonce) is Unscored."""
+    it, and line breaks may stand in its strings unescaped; anything else (a second object, prose, a repeated or surplus
+    key, another nonce) is Unscored."""
     body = re.sub(r"(?s)\A```\w*(.*)```\Z", r"\1", text.rpartition("</think>")[2].strip()).strip()
     try:
-        pairs = json.loads(body, strict=False, object_pairs_hook=list)  # pairs, so that a repeated key shows
+        # pairs, so that a repeated key shows; not strict: models leave line breaks in a string as they are
+        pairs = json.loads(body, strict=False, object_pairs_hook=list)
         json.dumps(pairs, ensure_ascii=False).encode()  # a lone surrogate is not text
     except (ValueError, RecursionError):
         return Unscored("reply_not_one_object")
