@@ -27,7 +27,6 @@ import random
 import re
 import sys
 import threading
-import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -330,13 +329,6 @@ def guard_judge(name: str, path: str, device, dtype, controversial: str, cache_b
 # ------------------------------------------------------------------------------------------------- your own file
 
 
-def own_function(path: str, name: str) -> Callable:
-    """The function `name` of a user's Python file. Raises UserError where it has none."""
-    if (function := runs.load_function(path, name)) is None:
-        raise UserError(f"{path} has no function {name}")
-    return function
-
-
 def call_own(path: str, function: Callable, item: dict, *arguments, read: Callable = lambda result: result):
     """read(function(*arguments)), called for `item`. Raises UserError that names file, line and item where the function
     fails, and where `read` raises ValueError, which says what the result should have been."""
@@ -344,9 +336,8 @@ def call_own(path: str, function: Callable, item: dict, *arguments, read: Callab
     try:
         result = function(*arguments)
     except (Exception, SystemExit) as error:  # whatever the file raises is its author's to fix
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(Path(path))]
-        line = f" at line {lines[-1]}" if lines else ""
-        raise UserError(f"{where}, failed{line}: {type(error).__name__}: {error}") from None
+        failed = f"{where}, failed{runs.line_in(Path(path), error)}"
+        raise UserError(f"{failed}: {type(error).__name__}: {error}") from None
     try:
         return read(result)
     except (ValueError, OverflowError) as error:
@@ -362,7 +353,7 @@ def example_item(world) -> dict:
 
 def own_stream(path: str, name: str, read: Callable, world) -> Callable:
     """items -> (i, what the function `name` of a user's file says of items[i]); tried on a short answer at once."""
-    function = own_function(path, name)
+    function = runs.load_function(path, name)
 
     def stream(items):
         return ((i, call_own(path, function, item, dict(item), read=read)) for i, item in enumerate(items))

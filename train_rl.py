@@ -302,7 +302,7 @@ def own_rewards(path: str, example: dict) -> Callable:
 
     Not on an empty one: that earns 0 and is shown to no reward. Raises UserError for whatever goes wrong in the file.
     """
-    function = judges.own_function(path, "reward")
+    function = runs.load_function(path, "reward")
 
     def score(items: list[dict]) -> list[tuple]:
         ask = functools.partial(judges.call_own, path, function, read=read_reward)

@@ -192,7 +192,7 @@ def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_pa
 def test_a_mistake_in_an_own_file_of_a_relative_path_is_named_with_its_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text('def judge(item):\n    return item["nope"]\n')
-    with pytest.raises(runs.UserError, match="mine.py: judge, item example, failed at line 2: KeyError"):
+    with pytest.raises(runs.UserError, match="mine.py: judge, item example, failed, line 2: KeyError"):
         judges.load("mine.py")
 
 

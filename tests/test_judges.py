@@ -263,11 +263,11 @@ def test_an_own_file_judges_and_criticises(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("def judge(item):\n\n    1 / len(item['thinking'])", "judge, item example, failed at line 3: Zero"),
-        ("def judge(item):\n    return item['typo']", "failed at line 2: KeyError: 'typo'"),
-        ("import json\ndef judge(item):\n    return json.loads('{')", "failed at line 3"),
+        ("def judge(item):\n\n    1 / len(item['thinking'])", "judge, item example, failed, line 3: Zero"),
+        ("def judge(item):\n    return item['typo']", "failed, line 2: KeyError: 'typo'"),
+        ("import json\ndef judge(item):\n    return json.loads('{')", "failed, line 3"),
         ("def judge():\n    return True", "item example, failed: TypeError: judge() takes 0"),
-        ("import sys\ndef judge(item):\n    sys.exit(0)", "failed at line 3: SystemExit: 0"),
+        ("import sys\ndef judge(item):\n    sys.exit(0)", "failed, line 3: SystemExit: 0"),
         ("def judge(item):\n    return 'safe'", "item example, gave 'safe': neither"),
         ("def judge(item):\n    return {'refused': True}", "neither"),
         ("def judge(item):\n    return {'safe': 'no'}", "safe is no key of a label or has another type"),
@@ -293,9 +293,9 @@ def test_what_an_own_file_does_wrong_later_names_the_item(tmp_path):
     text = "def {}(item):\n    assert item['id'] == 'example'\n    return {}"
     judge = judges.load(own(tmp_path, text.format("judge", "{'safe': True}")))
     expert = judges.load_expert(own(tmp_path, text.format("critique", "'fine', 'safe'")))
-    with pytest.raises(UserError, match="judge, item i7, failed at line 2: AssertionError"):
+    with pytest.raises(UserError, match="judge, item i7, failed, line 2: AssertionError"):
         judge([item("benign", "a", id="i7")])
-    with pytest.raises(UserError, match="critique, item i8, failed at line 2: AssertionError"):
+    with pytest.raises(UserError, match="critique, item i8, failed, line 2: AssertionError"):
         asked(expert, [RECORD | {"id": "i8"}])
     with pytest.raises(UserError, match=r"critique, item example, gave \('fine', 'good'\): not \(critique"):
         judges.load_expert(own(tmp_path, text.format("critique", "'fine', 'good'")))
