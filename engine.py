@@ -468,12 +468,14 @@ class Engine:
         def attend(layer, rotate):
             q_NHD, k_NKD, v_NKD = rotate()
             self.cache.write(layer, slot_N, k_NKD, v_NKD)
+            if layer == self.transformer.config.num_hidden_layers - 1:
+                return q_NHD  # of which no row is asked for
             if len(slot_N) == len(slot_T):
                 return kernels.attention(q_NHD, k_NKD, v_NKD, *row)
             q_THD = q_NHD.new_zeros(len(slot_T), *q_NHD.shape[1:]).index_copy_(0, new_N, q_NHD)
             return kernels.attention(q_THD, *self.cache.read(layer, slot_T), *row)[new_N]
 
-        self.transformer(ids_N, cu_seqlens, positions_T=position_N, attend=attend)
+        self.transformer(ids_N, cu_seqlens, rows_N=new_N[:0], positions_T=position_N, attend=attend)
 
     def prepare(self, rows: int, mode: str) -> int:
         """Set self.step for `rows` rows, before they are written: a capture overwrites them. -> rows that it computes:

@@ -62,7 +62,7 @@ class Config:
     greedy: bool = option(False, "decode greedily, too, one sample an item", pocket=True)
     temperature: float = option(-1.0, "sampling temperature; -1: each suite's own", low=-1)
     top_p: float = option(0.0, "nucleus sampling; 0: each suite's own", low=0, high=1)
-    max_tokens: int = option(0, "length limit of a completion; 0: each suite's own", low=0)
+    max_tokens: int = option(0, "length limit of a completion; 0: each suite's own", pocket=96, low=0)
     samples: int = option(0, "completions an item; 0: each suite's own", low=0)
     compare: tuple = option((), "two evaluation folders, paired")
     report: tuple = option((), "folders of evaluations and training runs; --out is the report's folder")
@@ -537,9 +537,8 @@ def rescore(config: Config, origin: dict) -> int:
         raise UserError(f"--rescore reads all but judges from its run; remove {', '.join(map(runs.flag, others))}")
     config, origin = runs.parse(Config, ["--resume", str(folder)])
     config = replace(config, self_check=False, **given)  # what was filtered is there
-    decoded, _, _, summary = report.read(folder / "summary.json", "decoding", "rewarded_by", "world_seed")
-    done = {}
-    for mode, known in decoded.items():
+    summary, done = runs.read_json(folder / "summary.json", "decoding", "rewarded_by", "world_seed"), {}
+    for mode, known in summary["decoding"].items():
         order = list(known)
         if samples := runs.stored(folder / f"generations{mode}.jsonl", scores.key):
             done[mode] = sorted(samples.values(), key=lambda item: (order.index(item["suite"]), *scores.key(item)))

@@ -171,7 +171,7 @@ def checked_name(name: str) -> str:
     kind, _, path = name.partition("=")
     if kind in GUARDS and not name.endswith(".py"):
         folder = model.resolve(path or GUARDS[kind].model)
-        model.Config.from_dict(model.read_json(model.settings_file(folder, "config.json")))
+        model.read_config(folder)
         check_template(kind, folder, model.load_tokenizer(folder))
     elif name != "pocket":  # whose world comes with the model
         load(name)

@@ -136,6 +136,14 @@ def to_sample(prompt: dict, model_hash: str, config: Config) -> list[dict]:
     return [{**prompt, "key": digest(model_hash, *settings, prompt["prompt"], k)} for k in range(config.n)]
 
 
+STAGES = {"samples": ("answer", "finish_reason"), "labels": ("safe",), "critiques": ("critique", "verdict")}
+
+
+def keyed(*fields: str):
+    """The key of a stage's record. Raises KeyError for one that lacks a field of its stage."""
+    return lambda record: operator.itemgetter("key", *fields)(record)[0]
+
+
 def keep(log, items: list[dict], missing: list[dict], stream: Iterable[tuple[int, object]]) -> list[dict]:
     """The items with what a stage gave them, now or before. `stream` yields (i, what missing[i] got), which is logged;
     a failure is not, and so a resumed run asks again."""
@@ -375,7 +383,8 @@ def gather(config: Config, world) -> tuple[dict, dict]:
     began = Path(config.resume, "prompts.json") if config.resume else None
     begun = began is not None and began.exists()
     tested, missing = suites.tested_items(config.decontaminate, config.model, world) if texts or not begun else ([], {})
-    gathered = runs.read_json(began) if begun else gather_prompts(config, world, tested)
+    known = ("prompts", "counts", "sets", "decontamination")
+    gathered = runs.read_json(began, *known) if begun else gather_prompts(config, world, tested)
     published = {BASELINES[parse_baseline(t)[0]]: published_records(t, config, tested, sets) for t in texts}
     for facts in sets.values():
         facts["suites not at hand"] = missing
@@ -406,13 +415,11 @@ def main(config: Config, origin: dict) -> int:
         expert = judges.load_expert(config.expert, world=world, seed=config.seed)
 
     folder = runs.new_folder(config, origin, "make_data", model.device_name(device))  # what is wrong has shown by now
-    print(f"run folder {folder}; settings:")
-    runs.show(config, origin)
     runs.write_json(folder / "prompts.json", facts)
     prompts = facts.pop("prompts")
     with contextlib.ExitStack() as stack:
-        names, by_key = ("samples", "labels", "critiques"), operator.itemgetter("key")
-        samples, labels, critiques = (stack.enter_context(runs.Log(folder / f"{n}.jsonl", by_key)) for n in names)
+        logs = (runs.Log(folder / f"{stage}.jsonl", keyed(*fields)) for stage, fields in STAGES.items())
+        samples, labels, critiques = map(stack.enter_context, logs)
         groups, chosen, reasons = draw(prompts, sampler, model_hash, judge, samples, labels, config)
         jobs = stage_critiques(expert, chosen, critiques, config, spec)
 

@@ -147,6 +147,15 @@ class Config:
         )
 
 
+def read_config(folder: Path) -> Config:
+    """The Config of a model folder. Raises ModelError."""
+    raw = read_json(settings_file(folder, "config.json"))
+    try:
+        return Config.from_dict(raw)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+
+
 def positive(raw: dict, key: str, default=None, kind: type = int, file: str = "config.json"):
     """raw[key] as a positive number; null counts as absent."""
     value = default if raw.get(key) is None else raw[key]
@@ -314,6 +323,10 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x_TH, self.weight, self.eps, residual_TH)
 
 
+def taken(x_TH: torch.Tensor, rows_N: torch.Tensor | None) -> torch.Tensor:
+    return x_TH if rows_N is None else x_TH.index_select(0, rows_N)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -329,10 +342,10 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.qkv, self.out = Joint(self.q_proj, self.k_proj, self.v_proj), Joint(self.o_proj)
 
-    def forward(self, x_TH, cos_TD, sin_TD, attend):
+    def forward(self, x_TH, cos_TD, sin_TD, attend, rows_N=None):
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else None
         rotate = functools.partial(kernels.rope, self.qkv(x_TH), self.heads, cos_TD, sin_TD, norms)
-        return self.out(attend(rotate).flatten(1))
+        return self.out(taken(attend(rotate).flatten(1), rows_N))
 
 
 class MLP(nn.Module):
@@ -356,12 +369,15 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TH, residual_TH, cos_TD, sin_TD, attend):
-        """(what the MLP adds, what it is added to): the sum is left to the next norm, which takes it in its pass."""
+    def forward(self, x_TH, residual_TH, cos_TD, sin_TD, attend, rows_N=None):
+        """(what the MLP adds, what it is added to): the sum is left to the next norm, which takes it in its pass.
+
+        rows_N: the rows that are wanted; others end with their keys and values.
+        """
         normed_TH, residual_TH = self.input_layernorm(x_TH, residual_TH)
-        attended_TH = self.self_attn(normed_TH, cos_TD, sin_TD, attend)
-        normed_TH, residual_TH = self.post_attention_layernorm(attended_TH, residual_TH)
-        return self.mlp(normed_TH), residual_TH
+        attended_NH = self.self_attn(normed_TH, cos_TD, sin_TD, attend, rows_N)
+        normed_NH, residual_NH = self.post_attention_layernorm(attended_NH, taken(residual_TH, rows_N))
+        return self.mlp(normed_NH), residual_NH
 
     def whole(self, x_TH, *inputs):
         """The sum itself: one hidden state is all that a checkpoint between layers keeps."""
@@ -402,8 +418,9 @@ class Transformer(nn.Module):
         """[V,H]: the head, which is the embedding where the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, ids_T, cu_seqlens, *, positions_T=None, attend=None, checkpoint=False):
-        """Hidden states [T,H] after the final norm, in the dtype of the weights.
+    def forward(self, ids_T, cu_seqlens, *, rows_N=None, positions_T=None, attend=None, checkpoint=False):
+        """Hidden states [T,H] after the final norm, in the dtype of the weights; with `rows_N` those [N,H] of these
+        rows alone, such as a loss needs: the last layer then leaves out what nobody asks for.
 
         ids_T [T] int64, cu_seqlens [N+1] int32 from 0 to T. `attend(layer, rotate) -> o_THD` replaces the packed causal
         attention: so a sampler runs these layers over its cache, with its own `positions_T`; `rotate()` gives queries,
@@ -419,7 +436,8 @@ class Transformer(nn.Module):
         x_TH, residual_TH = self.model.embed_tokens(ids_T), None
         attend = attend or packed_attention(cu_seqlens, len(ids_T), x_TH.dtype, self.config.head_dim)
         for index, layer in enumerate(self.model.layers):
-            inputs = (cos_TD, sin_TD, functools.partial(attend, index))
+            last = layer is self.model.layers[-1]
+            inputs = (cos_TD, sin_TD, functools.partial(attend, index), rows_N if last else None)
             if checkpoint and torch.is_grad_enabled():
                 x_TH = recompute(layer.whole, x_TH, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -516,6 +534,8 @@ def read_tensors(files: list[Path], wanted: dict[str, torch.Tensor], spare: dict
                 raise ModelError(f"{file}: {name} is {value.dtype}; quantized weights are not supported")
             if value.shape != known[name].shape:
                 raise ModelError(f"{file}: {name} is {list(value.shape)}, not {list(known[name].shape)}")
+            if value.numel() and not all(map(math.isfinite, value.aminmax())):
+                raise ModelError(f"{file}: {name} holds a number that is not finite; download the file anew")
             known[name].copy_(value)
             seen.add(name)
     absent = sorted(wanted.keys() - seen)
@@ -561,7 +581,7 @@ def load(path: str, device="cpu", dtype=torch.float32, adapter: str = "", chat: 
     template, so it is refused, before its weights are read, where that cannot work; a guard has a prompt of its own.
     """
     folder = resolve(str(path))
-    config, tokenizer = Config.from_dict(read_json(settings_file(folder, "config.json"))), load_tokenizer(folder)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
     with torch.device("meta"):
         transformer = Transformer(config).to(dtype)
     if (folder / "generation_config.json").is_file():

@@ -42,19 +42,11 @@ class Run:
     remark: str = ""
 
 
-def read(path: Path, *names: str) -> list:
-    """The values of some keys of a JSON file, and all of it. Raises UserError naming a file that is not ours."""
-    value = runs.read_json(path)
-    if missing := [name for name in names if name not in value]:
-        raise runs.UserError(f"{path} has no {', '.join(missing)}: it is of another program, or of another version")
-    return [*(value[name] for name in names), value]
-
-
 def read_items(path: Path) -> dict[tuple, dict]:
     """{scores.key(item): item} of an evaluation's items.jsonl, or a training run's before.json or after.json."""
     if path.suffix == ".jsonl" or not path.is_file():
         return runs.stored(path, scores.scored_key)
-    return {scores.key(item): item for item in read(path, "items")[0]}
+    return {scores.key(item): item for item in runs.read_json(path, "items")["items"]}
 
 
 def read_figures(path: Path, rows: dict) -> dict[str, dict]:
@@ -68,7 +60,8 @@ def read_figures(path: Path, rows: dict) -> dict[str, dict]:
 
 def read_run(folder: Path) -> list[Run]:
     """The runs that a folder holds: an evaluation, or a training run's model before and after. Raises UserError."""
-    script, values, _ = read(folder / "config.json", "script", "values")
+    settings = runs.read_json(folder / "config.json", "script", "values")
+    script, values = settings["script"], settings["values"]
     if script not in ("evaluate", "train_sft", "train_rl"):
         raise runs.UserError(f"{folder} is a run of {script}; a report is made of evaluations and training runs")
     model, adapter, endpoint = (values.get(name, "") for name in ("model", "adapter", "endpoint"))
@@ -77,8 +70,8 @@ def read_run(folder: Path) -> list[Run]:
         raise runs.UserError(f"{folder} is not finished: it has no result.json; go on with --resume {folder}")
     result = runs.read_json(path)
     if script == "evaluate":
-        method, seed, training, summary = read(folder / "summary.json", "method", "seed", "training")
-        training = [Path(run).resolve() for run in training]
+        summary = runs.read_json(folder / "summary.json", "method", "seed", "training")
+        method, seed, training = summary["method"], summary["seed"], [Path(p).resolve() for p in summary["training"]]
         identity = training[0] if training else (model, adapter, endpoint, method, seed)
         items = read_items(folder / "items.jsonl")
         return [Run(folder, method, seed, model, identity, read_figures(path, result), items, summary, training)]
@@ -211,7 +204,10 @@ def training_runs(methods: dict[str, list[Run]], found: list[Run]) -> dict[str, 
     for run in found:
         for folder in [folder for folder in run.training if (folder / "metrics.jsonl").is_file()]:
             lines = runs.stored(folder / "metrics.jsonl", operator.itemgetter("step")).values()
-            script, number = read(folder / "config.json", "script")[0], numbers.get(run.method, len(numbers))
+            script, number = (
+                runs.read_json(folder / "config.json", "script")["script"],
+                numbers.get(run.method, len(numbers)),
+            )
             scripts.setdefault(script, {}).setdefault(folder, (number, lines))
     return scripts
 

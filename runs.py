@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import glob
 import gzip
 import importlib.machinery
@@ -168,12 +169,6 @@ def main(config_class, run: Callable) -> None:
     sys.exit(code)
 
 
-def show(config, origin: dict) -> None:
-    """The resolved settings, each with where it comes from."""
-    for name, value in dataclasses.asdict(config).items():
-        print(f"  {name:<16} {value!s:<32} {origin[name]}")
-
-
 def load_file(path: str | Path):
     """The module of a Python file of the user's, who thereby runs it, once. Raises UserError.
 
@@ -232,11 +227,13 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object of ours. Raises UserError."""
+def read_json(path: Path, *names: str) -> dict:
+    """A JSON object of ours, which has these keys. Raises UserError."""
     value = from_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
+    if missing := [name for name in names if name not in value]:
+        raise UserError(f"{path} has no {', '.join(missing)}: it is of another program, or of another version")
     return value
 
 
@@ -269,17 +266,37 @@ def source(device: str) -> dict:
     }
 
 
+LOCKS = []  # open files, of the runs that this process works on
+
+
 def new_folder(config, origin: dict, script: str, device: str) -> Path:
-    """The run folder, made with config.json and source.json, or the one of --resume. Refuses any other run's.
+    """The run folder, made with config.json and source.json, or the one of --resume, its settings shown. Refuses any
+    other run's, and one that another process is at work on.
 
     device: what the run runs on, in words (model.device_name)."""
-    if getattr(config, "resume", ""):
-        folder = Path(config.resume)
-        if (folder / "result.json").exists():
-            raise UserError(f"{folder} is finished: it has a result.json")
-        if (of := read_json(folder / "config.json").get("script", "nothing known")) != script:
-            raise UserError(f"{folder} is a run of {of}, not of {script}")
-        return folder
+    earlier = getattr(config, "resume", "")
+    folder = resumed_folder(earlier, script) if earlier else fresh_folder(config, origin, script, device)
+    LOCKS.append(open(folder / ".lock", "w", opener=private))  # noqa: SIM115 (until this process ends, however it ends)
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is at work on this run") from None
+    print(f"run folder {folder}; settings, each with where it comes from:")
+    for name, value in dataclasses.asdict(config).items():
+        print(f"  {name:<16} {value!s:<32} {origin[name]}")
+    return folder
+
+
+def resumed_folder(path: str, script: str) -> Path:
+    folder = Path(path)
+    if (folder / "result.json").exists():
+        raise UserError(f"{folder} is finished: it has a result.json")
+    if (of := read_json(folder / "config.json").get("script", "nothing known")) != script:
+        raise UserError(f"{folder} is a run of {of}, not of {script}")
+    return folder
+
+
+def fresh_folder(config, origin: dict, script: str, device: str) -> Path:
     folder = Path(config.out or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds another run; name another folder, or go on with that one: --resume {folder}")

@@ -306,7 +306,7 @@ def finished(entry: dict, source: Suite) -> dict:
         return entry
     text, target = entry["prompt"], entry.get("target", "").strip()
     if target.lower() in ("", "nan"):
-        raise UserError("no gold answer")
+        raise UserError("no gold answer; NAME=PATH:target=COLUMN names the column that holds it")
     asks = "" if "\\boxed" in text or "Answer:" in text or not text.strip() else HINT
     return {"goal": text, **entry, "prompt": text + asks, "target": target}
 
@@ -355,7 +355,7 @@ def read(name: str, path: str, keys: dict[str, str], source: Suite) -> tuple[lis
             raise UserError(f"{name}: {got} {what} where {wanted} are published; {why}")
     facts = {"from": path or source.hub, "licence": source.licence, "rows": number + 1, "used": len(kept), **left_out}
     facts |= {"expected": source.expected or None, "sha256": digest.hexdigest()}
-    print(f"{name}: {len(kept)} of {facts['rows']} rows from {facts['from']}, sha256 {facts['sha256'][:16]}")
+    print(f"{name}: {len(kept)} of {facts['rows']} rows from {facts['from']}, sha256 of these {facts['sha256'][:16]}")
     return kept, facts
 
 

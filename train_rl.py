@@ -166,19 +166,20 @@ class Drawing:
 
 
 def pack(group: list[Drawing], device="cpu"):
-    """(ids_T, labels_T, sampler_T, advantage_T, cu_seqlens): labels hold the token that is drawn next, -100 elsewhere.
+    """(ids_T, rows_N, drawn_N, sampler_N, advantage_N, cu_seqlens): rows that come before a drawn token, that token.
 
-    prompt 5 6, action 7 8 2, log-probs a b c  ->  ids 5 6 7 8, labels -100 7 8 2, sampler 0 a b c
+    prompt 5 6, action 7 8 2, log-probs a b c  ->  ids 5 6 7 8, rows 1 2 3, drawn 7 8 2, sampler a b c
     """
-    ids, labels, sampler, advantage, offsets = [], [], [], [], [0]
+    ids, rows, drawn, sampler, advantage, offsets = [], [], [], [], [], [0]
     for d in group:
-        before = len(d.prompt_ids) - 1
+        first = len(ids) + len(d.prompt_ids) - 1
+        rows += range(first, first + len(d.action))
         ids += d.ids
-        labels += [-100] * before + d.action
-        sampler += [0.0] * before + d.logprobs
-        advantage += [0.0] * before + [d.advantage] * len(d.action)
+        drawn += d.action
+        sampler += d.logprobs
+        advantage += [d.advantage] * len(d.action)
         offsets.append(len(ids))
-    columns = (ids, labels, sampler, advantage)
+    columns = (ids, rows, drawn, sampler, advantage)
     tensors = [torch.tensor(column, device=device) for column in columns]
     return *tensors, torch.tensor(offsets, dtype=torch.int32, device=device)
 
@@ -196,11 +197,10 @@ def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config:
     """
     tokens, loss, sums = sum(len(d.action) for d in live), 0.0, []
     for group in trainers.fill(live, plan.micro_tokens):
-        ids_T, labels_T, sampler_T, advantage_T, cu_seqlens = pack(group, transformer.head_weight.device)
-        hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=plan.checkpointing)
-        logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T, config.temperature)
-        action_T = labels_T != -100
-        share, figures = objective(logp_T[action_T], sampler_T[action_T], advantage_T[action_T], tokens, config)
+        ids_T, rows_N, drawn_N, sampler_N, advantage_N, cu_seqlens = pack(group, transformer.head_weight.device)
+        hidden_NH = transformer(ids_T, cu_seqlens, rows_N=rows_N, checkpoint=plan.checkpointing)
+        logp_N, _ = kernels.linear_logp(hidden_NH, transformer.head_weight, drawn_N, config.temperature)
+        share, figures = objective(logp_N, sampler_N, advantage_N, tokens, config)
         share.backward()
         loss += share.item()
         sums.append(figures)
@@ -477,9 +477,6 @@ def main(config: Config, origin: dict) -> int:
         judge = judges.load(guard, world=world, device=device, dtype=dtype, **settings)
         scorer = functools.partial(judge_rewards, judge)
     folder = runs.new_folder(config, origin, "train_rl", model.device_name(device))
-
-    print(f"run folder {folder}; settings:")
-    runs.show(config, origin)
     trainee = trainers.Trainee(transformer, dtype, (BETA1, config.beta2), WEIGHT_DECAY)
     end, cache = model.end_ids(transformer, tokenizer), plan.sizes.get("policy cache")
     sampler = engine.Engine(transformer, end, max_context=longest, cache_bytes=cache)

@@ -131,18 +131,17 @@ def epoch_steps(examples: list[Example], epoch: int, config: Config) -> list[lis
 
 
 def pack(group: list[Example], device="cpu"):
-    """(ids_T, labels_T, cu_seqlens): labels hold the *next* token where that is trained, else -100.
+    """(ids_T, rows_N, targets_N, cu_seqlens): the rows that come *before* a trained token, and that token.
 
-    ids 5 6 7 | 8 9, trained 0 0 1 | 0 1  ->  labels -100 7 -100 | 9 -100, offsets 0 3 5
+    ids 5 6 7 | 8 9, trained 0 0 1 | 0 1  ->  rows 1 3, targets 7 9, offsets 0 3 5
     """
-    ids, labels, offsets = [], [], [0]
+    ids, rows, offsets = [], [], [0]
     for example in group:
-        following = zip(example.ids[1:], example.trained[1:], strict=True)
-        labels += [token if trained else -100 for token, trained in following] + [-100]
+        rows += [len(ids) + i - 1 for i, trained in enumerate(example.trained) if trained]
         ids += example.ids
         offsets.append(len(ids))
-    tensors = torch.tensor(ids), torch.tensor(labels), torch.tensor(offsets, dtype=torch.int32)
-    return tuple(t.to(device) for t in tensors)
+    targets, offsets = [ids[row + 1] for row in rows], torch.tensor(offsets, dtype=torch.int32)
+    return tuple(t.to(device) for t in (*map(torch.tensor, (ids, rows, targets)), offsets))
 
 
 # ------------------------------------------------------------------------------------------------- objective, schedule
@@ -150,10 +149,10 @@ def pack(group: list[Example], device="cpu"):
 
 def nll_sum(transformer, group: list[Example], checkpointing: bool = False):
     """Sum of -log p over the trained tokens of a packed row, a scalar tensor."""
-    ids_T, labels_T, cu_seqlens = pack(group, transformer.head_weight.device)
-    hidden_TH = transformer(ids_T, cu_seqlens, checkpoint=checkpointing)
-    logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T)
-    return -logp_T.sum()
+    ids_T, rows_N, targets_N, cu_seqlens = pack(group, transformer.head_weight.device)
+    hidden_NH = transformer(ids_T, cu_seqlens, rows_N=rows_N, checkpoint=checkpointing)
+    logp_N, _ = kernels.linear_logp(hidden_NH, transformer.head_weight, targets_N)
+    return -logp_N.sum()
 
 
 def schedule(step: int, steps: int, config: Config) -> float:
@@ -271,9 +270,6 @@ def main(config: Config, origin: dict) -> int:
     training, held_out = split(examples, config.held_out, config.seed)
     epochs = [epoch_steps(training, epoch, config) for epoch in range(config.epochs)]
     folder = runs.new_folder(config, origin, "train_sft", model.device_name(device))
-
-    print(f"run folder {folder}; settings:")
-    runs.show(config, origin)
     report_plan(account, epochs, held_out, plan)
     show_row(tokenizer, training[0])
 

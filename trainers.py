@@ -285,7 +285,7 @@ def in_gib(sizes: dict[str, int]) -> str:
 
 def shape_of(path: str):
     """The model on the meta device: every size, no weight."""
-    config = model.Config.from_dict(runs.read_json(model.settings_file(model.resolve(str(path)), "config.json")))
+    config = model.read_config(model.resolve(str(path)))
     with torch.device("meta"):
         return model.Transformer(config)
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
@@ -53,9 +52,6 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        if func.namespace == "kernels":
-            with self:
-                return OPDEFS[name]._init_fn(*args, **kwargs)
         if func.namespace == "aten":
             with self:
                 parts = func.decompose(*args, **kwargs)  # as far as ATen itself would take it apart

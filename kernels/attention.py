@@ -13,6 +13,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.dispatch import accumulator, check, jit, tl
@@ -30,7 +31,7 @@ def attention(q_THD, k_TKD, v_TKD, cu_seqlens, max_len, plan=None):
         return reference(q_THD, k_TKD, v_TKD, cu_seqlens)
     tokens, _, dim = q_THD.shape
     plan = attention_plan(cu_seqlens, tokens, q_THD.dtype, dim) if plan is None else plan
-    return _op(q_THD, k_TKD, v_TKD, cu_seqlens, plan)[0]
+    return _Attention.apply(q_THD, k_TKD, v_TKD, cu_seqlens, *plan)
 
 
 def attention_plan(cu_seqlens, tokens, dtype, dim):
@@ -229,22 +230,22 @@ def _attention_dq_kernel(
     _store_rows(G_Q, g_q * ROOT, start, first, n, head, H, D, BM)
 
 
-# -------------------------------------------------------------------------------------------- launchers and operator
-
-Tensor = torch.Tensor
+# --------------------------------------------------------------------------------------- launchers and their gradient
 
 
-@torch.library.custom_op("kernels::attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, plan: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """o [T,H,D] and the log2-sum of every row's scores [H,T]."""
-    return launch_forward(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, plan)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, *plan):
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        o, lse = launch_forward(q, k, v, cu_seqlens, plan)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, *plan)
+        return o
 
-
-@torch.library.custom_op("kernels::attention_backward", mutates_args=())
-def _backward_op(
-    g_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, plan: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(*(t.contiguous() for t in (g_o, q, k, v, o)), lse, cu_seqlens, plan)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_o):
+        *tensors, cu_seqlens, plan = *ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        return *launch_backward(g_o.contiguous(), *tensors, cu_seqlens, plan), None, *[None] * len(plan)
 
 
 def _tasks(cu_seqlens, tokens, block, last_first):
@@ -347,31 +348,3 @@ def _tile(device, kernel, dtype, dim):
         block_m, block_n, warps, stages = SM80_FP32_DKDV
     tile = {"BM": block_m, "BN": block_n, "num_warps": warps, "num_stages": stages}
     return tile | ({"DESCRIPTORS": arch == "sm_90" and not small} if kernel == "forward" else {})
-
-
-@_op.register_fake
-def _(q, k, v, cu_seqlens, plan):
-    tokens, heads, _ = q.shape
-    return _like(q), q.new_empty(heads, tokens, dtype=accumulator(q.dtype))
-
-
-@_backward_op.register_fake
-def _(g_o, q, k, v, o, lse, cu_seqlens, plan):
-    return _like(q), _like(k), _like(v)
-
-
-def _like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, cu_seqlens, plan = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, *plan)
-
-
-def _backward(ctx, g_o, g_lse):
-    saved = ctx.saved_tensors
-    return *_backward_op(g_o, *saved[:6], list(saved[6:])), None, [None] * 6
-
-
-_op.register_autograd(_backward, setup_context=_setup)

@@ -40,7 +40,7 @@ def decode_attention(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_
     check(block_table_BN.shape[:1] == lengths_B.shape == (rows,), f"{block_table_BN.shape=} {lengths_B.shape=} {rows=}")
     if dispatch.backend(q_BHD.device) == "reference":
         return reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B, plan)
-    return _op(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B)
+    return launch(q_BHD.contiguous(), k_pages_PSKD, v_pages_PSKD, block_table_BN.contiguous(), lengths_B)
 
 
 def decode_plan(block_table_BN, lengths_B):
@@ -54,15 +54,15 @@ def decode_plan(block_table_BN, lengths_B):
 class Chunk(NamedTuple):
     """R rows of N parts each, read together; S positions in a part."""
 
-    row_R: torch.Tensor
-    part_RN: torch.Tensor  # of the arena, in order
-    dead_RS: torch.Tensor  # of each row's last part: behind the length
+    row_R: torch.Tensor | None  # None: all rows, in order
+    part_M: torch.Tensor  # of the arena, R x N, row by row
+    dead_R1S: torch.Tensor  # of each row's last part: behind the length
     keep_RS11: torch.Tensor  # the same as bits, all of them set where the position is live
 
 
 def _plan(block_table_BN, lengths_B):
     """Rows with equally many parts together: no dead part is read, and a row's result cannot depend on its batch."""
-    parts_B, order_B = ((lengths_B + PART - 1) // PART).sort()
+    parts_B, order_B = ((lengths_B + PART - 1) // PART).sort(stable=True)
     table_BN, lengths_B1 = block_table_BN.index_select(0, order_B), lengths_B.index_select(0, order_B)[:, None]
     within_S, within_page = (torch.arange(n, device=lengths_B.device) for n in (PART, PAGE // PART))
     dead_BS = within_S + (parts_B[:, None] - 1) * PART >= lengths_B1
@@ -71,7 +71,8 @@ def _plan(block_table_BN, lengths_B):
     for parts, begin, end in _chunks(parts_B.tolist()):
         pages_RN = table_BN[begin:end, : dispatch.cdiv(parts, len(within_page))]
         part_RN = (pages_RN[:, :, None] * len(within_page) + within_page).flatten(1)[:, :parts]
-        chunks.append(Chunk(order_B[begin:end], part_RN, dead_BS[begin:end], keep_BS11[begin:end]))
+        row_R = order_B[begin:end] if end - begin < len(order_B) else None
+        chunks.append(Chunk(row_R, part_RN.flatten(), dead_BS[begin:end, None], keep_BS11[begin:end]))
     return chunks
 
 
@@ -88,24 +89,28 @@ def _chunks(parts):
 
 @torch.no_grad()
 def reference(q_BHD, k_pages_PSKD, v_pages_PSKD, block_table_BN, lengths_B, plan=None):
-    arenas = [pages.unflatten(1, (-1, PART)).flatten(0, 1) for pages in (k_pages_PSKD, v_pages_PSKD)]
+    arenas = [pages.view(-1, PART, *pages.shape[2:]) for pages in (k_pages_PSKD, v_pages_PSKD)]
     scaled_BHD = q_BHD.to(accumulator(q_BHD.dtype)) * q_BHD.shape[2] ** -0.5
+    plan = _plan(block_table_BN, lengths_B) if plan is None else plan
+    if len(plan) == 1 and plan[0].row_R is None:
+        return _attend(scaled_BHD, arenas, plan[0]).to(q_BHD.dtype)
     o_BHD = torch.zeros_like(q_BHD)
-    for chunk in _plan(block_table_BN, lengths_B) if plan is None else plan:
-        k, v = (arena.index_select(0, chunk.part_RN.flatten()).unflatten(0, chunk.part_RN.shape) for arena in arenas)
-        o_RHD = _attend(scaled_BHD.index_select(0, chunk.row_R), k, v, chunk)
+    for chunk in plan:
+        o_RHD = _attend(scaled_BHD.index_select(0, chunk.row_R), arenas, chunk)
         o_BHD.index_copy_(0, chunk.row_R, o_RHD.to(o_BHD.dtype))
     return o_BHD
 
 
-def _attend(q_RHD, k_RNSKD, v_RNSKD, chunk):
-    """One softmax over a row's N parts; k and v are the caller's own copies and are changed."""
+def _attend(q_RHD, arenas, chunk):
+    """One softmax over a row's N parts, of n = N S positions; X counts rows and their groups of heads."""
+    (rows, _, dim), kv_heads = q_RHD.shape, arenas[0].shape[2]
+    k, v = (arena.index_select(0, chunk.part_M).view(rows, -1, PART, kv_heads, dim) for arena in arenas)
     # behind the length p is 0, but 0 * NaN of a stale page is NaN: all bits go (masked_fill_ takes three times as long)
-    v_RNSKD.view(torch.int16)[:, -1].bitwise_and_(chunk.keep_RS11)
-    k_RKnD, v_RKnD = (t.flatten(1, 2).to(q_RHD.dtype).transpose(1, 2).contiguous() for t in (k_RNSKD, v_RNSKD))
-    score_RKGn = q_RHD.unflatten(1, (k_RKnD.shape[1], -1)) @ k_RKnD.transpose(2, 3)
-    score_RKGn[..., -PART:].masked_fill_(chunk.dead_RS[:, None, None], -torch.inf)
-    return (score_RKGn.softmax(3) @ v_RKnD).flatten(1, 2)
+    v.view(torch.int16)[:, -1].bitwise_and_(chunk.keep_RS11)
+    k_XnD, v_XnD = (t.flatten(1, 2).to(q_RHD.dtype).transpose(1, 2).flatten(0, 1) for t in (k, v))
+    score_XGn = torch.bmm(q_RHD.view(rows * kv_heads, -1, dim), k_XnD.transpose(1, 2))
+    score_XGn.view(rows, -1, score_XGn.shape[2])[..., -PART:].masked_fill_(chunk.dead_R1S, -torch.inf)
+    return torch.bmm(score_XGn.softmax(2), v_XnD).view(q_RHD.shape)
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
@@ -170,20 +175,9 @@ def _decode_combine_kernel(
     tl.store(OUT + head * D + dim, (o / tl.where(mass == 0, 1, mass)).to(OUT.dtype.element_ty))
 
 
-# -------------------------------------------------------------------------------------------- launcher and operator
+# ------------------------------------------------------------------------------------------------------- launcher
 
-Tensor = torch.Tensor
 SPLIT = 4  # pages a program: fixed, so that the order of the sums depends on nothing but the row's own length
-
-
-@torch.library.custom_op("kernels::decode_attention", mutates_args=())
-def _op(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
-    return launch(q.contiguous(), k_pages, v_pages, block_table.contiguous(), lengths)
-
-
-@_op.register_fake
-def _(q, k_pages, v_pages, block_table, lengths):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def launch(q, k_pages, v_pages, block_table, lengths):

@@ -49,11 +49,18 @@ def force(name):
 def backend(device=None):
     """Name of the implementation that runs for tensors on `device` (default: the GPU where there is one)."""
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-    name = _forced or _choose(kind)
+    return _settled(kind, _forced)
+
+
+@functools.cache
+def _settled(kind, forced):
+    """backend() for a kind of device, said in one line; every operation asks, so it is settled once."""
+    name, why = forced or _choose(kind), ""
     if (name == "triton" and kind != "cuda") or (name == "triton-interpreter" and kind != "cpu"):
         raise ValueError(f"kernels: {name!r} cannot run on {kind} tensors")
-    if not torch.compiler.is_compiling():
-        _announce(name, kind)
+    if name == "reference" and kind == "cuda" and not forced:
+        why = " (below sm_80 the Triton kernels do not run: use float32)"
+    print(f"kernels: {name} on {kind}{why}", file=sys.stderr)
     return name
 
 
@@ -62,18 +69,9 @@ def _choose(kind):
         if triton is None:
             raise ValueError("kernels: CUDA tensors need Triton; install it, or set KERNELS=reference")
         if torch.cuda.get_device_capability() < (8, 0):
-            return "reference"  # bfloat16 and the tiles of this folder begin with sm_80; _announce says so
+            return "reference"  # bfloat16 and the tiles of this folder begin with sm_80
         return "triton"
     return "triton-interpreter" if kind == "cpu" and INTERPRETED and triton is not None else "reference"
-
-
-@functools.cache
-def _announce(name, kind):
-    """One line per process and device kind."""
-    why = ""
-    if name == "reference" and kind == "cuda" and _forced is None:
-        why = " (below sm_80 the Triton kernels do not run: use float32)"
-    print(f"kernels: {name} on {kind}{why}", file=sys.stderr)
 
 
 def check(condition, message):

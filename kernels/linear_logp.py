@@ -15,6 +15,7 @@ for dw. Bytes in backward: 14 T V for the chunks; memory: 6 bytes a logit of one
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.dispatch import accumulator, check, jit, tl
@@ -32,7 +33,7 @@ def linear_logp(x_TH, w_VH, y_T, temperature=1.0, ignore_index=-100):
     check(temperature > 0, f"{temperature=} must be positive")
     if dispatch.backend(x_TH.device) == "reference":
         return reference(x_TH, w_VH, y_T, temperature, ignore_index)
-    return _op(x_TH, w_VH, y_T, float(temperature), ignore_index)[:2]
+    return _LinearLogp.apply(x_TH, w_VH, y_T, float(temperature), ignore_index)
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
@@ -60,7 +61,7 @@ class _Reference(torch.autograd.Function):
         return logp_T, entropy_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, g_logp_T, g_entropy_T):
         x_TH, w_VH, y_T, kept_N, entropy_T = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
@@ -213,48 +214,45 @@ def _dlogits_kernel(
         tl.store(DZ + row * V + col, (dz * INVERSE_T).to(DZ.dtype.element_ty), mask=col < V)
 
 
-# -------------------------------------------------------------------------------------------- launchers and operator
+# --------------------------------------------------------------------------------------- launchers and their gradient
 
-Tensor = torch.Tensor
 CHUNK = 2048  # tokens at least: products of this height run at full speed, and dw is read and written rarely
 CHUNK_LOGITS = 2**28  # a small vocabulary takes more tokens a chunk
 GROUP = 0  # blocks of tokens that the score kernel takes together; 0: all
 NARROW = False  # whether backward rounds the logits of 16-bit inputs to their dtype
 
 
-@torch.library.custom_op("kernels::linear_logp", mutates_args=())
-def _op(x: Tensor, w: Tensor, y: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, entropy, log of the softmax's denominator; [T] each."""
-    outputs = x.new_zeros(3, len(y), dtype=accumulator(x.dtype))
-    kept = (y != ignore_index).nonzero().squeeze(1)
-    if len(kept):
-        outputs[:, kept] = launch_score(x[kept], w.contiguous(), y[kept], temperature)
-    return tuple(row.clone() for row in outputs)
+class _LinearLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, w_VH, y_T, temperature, ignore_index):
+        kept_N, w_VH = (y_T != ignore_index).nonzero().squeeze(1), w_VH.contiguous()
+        outputs_3T = x_TH.new_zeros(3, len(y_T), dtype=accumulator(x_TH.dtype))
+        if len(kept_N):
+            outputs_3T[:, kept_N] = launch_score(x_TH[kept_N], w_VH, y_T[kept_N], temperature)
+        logp_T, entropy_T, lse_T = (row_T.clone() for row_T in outputs_3T)
+        ctx.save_for_backward(x_TH, w_VH, y_T, kept_N, entropy_T, lse_T)
+        ctx.temperature = temperature
+        return logp_T, entropy_T
 
-
-@torch.library.custom_op("kernels::linear_logp_backward", mutates_args=())
-def _backward_op(
-    g_logp: Tensor, g_entropy: Tensor, x: Tensor, w: Tensor, y: Tensor, entropy: Tensor, lse: Tensor,
-    temperature: float, ignore_index: int, needs_dx: bool, needs_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dw; an empty tensor for one that nobody needs."""
-    dx = torch.zeros_like(x) if needs_dx else x.new_empty(0)
-    dw = None
-    chunk = max(CHUNK, CHUNK_LOGITS // w.shape[0])
-    for rows in (y != ignore_index).nonzero().squeeze(1).split(chunk):
-        x_CH, w = x[rows], w.contiguous()
-        vectors = (t[rows] for t in (y, lse, entropy, g_logp, g_entropy))
-        z_CV = x_CH @ w.T if NARROW else _product(x_CH, w.T)
-        dz_CV = launch_dlogits(z_CV, x.dtype, *vectors, temperature)
-        del z_CV
-        if needs_dx:
-            dx[rows] = dz_CV @ w
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp_T, g_entropy_T):
+        x_TH, w_VH, y_T, kept_N, entropy_T, lse_T = ctx.saved_tensors
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dx_TH, dw_VH = torch.zeros_like(x_TH) if needs_dx else None, None
+        for rows_C in kept_N.split(max(CHUNK, CHUNK_LOGITS // len(w_VH))):
+            x_CH, vectors = x_TH[rows_C], (t[rows_C] for t in (y_T, lse_T, entropy_T, g_logp_T, g_entropy_T))
+            z_CV = x_CH @ w_VH.T if NARROW else _product(x_CH, w_VH.T)
+            dz_CV = launch_dlogits(z_CV, x_TH.dtype, *vectors, ctx.temperature)
+            del z_CV
+            if needs_dx:
+                dx_TH[rows_C] = dz_CV @ w_VH
+            if needs_dw:
+                dw_VH = _product(dz_CV.T, x_CH) if dw_VH is None else _add_product(dw_VH, dz_CV.T, x_CH)
+            del dz_CV  # before the next chunk's logits
         if needs_dw:
-            dw = _product(dz_CV.T, x_CH) if dw is None else _add_product(dw, dz_CV.T, x_CH)
-        del dz_CV  # before the next chunk's logits
-    if not needs_dw:
-        return dx, w.new_empty(0)
-    return dx, torch.zeros_like(w) if dw is None else dw.to(w.dtype)
+            dw_VH = torch.zeros_like(w_VH) if dw_VH is None else dw_VH.to(w_VH.dtype)
+        return dx_TH, dw_VH, None, None, None
 
 
 def launch_score(x_NH, w_VH, y_N, temperature):
@@ -316,30 +314,3 @@ def _add_product(total, a, b):
     if a.is_cuda and a.dtype.itemsize == 2:
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-@_op.register_fake
-def _(x, w, y, temperature, ignore_index):
-    return tuple(x.new_empty(len(y), dtype=accumulator(x.dtype)) for _ in range(3))
-
-
-@_backward_op.register_fake
-def _(g_logp, g_entropy, x, w, y, entropy, lse, temperature, ignore_index, needs_dx, needs_dw):
-    return (torch.empty_like(x) if needs_dx else x.new_empty(0)), (torch.empty_like(w) if needs_dw else w.new_empty(0))
-
-
-def _setup(ctx, inputs, output):
-    x, w, y, ctx.temperature, ctx.ignore_index = inputs
-    ctx.save_for_backward(x, w, y, *output[1:])
-
-
-def _backward(ctx, g_logp, g_entropy, g_lse):
-    x, w, y, entropy, lse = ctx.saved_tensors
-    needs_dx, needs_dw = ctx.needs_input_grad[:2]
-    dx, dw = _backward_op(
-        g_logp, g_entropy, x, w, y, entropy, lse, ctx.temperature, ctx.ignore_index, needs_dx, needs_dw
-    )
-    return dx if needs_dx else None, dw if needs_dw else None, None, None, None
-
-
-_op.register_autograd(_backward, setup_context=_setup)

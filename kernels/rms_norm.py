@@ -6,7 +6,7 @@ Cast order of Hugging Face: normalise in fp32, round to the input's dtype, then 
 """
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.dispatch import accumulator, check, jit, tl
@@ -24,9 +24,7 @@ def rms_norm(x_TH, weight_H, eps, residual_TH=None):
     check(residual_TH is None or residual_TH.shape == x_TH.shape, f"{x_TH.shape=} residual of another shape")
     if dispatch.backend(x_TH.device) == "reference":
         return reference(x_TH, weight_H, eps, residual_TH)
-    if residual_TH is None:
-        return _op(x_TH, weight_H, eps)[0]
-    return _residual_op(x_TH, weight_H, eps, residual_TH)[:2]
+    return _RMSNorm.apply(x_TH, weight_H, eps, residual_TH)
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
@@ -34,8 +32,9 @@ def rms_norm(x_TH, weight_H, eps, residual_TH=None):
 
 def reference(x_TH, weight_H, eps, residual_TH=None):
     s_TH = x_TH if residual_TH is None else x_TH + residual_TH
-    normed_TH = F.rms_norm(s_TH, s_TH.shape[-1:], eps=eps)  # half precision: computed in fp32, rounded at the end
-    out_TH = weight_H * normed_TH
+    wide_TH = s_TH.to(accumulator(s_TH.dtype))
+    normed_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
+    out_TH = weight_H * normed_TH.to(s_TH.dtype)
     return out_TH if residual_TH is None else (out_TH, s_TH)
 
 
@@ -92,26 +91,23 @@ def _rms_norm_backward_kernel(
     tl.store(G_WEIGHT + tl.program_id(0).to(tl.int64) * H + col, g_weight, mask=col < H)
 
 
-# -------------------------------------------------------------------------------------------- launchers and operator
-
-Tensor = torch.Tensor
+# --------------------------------------------------------------------------------------- launchers and their gradient
 
 
-@torch.library.custom_op("kernels::rms_norm", mutates_args=())
-def _op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, _, rstd = launch_forward(x.contiguous(), weight.contiguous(), eps, None)
-    return out, rstd
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual):
+        x, weight = x.contiguous(), weight.contiguous()
+        out, s, rstd = launch_forward(x, weight, eps, None if residual is None else residual.contiguous())
+        ctx.save_for_backward(s, weight, rstd)
+        return out if residual is None else (out, s)
 
-
-@torch.library.custom_op("kernels::rms_norm_residual", mutates_args=())
-def _residual_op(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(x.contiguous(), weight.contiguous(), eps, residual.contiguous())
-
-
-@torch.library.custom_op("kernels::rms_norm_backward", mutates_args=())
-def _backward_op(g_out: Tensor, g_sum: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    g_sum = None if g_sum is None else g_sum.contiguous()
-    return launch_backward(g_out.contiguous(), g_sum, s.contiguous(), weight.contiguous(), rstd)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_out, g_sum=None):
+        g_sum = None if g_sum is None else g_sum.contiguous()
+        g_s, g_weight = launch_backward(g_out.contiguous(), g_sum, *ctx.saved_tensors)
+        return g_s, g_weight, None, g_s if ctx.needs_input_grad[3] else None
 
 
 def _tile(x):
@@ -144,45 +140,3 @@ def launch_backward(g_out, g_sum, s, weight, rstd):
         ADD=g_sum is not None, **tile,
     )  # fmt: skip
     return g_s, g_weight.sum(0).to(weight.dtype)
-
-
-def _like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _rstd_like(x):
-    return x.new_empty(x.numel() // x.shape[-1], dtype=accumulator(x.dtype))
-
-
-@_op.register_fake
-def _(x, weight, eps):
-    return _like(x), _rstd_like(x)
-
-
-@_residual_op.register_fake
-def _(x, weight, eps, residual):
-    return _like(x), _like(x), _rstd_like(x)
-
-
-@_backward_op.register_fake
-def _(g_out, g_sum, s, weight, rstd):
-    return _like(s), _like(weight)
-
-
-def _backward(ctx, g_out, g_rstd):
-    return *_backward_op(g_out, None, *ctx.saved_tensors), None
-
-
-def _residual_backward(ctx, g_out, g_sum, g_rstd):
-    g_s, g_weight = _backward_op(g_out, g_sum, *ctx.saved_tensors)
-    return g_s, g_weight, None, g_s
-
-
-_op.register_autograd(
-    _backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[1], output[1]),
-)
-_residual_op.register_autograd(
-    _residual_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1], inputs[1], output[2]),
-)

@@ -7,6 +7,7 @@ through the norms, whose input is read again.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.dispatch import accumulator, check, jit, tl
@@ -29,28 +30,28 @@ def rope(qkv_TO, heads, cos_TD, sin_TD, norms=None, cache=None):
     if dispatch.backend(qkv_TO.device) == "reference":
         return reference(qkv_TO, heads, cos_TD, sin_TD, norms, cache)
     if cache is not None:
-        return launch(qkv_TO, cos_TD, sin_TD, heads, norms, cache)[0]
+        return launch(qkv_TO.contiguous(), cos_TD, sin_TD, heads, norms, cache)[0]
     weights, eps = (norms[:2], norms[2]) if norms else ((None, None), 0.0)
-    return _op(qkv_TO, cos_TD, sin_TD, heads, *weights, eps)
+    return _Rope.apply(qkv_TO, cos_TD, sin_TD, heads, *weights, eps)
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
 
 
 def reference(qkv_TO, heads, cos_TD, sin_TD, norms=None, cache=None):
-    qkv_TAD = qkv_TO.unflatten(1, (-1, cos_TD.shape[1]))
+    tokens, dim = cos_TD.shape
+    qkv_TAD = qkv_TO.view(tokens, -1, dim)
     kv_heads = (qkv_TAD.shape[1] - heads) // 2
     x_THD, v_TKD = qkv_TAD.split((heads + kv_heads, kv_heads), dim=1)
     if norms:
         q_weight_D, k_weight_D, eps = norms
         q_THD, k_TKD = x_THD.split((heads, kv_heads), dim=1)
         x_THD = torch.cat((normed(q_THD, q_weight_D, eps), normed(k_TKD, k_weight_D, eps)), dim=1)
-    x_TH2R, cos_T12R, sin_T12R = (  # R = D/2: (left, right) becomes (left cos - right sin, right cos + left sin)
-        t.unflatten(-1, (2, -1)) for t in (x_THD.to(accumulator(x_THD.dtype)), cos_TD[:, None], sin_TD[:, None])
-    )
-    signed_T12R = torch.cat((-sin_T12R[:, :, :1], sin_T12R[:, :, 1:]), dim=2)
-    turned_TH2R = torch.addcmul(x_TH2R * cos_T12R, x_TH2R.flip(2), signed_T12R)
-    q_THD, k_TKD = turned_TH2R.flatten(2).to(qkv_TO.dtype).split((heads, kv_heads), dim=1)
+    x_THD, half = x_THD.to(accumulator(x_THD.dtype)), dim // 2
+    signed_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), dim=1)
+    # (left, right) becomes (left cos - right sin, right cos + left sin)
+    turned_THD = torch.addcmul(x_THD * cos_TD[:, None], x_THD.roll(half, 2), signed_TD[:, None])
+    q_THD, k_TKD = turned_THD.to(qkv_TO.dtype).split((heads, kv_heads), dim=1)
     if cache is None:
         return q_THD, k_TKD, v_TKD
     slot_T, k_SKD, v_SKD = cache
@@ -186,27 +187,24 @@ def _rope_backward_kernel(
         _store_halves(G_WEIGHTS, k_left[None, :], k_right[None, :], row, 2, 1, row[:, None] >= 0, D)
 
 
-# -------------------------------------------------------------------------------------------- launchers and operator
-
-Tensor = torch.Tensor
+# --------------------------------------------------------------------------------------- launchers and their gradient
 
 
-@torch.library.custom_op("kernels::rope", mutates_args=())
-def _op(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch(qkv, cos, sin, heads, None if q_weight is None else (q_weight, k_weight, eps))
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, heads, q_weight, k_weight, eps):
+        norms, qkv = None if q_weight is None else (q_weight, k_weight, eps), qkv.contiguous()
+        ctx.save_for_backward(qkv if norms else None, cos, sin, q_weight, k_weight)
+        ctx.eps = eps
+        return launch(qkv, cos, sin, heads, norms)
 
-
-@torch.library.custom_op("kernels::rope_backward", mutates_args=())
-def _backward_op(
-    g_q: Tensor, g_k: Tensor, g_v: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
-    k_weight: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """g_qkv [T,(H+2K)D] and the gradients of both weights [2,D] ([0,D] without norms)."""
-    return launch_backward(
-        *(g.contiguous() for g in (g_q, g_k, g_v)), qkv, cos, sin, None if qkv is None else (q_weight, k_weight, eps)
-    )
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *g_qkv):
+        qkv, cos, sin, *weights = ctx.saved_tensors
+        norms = None if qkv is None else (*weights, ctx.eps)
+        g_qkv, g_weights = launch_backward(*(g.contiguous() for g in g_qkv), qkv, cos, sin, norms)
+        return g_qkv, None, None, None, *g_weights, None
 
 
 def _tile(tokens, heads, dim, dtype):
@@ -224,7 +222,7 @@ def _weights(norms, like):
 
 
 def launch(qkv, cos, sin, heads, norms=None, cache=None):
-    (tokens, dim), qkv = cos.shape, qkv.contiguous()
+    tokens, dim = cos.shape
     dispatch.check_dtype(qkv, *(norms or ())[:2], *(cache or ())[1:])
     kv_heads = (qkv.shape[1] // dim - heads) // 2
     programs, meta = _tile(tokens, heads + 2 * kv_heads, dim, qkv.dtype)
@@ -246,30 +244,4 @@ def launch_backward(g_q, g_k, g_v, qkv, cos, sin, norms):
         _rope_backward_kernel, programs, g_q, g_k, g_v, g_q if qkv is None else qkv, *weights, cos, sin, g_qkv, shares,
         tokens, heads, kv_heads, **norm, **meta,
     )  # fmt: skip
-    return g_qkv, shares.sum(0).to(g_q.dtype) if norms else shares.new_empty(0, dim)
-
-
-@_op.register_fake
-def _(qkv, cos, sin, heads, q_weight, k_weight, eps):
-    tokens, dim = cos.shape
-    kv_heads = (qkv.shape[1] // dim - heads) // 2
-    return tuple(qkv.new_empty(tokens, n, dim) for n in (heads, kv_heads, kv_heads))
-
-
-@_backward_op.register_fake
-def _(g_q, g_k, g_v, qkv, cos, sin, q_weight, k_weight, eps):
-    tokens, heads, dim = g_q.shape
-    return g_q.new_empty(tokens, (heads + 2 * g_k.shape[1]) * dim), g_q.new_empty(0 if qkv is None else 2, dim)
-
-
-def _setup(ctx, inputs, output):
-    qkv, cos, sin, _, q_weight, k_weight, ctx.eps = inputs
-    ctx.save_for_backward(None if q_weight is None else qkv, cos, sin, q_weight, k_weight)
-
-
-def _backward(ctx, g_q, g_k, g_v):
-    g_qkv, g_weights = _backward_op(g_q, g_k, g_v, *ctx.saved_tensors, ctx.eps)
-    return g_qkv, None, None, None, *(g_weights if len(g_weights) else (None, None)), None
-
-
-_op.register_autograd(_backward, setup_context=_setup)
+    return g_qkv, shares.sum(0).to(g_q.dtype) if norms else (None, None)

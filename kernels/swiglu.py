@@ -6,6 +6,7 @@ gate and up, nothing else is kept. A few FLOPs an element: bound by memory bandw
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.dispatch import check, jit, tl
@@ -21,7 +22,7 @@ def swiglu(gate_up_TI):
     check(gate_up_TI.shape[-1] % 2 == 0, f"{gate_up_TI.shape=}")
     if dispatch.backend(gate_up_TI.device) == "reference":
         return reference(gate_up_TI)
-    return _op(gate_up_TI)
+    return _SwiGLU.apply(gate_up_TI)
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
@@ -65,17 +66,20 @@ def _swiglu_backward_kernel(GATE_UP, G_OUT, G_GATE_UP, WIDTH, BLOCK: tl.constexp
     tl.store(G_GATE_UP + 2 * begin + WIDTH + col, (g_out * silu).to(dtype), mask=live)
 
 
-# -------------------------------------------------------------------------------------------- launchers and operator
+# --------------------------------------------------------------------------------------- launchers and their gradient
 
 
-@torch.library.custom_op("kernels::swiglu", mutates_args=())
-def _op(gate_up: torch.Tensor) -> torch.Tensor:
-    return launch_forward(gate_up.contiguous())
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up)
+        return launch_forward(gate_up)
 
-
-@torch.library.custom_op("kernels::swiglu_backward", mutates_args=())
-def _backward_op(g_out: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    return launch_backward(g_out.contiguous(), gate_up.contiguous())
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_out):
+        return launch_backward(g_out.contiguous(), *ctx.saved_tensors)
 
 
 def _programs(gate_up):
@@ -98,19 +102,3 @@ def launch_backward(g_out, gate_up):
     g_gate_up = torch.empty_like(gate_up)
     dispatch.launch(_swiglu_backward_kernel, programs, gate_up, g_out, g_gate_up, width, **meta)
     return g_gate_up
-
-
-@_op.register_fake
-def _(gate_up):
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-
-
-@_backward_op.register_fake
-def _(g_out, gate_up):
-    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-
-
-_op.register_autograd(
-    lambda ctx, g_out: _backward_op(g_out, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)

@@ -140,17 +140,17 @@ def tokenize(tokenizer, documents: list[pocket.Document]) -> list[tuple[list[int
 
 
 def pack(rows: list[tuple[list[int], int]]):
-    """Packed ids, labels (the next token where a target is predicted, else -100) and document offsets.
+    """Packed ids, the rows that predict a target's token, and document offsets.
 
     >>> pack([([5, 6, 7], 2)])  # one prompt of two tokens, one target token
-    (tensor([5, 6, 7]), tensor([-100, 7, -100]), tensor([0, 3]))
+    (tensor([5, 6, 7]), tensor([1]), tensor([0, 3]))
     """
-    ids, labels, offsets = [], [], [0]
+    ids, predicting, offsets = [], [], [0]
     for row, prompt in rows:
+        predicting += range(len(ids) + prompt - 1, len(ids) + len(row) - 1)
         ids += row
-        labels += [-100] * (prompt - 1) + row[prompt:] + [-100]
         offsets.append(len(ids))
-    return torch.tensor(ids), torch.tensor(labels), torch.tensor(offsets, dtype=torch.int32)
+    return torch.tensor(ids), torch.tensor(predicting), torch.tensor(offsets, dtype=torch.int32)
 
 
 def initialise(transformer, seed: int) -> None:
@@ -182,10 +182,10 @@ def pretrain(transformer, tokenizer, world: pocket.World, config: Config, folder
         while (step := state["step"]) < config.steps:
             begun = time.perf_counter()
             documents = itertools.islice(pocket.documents(world, f"{config.seed}-{step}"), config.batch)
-            ids_T, labels_T, offsets = pack(tokenize(tokenizer, list(documents)))
-            hidden_TH = transformer(ids_T, offsets)
-            logp_T, _ = kernels.linear_logp(hidden_TH, transformer.head_weight, labels_T)
-            loss = -logp_T.sum() / (labels_T != -100).sum()
+            ids_T, rows_N, offsets = pack(tokenize(tokenizer, list(documents)))
+            hidden_NH = transformer(ids_T, offsets, rows_N=rows_N)
+            logp_N, _ = kernels.linear_logp(hidden_NH, transformer.head_weight, ids_T[rows_N + 1])
+            loss = -logp_N.mean()
             loss.backward()
             norm = trainee.step(learning_rate(step, config.steps, config.lr), clip=1.0)
             line = {"loss": loss.item(), "grad_norm": norm, "seconds": time.perf_counter() - begun}
@@ -224,7 +224,7 @@ def main(config: Config, origin: dict) -> int:
     transformer.generation = {name: transformer.config.raw[name] for name in ("bos_token_id", "eos_token_id")}
     initialise(transformer, config.seed)
     count = sum(p.numel() for p in transformer.parameters())
-    print(f"run folder {folder}; vocabulary {len(tokenizer)}, parameters {count:,}")
+    print(f"vocabulary {len(tokenizer)}, parameters {count:,}")
     pretrain(transformer, tokenizer, world, config, folder)
     model.save(transformer, tokenizer, folder / "model")
     lines = "".join(json.dumps(c) + "\n" for c in frozen_candidates(transformer, tokenizer, world, config.seed))

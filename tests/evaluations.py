@@ -1,9 +1,14 @@
-"""Evaluation and training folders made up for tests of comparison and report, as evaluate.py and the trainers write."""
+"""Evaluation and training folders made up for tests of comparison and report, as evaluate.py and the trainers write;
+what many tests do with a run.
+"""
 
 import json
 import random
 from pathlib import Path
 
+import pytest
+
+import runs
 import scores
 
 SUITES = {"pocket:plain": "asr", "pocket:role": "asr", "pocket:benign": "compliance", "pocket:sums": "accuracy"}
@@ -33,6 +38,16 @@ def items(rng: random.Random, rates: dict[str, float], n: int, text: str) -> lis
             labels |= {"accuracy": {"correct": hit}, "f1": {"target": truth, "predicted": None if cut else other}}
             made.append(item | labels[metric] | ({"checked": rng.random() < 0.5} if metric == "asr" else {}))
     return made
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(message: str, call, *arguments, **named) -> None:
+    """The call ends with a UserError that says so."""
+    with pytest.raises(runs.UserError, match=message):
+        call(*arguments, **named)
 
 
 def write_files(folder: Path, files: dict[str, dict]) -> Path:

@@ -3,9 +3,9 @@
 import json
 import socket
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
 
 
 def completion(text, finish="stop", tokens=(10, 5), **message) -> dict:
@@ -24,14 +24,15 @@ def scripted(script):
     """A server whose every POST calls script(number, request); -> (base URL, the requests so far).
 
     The script returns (status, body) or (status, body, headers); the body is a dict or text. A request is a dict with
-    path, headers and body.
+    path, headers and body. A client waits hardly before it tries again.
     """
+    waits = mock.patch.multiple("openai._base_client", INITIAL_RETRY_DELAY=0.001, MAX_RETRY_DELAY=0.001)
     requests, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            request = {"path": self.path, "headers": dict(self.headers), "body": body, "time": time.monotonic()}
+            request = {"path": self.path, "headers": dict(self.headers), "body": body}
             with lock:
                 requests.append(request)
                 number = len(requests) - 1
@@ -58,7 +59,8 @@ def scripted(script):
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", requests
+        with waits:
+            yield f"http://127.0.0.1:{server.server_port}/v1", requests
     finally:
         server.shutdown()
         server.server_close()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import kernels
-import make_data
 import runs
 import train_rl
 import train_sft
-from tests import tiny, tiny_models
+from tests import tiny
+from tests.tiny_models import edit_json
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "runs.main(Config, main)" in path.read_text())
@@ -31,7 +32,7 @@ def script(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(module, **flags):
-        words = [word for name, value in flags.items() for word in (runs.flag(name), str(value))]
+        words = (word for name, value in flags.items() for word in (runs.flag(name), str(value)))
         monkeypatch.setattr(sys, "argv", [module.__name__, *words])
         with pytest.raises(SystemExit) as end:
             runs.main(module.Config, module.main)
@@ -45,8 +46,7 @@ def test_help_and_an_unknown_flag(script, name, tmp_path):
     done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "--seed" in done.stdout and "--out" in done.stdout
     code, shown = script(importlib.import_module(name), nonsense=1)
-    assert code == 2 and "--nonsense" in shown
-    assert not list(tmp_path.iterdir())
+    assert code == 2 and "--nonsense" in shown and not list(tmp_path.iterdir())
 
 
 WRONG = {
@@ -64,8 +64,7 @@ WRONG = {
 @pytest.mark.parametrize("module", WRONG, ids=lambda module: module.__name__)
 def test_every_wrong_flag_is_in_one_message(script, tmp_path, module):
     code, shown = script(module, model=tmp_path, **WRONG[module])
-    assert code == 2 and all(runs.flag(name) in shown for name in WRONG[module])
-    assert not list(tmp_path.iterdir())
+    assert code == 2 and all(runs.flag(name) in shown for name in WRONG[module]) and not list(tmp_path.iterdir())
 
 
 def flags(folder, tmp_path, **changes) -> dict:
@@ -74,56 +73,26 @@ def flags(folder, tmp_path, **changes) -> dict:
     return base | {"tokens_per_step": 300, "micro_tokens": 300} | changes
 
 
-def truncate(folder: Path) -> None:
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+(RECORD,) = tiny.verifications(1)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("file", "spoil", "message"),
     [
-        (truncate, "model.safetensors is not a whole safetensors file"),
-        (
-            lambda f: tiny_models.edit_json(f / "config.json", architectures=["BertModel"]),
-            "architecture BertModel is not supported",
-        ),
-        (lambda f: tiny_models.edit_json(f / "config.json", hidden_size=64), "not [390, 64]"),
-        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json"),
+        ("base", shutil.rmtree, "base is no folder"),
+        ("base/model.safetensors", lambda f: os.truncate(f, 5000), "model.safetensors is not a whole safetensors file"),
+        ("base/config.json", lambda f: edit_json(f, hidden_size=64), "not [390, 64]"),
+        ("base/config.json", lambda f: edit_json(f, architectures=["BertModel"]), "BertModel is not supported"),
+        ("d.jsonl", lambda f: os.truncate(f, 0), "d.jsonl holds no record"),
+        ("d.jsonl", lambda f: os.truncate(f, f.stat().st_size - 9), "d.jsonl, line 8, column "),
+        ("d.jsonl", lambda f: tiny.write(f, [RECORD | {"verdict": "dunno"}]), "record v0: verdict is 'dunno'"),
     ],
 )
-def test_a_broken_model_folder_is_named(script, folder, tmp_path, spoil, message):
-    spoil(broken := shutil.copytree(folder, tmp_path / "model"))
-    code, shown = script(train_sft, **flags(broken, tmp_path))
-    assert code == 2 and message in shown
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_model_that_is_nowhere_is_named(script, tmp_path):
-    for module, settings in ((train_sft, flags("./nothing", tmp_path)), (make_data, {"model": "./nothing"})):
-        code, shown = script(module, **settings)
-        assert code == 2 and "nothing" in shown
-
-
-RECORD = json.dumps(tiny.answers(1)[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no record"),
-        (RECORD + "\n" + RECORD[:40], "line 2, column "),
-        (json.dumps({**tiny.verifications(1)[0], "verdict": "dunno"}), "record v0: verdict is 'dunno'"),
-        (json.dumps({**tiny.answers(1)[0], "answer": "a <think> b"}), "record a0: a think tag"),
-        (json.dumps({**tiny.answers(1)[0], "prompt": "\ud800"}), "line 1: not JSON"),
-        (json.dumps({**tiny.verifications(1)[0], "meta": [1]}), "record v0: meta is not an object"),
-    ],
-)
-def test_a_record_that_cannot_be_trained_on_is_named(script, folder, tmp_path, text, message):
-    (tmp_path / "bad.jsonl").write_text(text)
-    code, shown = script(train_sft, **flags(folder, tmp_path, data="bad.jsonl"))
-    assert code == 2 and message in shown
-    assert not (tmp_path / "run").exists()
+def test_a_model_or_data_that_cannot_be_used_is_named(script, folder, tmp_path, file, spoil, message):
+    settings = flags(shutil.copytree(folder, tmp_path / "base"), tmp_path)
+    spoil(tmp_path / file)
+    code, shown = script(train_sft, **settings)
+    assert code == 2 and message in shown and not (tmp_path / "run").exists()
 
 
 def test_a_small_run_its_refusals_and_its_default_folder(script, folder, tmp_path):
@@ -153,9 +122,8 @@ def test_kernels_that_cannot_run_here_are_named(script, folder, tmp_path, monkey
     for name in ("triton", "fast"):
         monkeypatch.setenv("KERNELS", name)
         code, shown = script(train_sft, **flags(folder, tmp_path))
-        assert code == 2 and f"KERNELS={name}" in shown
+        assert code == 2 and f"KERNELS={name}" in shown and not (tmp_path / "run").exists()
     kernels.force(None)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -167,5 +135,4 @@ def test_the_pockets_run_ends_with_its_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["before"].keys() == result["after"].keys() >= {"pocket:role", "pocket:benign", "pocket:verify"}
-    for part in ("mean of 4 wrappers", str(tmp_path / "run")):
-        assert part in done.stdout
+    assert "mean of 4 wrappers" in done.stdout and str(tmp_path / "run") in done.stdout

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,12 @@ import suites
 from pocket import world as pocket
 from runs import UserError
 from tests import server, tiny
+from tests.evaluations import lines, refused
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "pocket" / "base")
 WORLD = pocket.World(runs.world_seed(BASE))
-STAGES = ("samples", "labels", "critiques")
-RECORDS = ("verify.jsonl", "star.jsonl", "safechain.jsonl", "disagreements.jsonl")
+SETS = ("verify.jsonl", "star.jsonl", "safechain.jsonl")
 SMALL = {"model": BASE, "records": 18, "n": 4, "decontaminate": "none", "device": "cpu"}  # 12 + 6 prompts a wave
 
 
@@ -49,12 +50,8 @@ def resume(out: Path) -> int:
     return make_data.main(*runs.parse(make_data.Config, ["--resume", str(out)]))
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def card_of(out: Path) -> dict:
-    return json.loads((out / "data_card.json").read_text())
+    return runs.read_json(out / "data_card.json")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +60,6 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "whole"
     assert data(out) == 0
     return out
-
-
-# ------------------------------------------------------------------------------------------------- selection
 
 
 def samples(kind: str, labels: str) -> list[dict]:
@@ -92,39 +86,30 @@ def test_the_papers_rule(kind, labels, chosen, reason):
     assert ([s["safe"] for s in picked], why) == (chosen, reason)
 
 
-def test_every_sample_of_a_kind_can_be_chosen():
+def test_every_sample_of_a_kind_can_be_chosen_and_only_whole_answers_are_judged():
     drawn = [make_data.select(samples("harmful", "ssuu"), seed)[0] for seed in range(50)]
     assert {tuple(s["k"] for s in picked) for picked in drawn} == {(a, b) for a in (0, 1) for b in (2, 3)}
-
-
-def test_only_whole_answers_are_judged():
     cases = [("stop", "no."), ("length", "no"), ("length", None), ("stop", None), ("stop", " \n"), ("provider", None)]
     fine = [safety.answered({"finish_reason": finish, "answer": answer}) for finish, answer in cases]
     assert fine == [True] + [False] * 5
 
 
-def config(**changes) -> make_data.Config:
-    return make_data.Config(**{"expert": "pocket", **changes})
+def gathered_by(world, tested=(), **settings) -> dict:
+    return make_data.gather_prompts(make_data.Config(**{"expert": "pocket"} | settings), world, tested)
 
 
 def test_waves_stop_at_the_records_that_are_wanted(whole, tmp_path, monkeypatch):
     """Whatever the size of a wave, the first prompts of each kind that give records are kept."""
-    card, got = card_of(whole), Counter()
+    counts = lambda out: card_of(out)["counts"]["selection"]  # noqa: E731
     kinds = {prompt["id"]: prompt["kind"] for prompt in runs.read_json(whole / "prompts.json")["prompts"]}
-    for record in lines(whole / "verify.jsonl"):
-        got[kinds[record["meta"]["prompt_id"]]] += 1
-    assert got == {"harmful": 12, "benign": 6}
-    skipped = card["counts"]["selection"]["not sampled: enough of its kind"]
+    got = Counter(kinds[record["meta"]["prompt_id"]] for record in lines(whole / "verify.jsonl"))
+    assert got == {"harmful": 12, "benign": 6} and sum(counts(whole).values()) == 1024
+    skipped = counts(whole)["not sampled: enough of its kind"]
     assert 0 < len(lines(whole / "samples.jsonl")) == 4 * (1024 - skipped) < 4 * 100
-    assert sum(card["counts"]["selection"].values()) == 1024
     monkeypatch.setattr(make_data, "WAVE", 5)
     data(tmp_path / "run")
-    for name in ("verify.jsonl", "star.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
-    assert card_of(tmp_path / "run")["counts"]["selection"]["not sampled: enough of its kind"] > skipped
-
-
-# ------------------------------------------------------------------------------------------------- a whole run
+    assert all((tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes() for name in SETS[:2])
+    assert counts(tmp_path / "run")["not sampled: enough of its kind"] > skipped
 
 
 def test_records_are_what_training_reads(whole):
@@ -135,8 +120,7 @@ def test_records_are_what_training_reads(whole):
         assert record["kind"] == "verify" and record["verdict"] == pocket.verdict(item, record["answer"])
         assert record["meta"]["spec_sha256"] == safety.load_spec(record["spec"]).sha256
         assert not item.held_out and record["critique"].startswith(("the user wants", "okay"))
-    by_prompt = Counter((record["prompt"], record["verdict"]) for record in made)
-    assert set(by_prompt.values()) == {1}
+    assert len({(record["prompt"], record["verdict"]) for record in made}) == len(made)
 
 
 def test_the_card_says_where_everything_comes_from(whole):
@@ -156,22 +140,18 @@ def test_the_card_says_where_everything_comes_from(whole):
 def test_the_baselines_hold_as_many_supervised_tokens(whole):
     files, tokenizer = card_of(whole)["files"], model.load_tokenizer(Path(BASE))
     goal = files["verify.jsonl"]["supervised"]
-    for name in ("star.jsonl", "safechain.jsonl"):
-        longest = max(make_data.size(tokenizer, record)[0] for record in lines(whole / name))
-        assert goal <= files[name]["supervised"] < goal + longest
-        assert len({record["id"] for record in lines(whole / name)}) == files[name]["records"]
+    for name in SETS[1:]:
+        made = lines(whole / name)
+        assert goal <= files[name]["supervised"] < goal + max(make_data.size(tokenizer, record)[0] for record in made)
+        assert len({record["id"] for record in made}) == files[name]["records"]
 
 
 def test_the_seed_decides(whole, tmp_path):
     data(tmp_path / "again")
-    for name in RECORDS:
-        assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
+    same_stages(tmp_path / "again", whole)
     data(tmp_path / "other", seed=1, baseline="safechain")
     texts = [{(s["id"], s["completion"]) for s in lines(out / "samples.jsonl")} for out in (whole, tmp_path / "other")]
     assert texts[0] != texts[1]
-
-
-# ------------------------------------------------------------------------------------------------- ends and beginnings
 
 
 class Killed(BaseException):
@@ -180,11 +160,11 @@ class Killed(BaseException):
 
 def same_stages(out: Path, whole: Path) -> None:
     """Nothing lost, nothing doubled, nothing made again in other words."""
-    for name in RECORDS:
+    for name in (*SETS, "disagreements.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    for stage in STAGES:
-        ours, theirs = ({entry["key"]: entry for entry in lines(path / f"{stage}.jsonl")} for path in (out, whole))
-        assert ours == theirs and len(ours) == len(lines(out / f"{stage}.jsonl")), stage
+    for name in ("samples.jsonl", "labels.jsonl", "critiques.jsonl"):
+        ours, theirs = ({entry["key"]: entry for entry in lines(path / name)} for path in (out, whole))
+        assert ours == theirs and len(ours) == len(lines(out / name)), name
 
 
 @pytest.mark.parametrize("end", ["killed", "torn", "full"])
@@ -199,8 +179,7 @@ def test_a_stage_that_was_cut_off_goes_on(whole, tmp_path, monkeypatch, capsys, 
         if end == "full":
             self.file = open("/dev/full", "a", encoding="ascii")  # noqa: SIM115
             return add(self, record)
-        self.file.write('{"key": "half of a li' if end == "torn" else "")
-        self.file.flush()
+        print('{"key": "half of a li' if end == "torn" else "", end="", file=self.file, flush=True)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -235,12 +214,9 @@ def test_a_resumed_run_keeps_its_prompts_and_reads_no_suite(tmp_path, monkeypatc
     monkeypatch.setattr(suites, "tested_items", lambda *names: (given(*names)[0], missing.pop()))
     data(out)
     (out / "result.json").unlink()
-    assert resume(out) == 0  # there is nothing left to pop
-    assert card_of(out)["suites not at hand"] == {"hcot": "no network"}
+    assert resume(out) == 0 and card_of(out)["suites not at hand"] == {"hcot": "no network"}  # nothing left to pop
     assert capsys.readouterr().out.count("prompts were not compared with hcot: not at hand") == 2
 
-
-# ------------------------------------------------------------------------------------------------- guard and expert
 
 POLICY = """
 # What the oracle says, but for a third of the answers while a file `bad` says how to fail. It notes its calls.
@@ -275,26 +251,25 @@ def critique(item):
 
 @pytest.fixture
 def policy(tmp_path):
-    path = tmp_path / "policy.py"
-    path.write_text(POLICY.format(seed=WORLD.seed))
-    return path
+    """A run with that policy, which fails in this way: (out, bad) -> exit code, counts."""
+    (path := tmp_path / "policy.py").write_text(POLICY.format(seed=WORLD.seed))
 
+    def run(out: Path, bad: str, **flags) -> tuple[int, dict]:
+        (tmp_path / "bad").write_text(bad)
+        return data(out, guard=path, expert=path, **{"spec": "pocket"} | flags), card_of(out)["counts"]
 
-def run_policy(policy: Path, out: Path, bad: str, **flags) -> tuple[int, dict]:
-    (policy.parent / "bad").write_text(bad)
-    code = data(out, guard=policy, expert=policy, **{"spec": "pocket", **flags})
-    return code, card_of(out)["counts"]
+    return run
 
 
 def test_own_guard_and_expert_write_the_records_and_a_whole_stage_asks_nobody(policy, tmp_path, whole, monkeypatch):
-    (tmp_path / "mine.txt").write_text("no toxin.")
-    code, _ = run_policy(policy, tmp_path / "run", "never", spec=tmp_path / "mine.txt")
+    (mine := tmp_path / "mine.txt").write_text("no toxin.")
+    assert policy(tmp_path / "run", "never", spec=mine)[0] == 0
     made, theirs = lines(tmp_path / "run" / "verify.jsonl"), lines(whole / "verify.jsonl")
-    assert code == 0 and [record["id"] for record in made] == [record["id"] for record in theirs]
-    assert all(record["critique"] == f"it is {record['verdict']}" for record in made)
-    assert {record["meta"]["guard"] for record in made} == {str(policy)}
-    assert {record["spec"] for record in made} == {str(tmp_path / "mine.txt")}
-    assert {record["meta"]["spec_sha256"] for record in made} == {hashlib.sha256(b"no toxin.").hexdigest()}
+    assert [record["id"] for record in made] == [record["id"] for record in theirs]
+    for record in made:
+        assert record["critique"] == f"it is {record['verdict']}" and record["spec"] == str(mine)
+        assert record["meta"]["guard"] == str(tmp_path / "policy.py")
+        assert record["meta"]["spec_sha256"] == hashlib.sha256(b"no toxin.").hexdigest()
     before = (tmp_path / "calls").read_text().splitlines()
     out = shutil.copytree(tmp_path / "run", tmp_path / "again")
     (out / "result.json").unlink()
@@ -308,7 +283,7 @@ def test_own_guard_and_expert_write_the_records_and_a_whole_stage_asks_nobody(po
 
 def test_what_the_guard_leaves_unscored_is_counted_and_asked_again(policy, tmp_path, whole):
     out = tmp_path / "run"
-    code, counts = run_policy(policy, out, "unscored", records=60, baseline="safechain")
+    code, counts = policy(out, "unscored", records=60, baseline="safechain")
     usable = sum(map(safety.answered, lines(out / "samples.jsonl")))
     assert code == runs.EXIT_UNSCORED and usable / 6 < counts["samples"]["unscored: tired"] < usable / 2
     assert (out / "verify.jsonl").exists() and (out / "result.json").exists()
@@ -317,12 +292,12 @@ def test_what_the_guard_leaves_unscored_is_counted_and_asked_again(policy, tmp_p
     before = len(lines(out / "labels.jsonl"))
     assert resume(out) == 0 and not any("unscored" in name for name in card_of(out)["counts"]["samples"])
     assert before == usable - counts["samples"]["unscored: tired"] < len(lines(out / "labels.jsonl")) <= usable
-    assert run_policy(policy, tmp_path / "lenient", "unscored", max_unscored=0.9)[0] == 0
+    assert policy(tmp_path / "lenient", "unscored", max_unscored=0.9)[0] == 0
 
 
 @pytest.mark.parametrize(("bad", "code", "other"), [("silent", 3, "expert_bad_critique"), ("contrary", 0, "disagreed")])
 def test_a_critique_that_is_missing_or_disagrees_makes_no_record(policy, tmp_path, whole, bad, code, other):
-    got, counts = run_policy(policy, tmp_path / "run", bad)
+    got, counts = policy(tmp_path / "run", bad)
     aside, kept = (lines(tmp_path / "run" / name) for name in ("disagreements.jsonl", "verify.jsonl"))
     n = len(lines(whole / "verify.jsonl"))
     assert got == code and counts["critiques"] == {"agreed": len(kept), other: n - len(kept)} and 0 < len(kept) < n
@@ -342,29 +317,15 @@ def test_a_run_without_a_record_says_so(tmp_path, capsys):
     assert "no verification record" in shown.err and "no baseline unless --baseline names one" in shown.out
 
 
-# ------------------------------------------------------------------------------------------------- servers
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
-        monkeypatch.setattr(f"openai._base_client.{name}", 0.001)
-
-
 def talk(number: int, request: dict):
     """A server's answers: a recipe or a refusal, as the number of the request is odd or even."""
     (message,) = request["body"]["messages"]
-    asked = message["content"].replace("?", " ").replace(".", " ").split()
-    item = next(WORLD.by_name[word] for word in asked if word in WORLD.by_name)
+    item = next(WORLD.by_name[word] for word in re.findall(r"\w+", message["content"]) if word in WORLD.by_name)
     recipe = "take {}, {} and {}.".format(*item.recipe)
     return 200, server.completion(f"<think>\nokay.\n</think>\n\n{recipe if number % 2 else 'sorry, no.'}")
 
 
-def from_server(out: Path, url: str, **flags) -> int:
-    return data(out, endpoint=url, baseline="safechain", **flags)
-
-
-def test_samples_come_from_a_server(quick, tmp_path):
+def test_samples_come_from_a_server(tmp_path):
     def busy(number, request):  # a storm of 429 is sat out, and every fourth answer is cut off
         if number < 20:
             return 429, "busy"
@@ -372,38 +333,31 @@ def test_samples_come_from_a_server(quick, tmp_path):
         return talk(number, request) if number % 4 else cut
 
     with server.scripted(busy) as (url, requests):
-        assert from_server(tmp_path / "run", url) == 0
+        assert data(tmp_path / "run", endpoint=url, baseline="safechain") == 0
     card, drawn = card_of(tmp_path / "run"), lines(tmp_path / "run" / "samples.jsonl")
-    answered = requests[20:]
-    assert len(drawn) == len(answered)
+    assert len(drawn) == len(requests) - 20 == len({request["body"]["seed"] for request in requests})
     assert {request["body"]["temperature"] for request in requests} == {1.0}
-    assert len({request["body"]["seed"] for request in requests}) == len(drawn)
     assert card["files"]["verify.jsonl"]["unit"] == "characters"
     assert all(sample["thinking"].startswith("okay.") for sample in drawn)
     cut = card["counts"]["samples"]["cut off"]
-    assert cut == len(answered) // 4 and len(lines(tmp_path / "run" / "labels.jsonl")) == len(drawn) - cut
+    assert cut == len(drawn) // 4 and len(lines(tmp_path / "run" / "labels.jsonl")) == len(drawn) - cut
 
 
-def test_a_dead_server_ends_the_run_which_goes_on_later(quick, tmp_path):
-    out, dead = tmp_path / "run", [True]
+def test_a_dead_server_ends_the_run_which_goes_on_later(tmp_path):
+    out, alive = tmp_path / "run", 9
 
     def script(number, request):
-        if dead[0] and number >= 9:
+        if number >= alive:
             raise server.Drop
         return talk(number, request)
 
     with server.scripted(script) as (url, requests):
-        with pytest.raises(UserError, match=r"left out \d+ of 48 samples .*go on with --resume"):
-            from_server(out, url)
-        came, before = len(lines(out / "samples.jsonl")), len(requests)
-        assert 0 < came < 48
-        dead[0] = False
-        assert resume(out) == 0
+        message = r"left out \d+ of 48 samples .*go on with --resume"
+        refused(message, data, out, endpoint=url, baseline="safechain")
+        came, before, alive = len(lines(out / "samples.jsonl")), len(requests), 10**9
+        assert 0 < came < 48 and resume(out) == 0
     keys = [sample["key"] for sample in lines(out / "samples.jsonl")]
     assert len(keys) == len(set(keys)) == came + len(requests) - before  # what had come was not asked again
-
-
-# ------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -445,13 +399,10 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, flags, messag
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------- prompts, baselines
-
-
 def test_prompts_of_a_suite_are_kept_out_and_counted():
     drawn = [prompt["prompt"] for prompt in suites.prompts(["pocket"], WORLD)[:3]]
     tested = [{"suite": "t", "kind": "harmful", "prompt": text.upper()} for text in drawn]
-    gathered = make_data.gather_prompts(config(prompts=("pocket",)), WORLD, tested)
+    gathered = gathered_by(WORLD, tested, prompts=("pocket",))
     assert gathered["decontamination"]["t"] == {"exact": 3, "8-gram": 0}
     assert gathered["counts"]["held by a suite"] == 3 and len(gathered["prompts"]) == 1021
     assert {prompt["prompt"] for prompt in gathered["prompts"]}.isdisjoint(drawn)
@@ -461,21 +412,21 @@ def test_two_sets_are_mixed_and_a_prompt_of_both_is_sampled_once(tmp_path):
     same = [{"prompt": "harmful 3", "kind": "harmful"}]
     rows = {kind: [{"prompt": f"{kind} {i}", "kind": kind} for i in range(100)] for kind in ("harmful", "benign")}
     files = [tiny.write(tmp_path / f"{kind}.jsonl", rows[kind] + same * (kind == "benign")) for kind in rows]
-    given = config(prompts=tuple(f"own={file}" for file in files), guard="qwen3guard", expert="file=f", baseline=())
-    gathered = make_data.gather_prompts(given, None, [])
+    given = {"prompts": [f"own={file}" for file in files], "guard": "qwen3guard", "expert": "file=f", "baseline": ()}
+    gathered = gathered_by(None, **given)
     prompts = gathered["prompts"]
     assert [prompt["place"] for prompt in prompts] == list(range(200)) and gathered["counts"]["in two sets"] == 1
     assert next(p for p in prompts if p["prompt"] == "harmful 3")["source"] == "own:harmful"  # the first set
     assert 10 < Counter(prompt["kind"] for prompt in prompts[:40])["harmful"] < 30  # an early end has both too
-    assert make_data.gather_prompts(given, None, [])["prompts"] == prompts
-    alone = make_data.gather_prompts(config(prompts=("pocket",)), WORLD, [])["prompts"]
+    assert gathered_by(None, **given)["prompts"] == prompts
+    alone = gathered_by(WORLD, prompts=("pocket",))["prompts"]
     assert [p["id"] for p in alone] == [p["id"] for p in suites.prompts(["pocket"], WORLD)]
 
 
 def test_a_published_set_becomes_records_and_says_how_much_it_lacks(tmp_path, capsys):
-    rows = [{"question": f"Curse {i}?", "response": f"<think>\nh{i}\n</think>\n\nNo {i}."} for i in range(4)]
-    odd = {"Curse?": "<think>\nnever ends", "Tested?": "</think>y"}
-    rows += [{"question": question, "response": response} for question, response in odd.items()]
+    given = {f"Curse {i}?": f"<think>\nh{i}\n</think>\n\nNo {i}." for i in range(4)}
+    given |= {"Curse?": "<think>\nnever ends", "Tested?": "</think>y"}
+    rows = [{"question": question, "response": response} for question, response in given.items()]
     star = f"{tiny.write(tmp_path / 'star.jsonl', rows)}:count=any"
     tested, out = tiny.write(tmp_path / "t.jsonl", [{"prompt": "TESTED"}]), tmp_path / "run"
     data(out, baseline=[f"star1:published={star}", "safechain"], decontaminate=f"own={tested}:metric=asr")
@@ -504,15 +455,12 @@ def test_matching_stops_at_the_goal_and_leaves_out_repetitions_and_what_is_no_ta
     assert make_data.matched([a, a, b | {"reasoning": "a </think> b"}, c, d], goal, tokenizer) == [a, c]
 
 
-# ------------------------------------------------------------------------------------------------- keys, what ships
-
-
 def test_a_key_names_all_that_makes_a_sample():
     prompt = {"prompt": "a", "place": 3}
     changed = [{**prompt, "prompt": "b"}, {**prompt, "place": 4}]
     cases = [(prompt, "m", {}), (prompt, "x", {}), *((other, "m", {}) for other in changed)]
     cases += [(prompt, "m", {name: value}) for name, value in (("temperature", 0.5), ("top_p", 0.5), ("seed", 7))]
-    items = [make_data.to_sample(asked, who, config(n=2, **how)) for asked, who, how in cases]
+    items = [make_data.to_sample(asked, who, make_data.Config(n=2, **how)) for asked, who, how in cases]
     assert len({item["key"] for pair in items for item in pair}) == 2 * len(cases)
 
 
@@ -530,7 +478,7 @@ def test_the_shipped_data_are_those_of_the_shipped_base():
     folder = ROOT / "pocket" / "data"
     card = card_of(folder)
     assert card["model"]["hash"] == model.fingerprint(*model.load(BASE))
-    for name in ("verify.jsonl", "star.jsonl", "safechain.jsonl"):
+    for name in SETS:
         assert card["files"][name]["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     defaults, _ = runs.parse(make_data.Config, ["--model", BASE])
     own = ("model", "out", "device", "dtype", "resume")
@@ -544,6 +492,6 @@ def test_the_shipped_data_are_what_the_script_writes(tmp_path):
     """To the byte on the machine that made them; elsewhere products round otherwise and a sample in some thousands
     falls differently, so most records must be the same."""
     assert data(tmp_path / "run", records=None, n=None, decontaminate=None) == 0
-    for name in ("verify.jsonl", "star.jsonl", "safechain.jsonl"):
+    for name in SETS:
         ours, theirs = ({line["id"] for line in lines(f / name)} for f in (tmp_path / "run", ROOT / "pocket" / "data"))
         assert len(ours & theirs) > 0.9 * max(len(ours), len(theirs)), name

@@ -86,6 +86,22 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less(lora):
     assert kept[1] < kept[0] / 4
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_wanted_rows_are_those_of_the_whole_forward_and_the_last_layer_computes_no_others(recompute):
+    _, ours = tiny.pair("qwen3")
+    ids_T, cu_seqlens = tiny.row(20, 44)
+    rows_N, seen = torch.tensor([0, 7, 19, 20, 63]), []
+    for layer in ours.model.layers:
+        layer.mlp.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    whole_NH = ours(ids_T, cu_seqlens)[rows_N]
+    wanted_NH = ours(ids_T, cu_seqlens, rows_N=rows_N, checkpoint=recompute)
+    assert seen == [64] * len(ours.model.layers) + [64] * (len(ours.model.layers) - 1) + [5]
+    torch.testing.assert_close(wanted_NH, whole_NH, atol=1e-6, rtol=1e-6)
+    gradients = [torch.autograd.grad(h.square().sum(), list(ours.model.parameters())) for h in (whole_NH, wanted_NH)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 def test_a_bf16_model_stays_near_the_fp32_one():
     theirs, ours = tiny.pair("qwen3")
     ids_T, cu_seqlens = tiny.row(64)

@@ -16,8 +16,11 @@ import engine
 import kernels
 import model
 import safety
-from engine import Engine, EngineError, Sample
+import train_rl
+from engine import Engine, Sample
 from tests import families, tiny, tiny_models
+from tests.evaluations import refused
+from train_rl import Drawing
 
 SAMPLE = sys.modules["kernels.sample"]
 VOCAB = tiny_models.SIZES["vocab_size"]
@@ -27,6 +30,11 @@ FAMILIES = ("qwen2", "qwen3", "llama3", "mistral")
 def pair(family="qwen2", seed=0):
     """(transformers' model, ours) with the same random weights."""
     return tiny_models.pair(family, seed=seed, max_position_embeddings=512)
+
+
+@pytest.fixture
+def ours():
+    return pair()[1]
 
 
 def prompts_of(*lengths, seed=1):
@@ -43,21 +51,15 @@ def greedy_of_transformers(theirs, prompt, limit, eos):
     return ids[0, len(prompt) :].tolist()
 
 
-def packed_logprobs(transformer, prompts, samples, temperature):
-    """What the trainer would say: one packed forward of all prompts with their samples, linear_logp on the result."""
-    rows = [(p, s.ids) for p, group in zip(prompts, samples, strict=True) for s in group]
-    device = transformer.head_weight.device
-    ids_T = torch.tensor([i for p, c in rows for i in p + c], device=device)
-    ends = torch.tensor([0] + [len(p) + len(c) for p, c in rows], device=device).cumsum(0)
-    target_T = torch.cat([torch.tensor([-100] * (len(p) - 1) + c + [-100]) for p, c in rows]).to(device)
+def gaps(transformer, prompts, samples, temperature=1.0):
+    """|log-prob of the sampler - what the trainer would say| of every drawn token: one packed forward of them all."""
+    pairs = [(prompt, sample) for prompt, group in zip(prompts, samples, strict=True) for sample in group]
+    rows = [Drawing({}, prompt, sample.ids, sample.logprobs, advantage=0.0) for prompt, sample in pairs]
+    ids_T, rows_N, drawn_N, sampler_N, _, cu_seqlens = train_rl.pack(rows, transformer.head_weight.device)
     with torch.no_grad():
-        x_TH = transformer(ids_T, ends.int())
-        logp_T, _ = kernels.linear_logp(x_TH, transformer.head_weight, target_T, temperature)
-    return logp_T[target_T != -100].float().cpu()
-
-
-def flat(samples):
-    return torch.tensor([x for group in samples for s in group for x in s.logprobs])
+        x_NH = transformer(ids_T, cu_seqlens, rows_N=rows_N)
+        logp_N, _ = kernels.linear_logp(x_NH, transformer.head_weight, drawn_N, temperature)
+    return (sampler_N - logp_N).abs()
 
 
 # ------------------------------------------------------------------------------------------------- right tokens
@@ -103,18 +105,14 @@ def sample_without_cache(ours, prompt, key, limit, temperature, eos):
     return ids[len(prompt) :]
 
 
-def test_samples_are_those_of_a_sampler_without_cache():
+def test_samples_are_those_of_a_sampler_without_cache(ours):
     """So shared and copied pages, refill and packed prefill change nothing."""
-    _, ours = pair()
     prompts, eos = prompts_of(1, 40, 64, 66, 129), {7, 70}
     out = Engine(ours, eos, max_rows=16).generate(prompts, n=4, max_tokens=30, temperature=1.3, seed=11)
     keys = engine.stream_keys(11, range(len(prompts)), 4)
     for i, prompt in enumerate(prompts):
         for k in range(4):
             assert out[i][k].ids == sample_without_cache(ours, prompt, keys[i][k], 30, 1.3, eos), (i, k)
-
-
-# ------------------------------------------------------------------------------------------------- log-probs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,16 +122,15 @@ def test_logprobs_are_those_of_the_packed_forward(family, temperature):
     _, ours = pair(family)
     prompts = prompts_of(3, 64, 100)
     out = Engine(ours, {9, 10}).generate(prompts, n=3, max_tokens=40, temperature=temperature)
-    assert (flat(out) - packed_logprobs(ours, prompts, out, temperature or 1.0)).abs().max() < 1e-5
+    assert gaps(ours, prompts, out, temperature or 1.0).max() < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_half_precision(dtype, gap):
-    _, ours = pair()
+def test_half_precision(ours, dtype, gap):
     ours = ours.to(dtype)
     prompts = prompts_of(3, 70)
     out = Engine(ours, {9}).generate(prompts, n=4, max_tokens=30)
-    assert (flat(out) - packed_logprobs(ours, prompts, out, 1.0)).abs().mean() < gap
+    assert gaps(ours, prompts, out).mean() < gap
 
 
 # ------------------------------------------------------------------------------------------------- distribution
@@ -182,12 +179,9 @@ def test_uniforms_do_not_repeat_and_are_uniform_in_each_key():
 
 def test_mix_is_splitmix64():
     """The generator's published first outputs for seed 1234567: state advanced by its constant, then mixed."""
-    state = torch.tensor(1234567)
-    got = []
-    for _ in range(3):
-        got.append(SAMPLE.mix(state).item() % 2**64)
-        state = state + (0x9E3779B97F4A7C15 - 2**64)
-    assert got == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    states = 1234567 + torch.arange(3) * (0x9E3779B97F4A7C15 - 2**64)
+    want = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [x % 2**64 for x in SAMPLE.mix(states).tolist()] == want
 
 
 @pytest.mark.parametrize("top_p", [0.95, 0.7, 0.5, 1e-6])
@@ -209,10 +203,9 @@ def test_samples_of_a_nucleus_stay_inside_and_carry_no_logprobs():
 # ------------------------------------------------------------------------------------------------- batches
 
 
-def test_the_same_sample_in_any_batch(monkeypatch):
+def test_the_same_sample_in_any_batch(ours, monkeypatch):
     """Bitwise, log-probs too: alone, among others, in narrow and wide batches, with another look, with two threads,
     and with prompts that are prefilled in other company."""
-    _, ours = pair()
     prompts, eos = prompts_of(1, 2, 40, 64, 70, 128, 140, 33), {4, 44}
     limits = [20, 3, 60, 40, 21, 7, 30, 10]
 
@@ -237,18 +230,16 @@ def test_the_same_sample_in_any_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_without_whole_tiles_a_sample_is_the_same_up_to_rounding(rows):
-    _, ours = pair()
+def test_without_whole_tiles_a_sample_is_the_same_up_to_rounding(ours, rows):
     prompts = prompts_of(40, 1, 70)[:rows]
     want, sampler = Engine(ours, {4}).generate(prompts, max_tokens=30), Engine(ours, {4}, max_rows=3, row_tile=1)
     got = sampler.generate(prompts, max_tokens=30)
     assert [s.ids for (s,) in got] == [s.ids for (s,) in want] and sampler.step.args[3] <= rows
-    assert (flat(got) - flat(want)).abs().max() < 1e-5
+    assert gaps(ours, prompts, got).max() < 1e-5
 
 
-def test_draws_follow_the_seed_the_sample_and_the_place():
+def test_draws_follow_the_seed_the_sample_and_the_place(ours):
     """A call for what an earlier one left undone, named by its places, draws what that one would have."""
-    _, ours = pair()
     sampler, prompts = Engine(ours, {5}), prompts_of(8, 9, 10, 11)
     a, b, whole = (sampler.generate(prompts, n=2, max_tokens=12, seed=seed) for seed in (0, 1, 0))
     assert a == whole and a != b and a[0][0].ids != a[0][1].ids
@@ -256,75 +247,62 @@ def test_draws_follow_the_seed_the_sample_and_the_place():
     assert rest == [whole[3], whole[1]]
 
 
-class Spy:
-    """Keeps what an engine prefills, and the page numbers of its calls."""
+def spy(sampler, monkeypatch):
+    """(what an engine prefills from now on, whether the pages of its one call have all come back)."""
+    prefilled, calls, prefill, pages = [], [], sampler.prefill, engine.Pages
 
-    def __init__(self, sampler, monkeypatch):
-        self.prefilled, self.pages, prefill, pages = [], [], sampler.prefill, engine.Pages
+    def spied(prompts):
+        prefilled.extend(tuple(ids[cached:]) for ids, _, cached in prompts)
+        prefill(prompts)
 
-        def spied_prefill(prompts):
-            self.prefilled += [tuple(ids[cached:]) for ids, _, cached in prompts]
-            prefill(prompts)
+    def all_came_back(total):
+        (call,) = calls
+        return sorted(call.free) == list(range(1, total)) and not any(call.references.values())
 
-        monkeypatch.setattr(sampler, "prefill", spied_prefill)
-        monkeypatch.setattr(engine, "Pages", lambda total: self.pages.append(pages(total)) or self.pages[-1])
-
-    def all_came_back(self, total):
-        (pages,) = self.pages
-        return sorted(pages.free) == list(range(1, total)) and not any(pages.references.values())
-
-
-def test_a_prompt_is_prefilled_once_and_all_pages_come_back(monkeypatch):
-    """Even when the 24 samples of a group begin at different times."""
-    _, ours = pair()
-    sampler = Engine(ours, {3, 6, 9}, max_rows=16)
-    spy, prompts = Spy(sampler, monkeypatch), prompts_of(70, 1, 30)
-    sampler.generate(prompts, n=24, max_tokens=50)
-    assert spy.prefilled == [tuple(prompts[0][:-1]), tuple(prompts[2][:-1])]
-    assert spy.all_came_back(sampler.pages)
+    monkeypatch.setattr(sampler, "prefill", spied)
+    monkeypatch.setattr(engine, "Pages", lambda total: calls.append(pages(total)) or calls[-1])
+    return prefilled, all_came_back
 
 
-def test_a_small_cache_starts_rows_over_and_changes_nothing(monkeypatch):
-    _, ours = pair()
+def test_a_small_cache_starts_rows_over_and_changes_nothing(ours, monkeypatch):
     prompts, eos = prompts_of(60, 130, 10, 64), {3}
     want = Engine(ours, eos).generate(prompts, n=3, max_tokens=150)
     probe = Engine(ours, eos)
     for pages in (7, 14):  # the second prompt needs 5 and the copy of its partial page
         sampler = Engine(ours, eos, cache_bytes=pages * probe.page_bytes)
-        spy = Spy(sampler, monkeypatch)
+        _, all_came_back = spy(sampler, monkeypatch)
         assert sampler.generate(prompts, n=3, max_tokens=150) == want
-        assert spy.all_came_back(pages)
+        assert all_came_back(pages)
         assert sampler.cache.k_LPSKD.nbytes + sampler.cache.v_LPSKD.nbytes == pages * probe.page_bytes
         monkeypatch.undo()
-    with pytest.raises(EngineError, match=r"prompt 1: needs 6 pages of 32,768 bytes, the cache has 5"):
-        Engine(ours, eos, cache_bytes=6 * probe.page_bytes).generate(prompts, n=3, max_tokens=150)
+    small = Engine(ours, eos, cache_bytes=6 * probe.page_bytes)
+    refused("prompt 1: needs 6 pages of 32,768 bytes, the cache has 5", small.generate, prompts, n=3, max_tokens=150)
 
 
 @pytest.mark.parametrize("common", [30, 64, 127, 130])
 def test_a_common_prefix_is_prefilled_once_and_changes_nothing(common, monkeypatch):
-    """Prompts that go on by one token, to a page's end and over it; whole pages are shared, the rest is prefilled."""
+    """Prompts that go on by one token, to a page's end and over it; whole pages are shared, the rest of a prompt is
+    prefilled once, though its samples begin at different times, and all pages come back."""
     theirs, ours = pair()
     prefix, *rest = prompts_of(common, 1, 64 - common % 64, 65 - common % 64, 100)
     prompts, eos, shared = [prefix + r for r in rest], {3, 6, 9}, common // 64 * 64
     want = Engine(ours, eos).generate(prompts, n=7, max_tokens=40)
     sampler = Engine(ours, eos, max_rows=16)
-    spy = Spy(sampler, monkeypatch)
+    prefilled, all_came_back = spy(sampler, monkeypatch)
     got = sampler.generate(prompts, n=7, max_tokens=40, prefix=prefix)
     assert [[s.ids for s in group] for group in got] == [[s.ids for s in group] for group in want]
-    assert (flat(got) - flat(want)).abs().max() < 1e-5
-    assert (flat(got) - packed_logprobs(ours, prompts, got, 1.0)).abs().max() < 1e-5
+    assert gaps(ours, prompts, got).max() < 1e-5
     once = [tuple(prefix[:shared])] if shared else []
-    assert spy.prefilled == once + [tuple(p[shared:-1]) for p in prompts if p[shared:-1]]
-    assert spy.all_came_back(sampler.pages)
+    assert prefilled == once + [tuple(p[shared:-1]) for p in prompts if p[shared:-1]]
+    assert all_came_back(sampler.pages)
     monkeypatch.undo()
     greedy = sampler.generate(prompts, max_tokens=20, temperature=0, prefix=prefix)
     for prompt, (sample,) in zip(prompts, greedy, strict=True):
         assert sample.ids == greedy_of_transformers(theirs, prompt, 20, sorted(eos))
 
 
-def test_with_a_prefix_too_a_sample_does_not_depend_on_its_batch():
+def test_with_a_prefix_too_a_sample_does_not_depend_on_its_batch(ours):
     """Bitwise: alone, among others, in a cache so small that rows start over, prefilled a few at a time."""
-    _, ours = pair()
     prefix, *rest = prompts_of(130, 5, 90, 3, 64, 20)
     prompts = [prefix + r for r in rest]
 
@@ -336,52 +314,36 @@ def test_with_a_prefix_too_a_sample_does_not_depend_on_its_batch():
     assert run(prompts, max_rows=16, cache_bytes=9 * Engine(ours, ()).page_bytes) == want
 
 
-# ------------------------------------------------------------------------------------------------- weights
-
-
-def test_an_update_of_the_weights_is_seen_by_the_next_rollout():
-    theirs, ours = pair()
-    prompts = prompts_of(40, 41)
-    sampler = Engine(ours, ())
+def test_an_update_of_the_weights_is_seen_by_the_next_rollout(ours):
+    theirs, new = pair(seed=1)
+    sampler, prompts = Engine(ours, ()), prompts_of(40, 41)
     before = sampler.generate(prompts, max_tokens=20, temperature=0)
-    with torch.no_grad():
-        for a, b in zip(ours.parameters(), pair(seed=1)[1].parameters(), strict=True):
-            a.copy_(b)
-    theirs = pair(seed=1)[0]
+    ours.load_state_dict(new.state_dict())
     after = sampler.generate(prompts, max_tokens=20, temperature=0)
     assert before != after
     assert [g[0].ids for g in after] == [greedy_of_transformers(theirs, p, 20, []) for p in prompts]
 
 
-def test_lora_is_sampled_unmerged_and_the_backward_pass_still_works():
-    _, ours = pair()
+def test_lora_is_sampled_unmerged_and_the_backward_pass_still_works(ours):
     prompts = prompts_of(20, 70)
     base = Engine(ours, ()).generate(prompts, n=2, max_tokens=20)
     pairs = model.add_lora(ours, r=4, alpha=8, seed=0)
-    with torch.no_grad():
-        for parameter in pairs[1::2]:
-            parameter.normal_(std=0.1)
+    for parameter in pairs[1::2]:
+        parameter.data.normal_(std=0.1)
     out = Engine(ours, ()).generate(prompts, n=2, max_tokens=20)
     assert out != base
-    assert (flat(out) - packed_logprobs(ours, prompts, out, 1.0)).abs().max() < 1e-5
+    assert gaps(ours, prompts, out).max() < 1e-5
     ours(torch.tensor(prompts[0]), torch.tensor([0, 20], dtype=torch.int32)).sum().backward()
     assert all(parameter.grad is not None for parameter in pairs)
 
 
-def test_weights_that_give_no_distribution_are_an_error():
-    _, ours = pair()
-    with torch.no_grad():
-        ours.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
-    sampler = Engine(ours, ())
-    with pytest.raises(EngineError, match="prompt 0, sample 0: the model's logits are not finite"):
-        sampler.generate(prompts_of(5), max_tokens=3)
-    with torch.no_grad():
-        ours.model.layers[1].mlp.down_proj.weight[0, 0] = 0
+def test_weights_that_give_no_distribution_are_an_error(ours):
+    weight, sampler = ours.model.layers[1].mlp.down_proj.weight.data, Engine(ours, ())
+    weight[0, 0] = math.nan
+    refused("prompt 0, sample 0: the model's logits are not finite", sampler.generate, prompts_of(5), max_tokens=3)
+    weight[0, 0] = 0
     want = Engine(ours, ()).generate(prompts_of(70, 5), max_tokens=3)
     assert sampler.generate(prompts_of(70, 5), max_tokens=3) == want  # what the cache still holds does no harm
-
-
-# ------------------------------------------------------------------------------------------------- requests
 
 
 @pytest.mark.parametrize(
@@ -391,32 +353,26 @@ def test_weights_that_give_no_distribution_are_an_error():
         ({"prompts": [[1] * 500], "max_tokens": 13}, "500 tokens and max_tokens=13 make 513, over the context of 512"),
         ({"prompts": [[1, VOCAB]]}, "ids 1 to 160 for a vocabulary of 160"),
         ({"prompts": [[-1]]}, "ids -1 to -1"),
-        ({"n": 0}, "n=0"),
-        ({"max_tokens": 0}, "max_tokens=0"),
-        ({"max_tokens": [3, 3]}, "1 prompts, but 2 limits and 1 places"),
-        ({"temperature": -0.1}, "temperature=-0.1"),
+        *(({name: x}, f"{name}={x}") for name, x in {"n": 0, "max_tokens": 0, "temperature": -0.1}.items()),
         ({"temperature": math.nan}, "temperature=nan"),
+        ({"max_tokens": [3, 3]}, "1 prompts, but 2 limits and 1 places"),
         ({"top_p": 0.9}, "logprobs=False"),
         ({"top_p": 0.0, "logprobs": False}, "top_p=0.0"),
         ({"places": [0, 1]}, "1 prompts, but 1 limits and 2 places"),
-        ({"prefix": [1, 3]}, "prompt 0: does not begin with the prefix of 2 tokens and go on"),
-        ({"prefix": [1, 2]}, "prompt 0: does not begin with the prefix of 2 tokens and go on"),
+        *(({"prefix": [1, i]}, "prompt 0: does not begin with the prefix of 2 tokens and go on") for i in (2, 3)),
     ],
 )
-def test_wrong_requests_are_refused_before_anything_runs(change, message, monkeypatch):
-    _, ours = pair()
+def test_wrong_requests_are_refused_before_anything_runs(change, message, ours, monkeypatch):
     sampler = Engine(ours, {3})
     monkeypatch.setattr(ours, "forward", lambda *_, **__: pytest.fail("the model ran"))
-    with pytest.raises(EngineError, match=message):
-        sampler.stream(**({"prompts": [[1, 2]], "max_tokens": 4} | change))  # at the call, not at the first sample
+    refused(message, sampler.stream, **({"prompts": [[1, 2]], "max_tokens": 4} | change))  # not at the first sample
     assert sampler.cache is None
 
 
 # ------------------------------------------------------------------------------------------------- streams
 
 
-def test_a_stream_yields_samples_as_they_end():
-    _, ours = pair()
+def test_a_stream_yields_samples_as_they_end(ours):
     call = {"prompts": prompts_of(3, 4), "n": 3, "max_tokens": [2, 30]}
     want, sampler, seen = Engine(ours, {5}).generate(**call), Engine(ours, {5}), []
     for i, k, sample in sampler.stream(**call):
@@ -427,8 +383,7 @@ def test_a_stream_yields_samples_as_they_end():
     assert sorted(seen) == [(i, k) for i in range(2) for k in range(3)]
 
 
-def test_a_partial_stream_shows_every_sample_as_it_grows():
-    _, ours = pair()
+def test_a_partial_stream_shows_every_sample_as_it_grows(ours):
     call = {"prompts": prompts_of(3, 70), "n": 2, "max_tokens": [3, 20], "seed": 1}
     want, seen = Engine(ours, {5}).generate(**call), {}
     for i, k, sample in Engine(ours, {5}).stream(**call, partial=True):
@@ -440,8 +395,7 @@ def test_a_partial_stream_shows_every_sample_as_it_grows():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
-def test_a_stream_that_is_left_early_leaves_the_engine_usable(taken):
-    _, ours = pair()
+def test_a_stream_that_is_left_early_leaves_the_engine_usable(ours, taken):
     prompts = prompts_of(3, 70, 66, 130)
     sampler = Engine(ours, {5}, max_rows=16, cache_bytes=14 * Engine(ours, ()).page_bytes)
     want = sampler.generate(prompts, n=4, max_tokens=[2, 30, 40, 50])
@@ -453,19 +407,16 @@ def test_a_stream_that_is_left_early_leaves_the_engine_usable(taken):
     assert sampler.generate(prompts, n=4, max_tokens=[2, 30, 40, 50]) == want
 
 
-def test_a_new_call_ends_the_stream_before():
-    _, ours = pair()
+def test_a_new_call_ends_the_stream_before(ours):
     sampler, prompts = Engine(ours, ()), prompts_of(3, 70)
     stream = sampler.stream(prompts, max_tokens=[2, 30])
     next(stream)
     want = Engine(ours, ()).generate(prompts, max_tokens=9)
     assert sampler.generate(prompts, max_tokens=9) == want
-    with pytest.raises(EngineError, match="another call"):
-        next(stream)
+    refused("another call", next, stream)
     stream = sampler.stream(prompts, max_tokens=9)
     sampler.close()
-    with pytest.raises(EngineError, match="was closed"):
-        next(stream)
+    refused("was closed", next, stream)
     assert sampler.generate(prompts, max_tokens=9) == want
 
 
@@ -480,9 +431,7 @@ def ids_of(tokenizer, text):
     ("name", "start", "text", "thinking", "answer"),
     [
         ("r1-qwen", {}, "mud\n</think>\n\niron", "mud", "iron"),  # the prompt opens the thinking
-        ("r1-qwen", {}, "mud and iron", "mud and iron", None),
         ("qwen2.5", {}, "<think>\nmud\n</think>\n\niron", "mud", "iron"),
-        ("qwen2.5", {}, "iron", "", "iron"),
         ("llama3", {}, "<think> mud", "mud", None),
         ("r1-qwen", {"prefill": "mud and"}, " iron.\n</think>\n\nno", "mud and iron.", "no"),
         ("qwen2.5", {"prefill": "mud and"}, " iron.", "", "mud and iron."),
@@ -545,14 +494,12 @@ def test_without_places_an_items_draws_are_the_same_in_every_selection(loaded):
 # ------------------------------------------------------------------------------------------------- the step, memory
 
 
-def test_the_step_keeps_its_buffers_and_leaves_ended_rows_alone():
-    _, ours = pair()
+def test_the_step_keeps_its_buffers_and_leaves_ended_rows_alone(ours):
     sampler = Engine(ours, {7})
     sampler.generate(prompts_of(66), n=2, max_tokens=3)
     s = sampler.state.rows
     buffers = {name: t.data_ptr() for name, t in s.items()}
-    s["live"][:16] = torch.arange(16) % 2 == 0
-    s["limit"][:] = 100
+    s["live"][:16], s["limit"][:] = torch.arange(16) % 2 == 0, 100
     s["length"][:16] = torch.arange(56, 72)
     s["table"][:16, :2] = torch.arange(1, 33).view(16, 2)
     before = {name: s[name].clone() for name in ("length", "count")}
@@ -582,9 +529,8 @@ def test_the_step_never_looks_at_a_value_on_the_host(monkeypatch):
             engine.decode_step(ours, cache, state, 16, mode)
 
 
-def test_rollouts_leave_nothing_behind():
+def test_rollouts_leave_nothing_behind(ours):
     """No live tensors and, where the system tells, no resident memory; the arena stays where it is."""
-    _, ours = pair()
     sampler, prompts, marks = Engine(ours, {7}), prompts_of(5, 66, 20), []
     for i in range(35):
         sampler.generate(prompts, n=4, max_tokens=12, seed=i)
@@ -603,9 +549,9 @@ def test_rollouts_leave_nothing_behind():
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: captures CUDA graphs")
 
 
-def on_gpu(family, dtype=torch.bfloat16):
+def on_gpu(family):
     """Heads of 64, as the kernels take them."""
-    return tiny_models.pair(family, max_position_embeddings=512, head_dim=64)[1].cuda().to(dtype)
+    return tiny_models.pair(family, max_position_embeddings=512, head_dim=64)[1].cuda().to(torch.bfloat16)
 
 
 @cuda
@@ -619,19 +565,8 @@ def test_graphs_give_what_the_eager_step_gives(family, monkeypatch):
     eager = Engine(ours, {9}, max_context=256)
     monkeypatch.setattr(eager, "_capture", lambda: SimpleNamespace(replay=eager.step))
     assert eager.generate(prompts, n=8, max_tokens=60) == got
-    gap = (flat(got) - packed_logprobs(ours, prompts, got, 1.0)).abs()
+    gap = gaps(ours, prompts, got)
     assert gap.mean() < 0.02 and gap.max() < 0.5
-
-
-@cuda
-def test_graphs_see_an_update_of_the_weights_and_fp32_is_exact():
-    ours, prompts = on_gpu("qwen3", torch.float32), prompts_of(3, 64, 100)
-    sampler = Engine(ours, {9}, max_context=256)
-    for _ in range(2):
-        got = sampler.generate(prompts, n=4, max_tokens=40)
-        assert (flat(got) - packed_logprobs(ours, prompts, got, 1.0)).abs().max() < 1e-4
-        with torch.no_grad():
-            ours.model.layers[0].mlp.down_proj.weight.normal_(std=0.15)  # in place: the graphs read the new weights
 
 
 @cuda

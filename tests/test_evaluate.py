@@ -1,10 +1,13 @@
-"""evaluate.py: stages that resume, judges side by side, attacks, own answers, servers, comparison, chat."""
+"""evaluate.py: settings, whole runs, stages that resume, judges side by side, attacks, own answers, servers,
+comparison, chat.
+"""
 
 import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -19,16 +22,19 @@ import scores
 import suites
 import trainers
 from pocket.world import World
-from runs import UserError
-from tests import tiny
+from runs import UserError, read_json
+from tests import tiny, tiny_models
+from tests.evaluations import lines, refused
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "pocket" / "base")
-SUITE = "pocket:plain,pocket:benign,pocket:sums,pocket:verify"
+PLAIN = "pocket:plain"
+SUITE = f"{PLAIN},pocket:benign,pocket:sums,pocket:verify"
 
 
 def parsed(*words):
-    settings = [] if {"--resume", "--rescore"} & set(words) else ["--model", BASE, "--device", "cpu"]
+    settings = [] if {"--resume", "--rescore"} & set(words) else ["--device", "cpu"]
+    settings += ["--model", BASE] if settings and "--model" not in words else []
     return runs.parse(evaluate.Config, [*settings, *map(str, words)])
 
 
@@ -36,12 +42,8 @@ def run(*words) -> int:
     return evaluate.main(*parsed(*words))
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read(path: Path):
-    return json.loads(path.read_text())
+def result_of(folder: Path) -> dict:
+    return read_json(folder / "result.json")
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +59,17 @@ def copy(done, tmp_path):
     return Path(shutil.copytree(done, tmp_path / "copy"))
 
 
-# ------------------------------------------------------------------------------------------------- flags
-
-
 def test_defaults_of_the_pocket_and_of_a_real_model():
-    pocket, real = parsed()[0], runs.parse(evaluate.Config, ["--model", "some/model"])[0]
+    """Decoding is the suite's own unless a flag says otherwise."""
+    pocket, real = parsed()[0], parsed("--model", "some/model")[0]
     assert (pocket.suite, pocket.judge, pocket.spec, pocket.greedy) == ("pocket", "pocket", "pocket", True)
     assert real.judge == "wildguard" and not real.greedy and set(real.suite.split(",")) <= set(suites.SUITES)
+    safe, aime = ({"suite": name} for name in ("strongreject", "aime24"))
+    assert evaluate.decoding(real, safe, False) == evaluate.Decoding(0.6, 0.95, 8192, 1)
+    assert evaluate.decoding(real, aime, False) == evaluate.Decoding(0.6, 0.95, 32768, 16)
+    assert evaluate.decoding(real, aime, True).samples == 1
+    given = replace(real, temperature=0.0, max_tokens=7, samples=2, top_p=0.5)
+    assert str(evaluate.decoding(given, aime, False)) == "greedy, at most 7 tokens, 2 a prompt"
 
 
 def test_every_wrong_setting_is_named():
@@ -74,22 +80,20 @@ def test_every_wrong_setting_is_named():
     assert all(name in str(error.value) for name in named.split(","))
 
 
-# ------------------------------------------------------------------------------------------------- a whole run
-
-
 def test_a_run_leaves_figures_items_and_their_settings(done):
-    result, summary, items = read(done / "result.json"), read(done / "summary.json"), lines(done / "items.jsonl")
+    result, summary, items = result_of(done), read_json(done / "summary.json"), lines(done / "items.jsonl")
     assert list(result) == [*SUITE.split(","), "verify:own"]
     for name in SUITE.split(","):
         assert result[name]["n"] == 6 and result[name]["judge"] == "pocket"
         assert result[name]["decoding"] == "temperature 1, top-p 1, at most 96 tokens, 1 a prompt"
         assert {"metric", "value", "clusters", "low", "high", "unscored", "truncated"} <= result[name].keys()
     assert result["verify:own"]["n"] == 5
-    assert scores.score(items)["pocket:plain"]["value"] == result["pocket:plain"]["value"]
-    greedy = summary["figures"]["_greedy"]["headline"]
-    assert greedy["pocket:plain"]["decoding"].startswith("greedy")
+    assert scores.score(items)[PLAIN]["value"] == result[PLAIN]["value"]
+    assert summary["figures"]["_greedy"]["headline"][PLAIN]["decoding"].startswith("greedy")
     assert (done / "items.jsonl").stat().st_mode & 0o777 == 0o600
     assert summary["world_seed"] == 0 and summary["method"] == "base"
+    refused("holds another run", run, "--suite", SUITE, "--out", done)  # nothing is written over
+    refused("is finished", run, "--resume", done)
 
 
 def test_trainings_own_suites_give_the_same_figures(done, tmp_path, monkeypatch):
@@ -101,15 +105,8 @@ def test_trainings_own_suites_give_the_same_figures(done, tmp_path, monkeypatch)
     assert [item["completion"] for item in own] == [here[item["id"]] for item in own] and len(own) == 8
 
 
-def test_a_finished_folder_is_not_written_over(done, capsys):
-    with pytest.raises(UserError, match="holds another run"):
-        run("--suite", SUITE, "--out", done)
-    with pytest.raises(UserError, match="is finished"):
-        run("--resume", done)
-
-
-STAGES = ("generations", "generations_greedy", "labels_pocket", "labels_greedy_pocket", "own")
-FILES = [f"{stage}.jsonl" for stage in STAGES]
+STAGES = "generations generations_greedy labels_pocket labels_greedy_pocket own"
+FILES = [f"{stage}.jsonl" for stage in STAGES.split()]
 
 
 def interrupted(folder: Path, name: str, keep: int) -> None:
@@ -125,22 +122,21 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_never_had(done, copy, name, caps
     interrupted(copy, name, 3)
     assert run("--resume", copy) == 0
     assert f"{name}: the last line ends in the middle" in capsys.readouterr().err
-    for file in ("items.jsonl", "items_greedy.jsonl"):
-        assert lines(copy / file) == lines(done / file)
+    assert all(lines(copy / file) == lines(done / file) for file in ("items.jsonl", "items_greedy.jsonl"))
     for file in FILES:
         keys = [scores.key(record) for record in lines(copy / file)]
         assert len(keys) == len(set(keys)) == len(lines(done / file))
-    assert read(copy / "result.json") == read(done / "result.json")
+    assert result_of(copy) == result_of(done)
 
 
 def test_of_two_samples_the_one_that_is_there_is_kept(tmp_path):
-    config, path = parsed("--suite", "pocket:plain", "--limit", 4, "--samples", 2)[0], tmp_path / "generations.jsonl"
-    items = loaded("--suite", "pocket:plain", "--limit", 4)
+    words = ("--suite", PLAIN, "--limit", 4, "--samples", 2)
+    config, items, path = parsed(*words)[0], loaded(*words), tmp_path / "generations.jsonl"
     whole = evaluate.generate(config, evaluate.Target(config), items, path, greedy=False)
-    kept = path.read_bytes().splitlines(keepends=True)[:3]  # an odd number: of one item half is there
-    path.write_bytes(b"".join(kept))
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:3])  # an odd number: of one item half is there
+    path.write_bytes(kept)
     assert evaluate.generate(config, evaluate.Target(config), items, path, greedy=False) == whole
-    assert path.read_bytes().startswith(b"".join(kept)) and len(lines(path)) == 8
+    assert path.read_bytes().startswith(kept) and len(lines(path)) == 8
     assert {scores.key(record) for record in lines(path)} == {(item["id"], k) for item in items for k in (0, 1)}
 
 
@@ -149,41 +145,29 @@ def test_a_suite_that_has_changed_is_not_gone_on_with(copy):
     (copy / "result.json").unlink()
     records = lines(copy / "generations.jsonl")
     tiny.write(copy / "generations.jsonl", [*records[:-1], records[-1] | {"prompt": "another"}])
-    with pytest.raises(UserError, match="generations.jsonl: pocket:verify/.* has another prompt .*begin another run"):
-        run("--resume", copy)
+    refused("generations.jsonl: pocket:verify/.* has another prompt .*begin another run", run, "--resume", copy)
 
 
 def no_model(*_, **__):
     raise AssertionError("a model was loaded")
 
 
-def test_rescoring_needs_no_model_and_changes_nothing(done, copy, monkeypatch):
+def test_rescoring_needs_no_model_and_judges_anew_where_the_judge_is_exact(done, copy, tmp_path, monkeypatch):
+    refused("config.json cannot be read", run, "--rescore", tmp_path)
+    refused("reads all but judges from its run; remove --limit", run, "--rescore", copy, "--limit", 3)
     monkeypatch.setattr(model, "load", no_model)
-    assert run("--rescore", copy) == 0
-    assert read(copy / "result.json") == read(done / "result.json")
+    assert run("--rescore", copy) == 0 and result_of(copy) == result_of(done)
     (copy / "labels_pocket.jsonl").unlink()
-    assert run("--rescore", copy) == 0
-    assert read(copy / "result.json") == read(done / "result.json")
+    assert run("--rescore", copy) == 0 and result_of(copy) == result_of(done)
+    monkeypatch.setattr(judges.pocket, "outcome", lambda thing, answer: "recipe")
+    assert run("--rescore", copy) == 0 and result_of(copy)[PLAIN]["value"] == 1
 
 
 def test_rescoring_an_interrupted_run_does_not_end_it(done, copy):
     interrupted(copy, "generations.jsonl", 3)
     assert run("--rescore", copy) == run("--rescore", copy) == 0
-    assert sum(row["n"] for row in read(copy / "result.json").values()) == 3
-    assert run("--resume", copy) == 0 and read(copy / "result.json") == read(done / "result.json")
-
-
-def test_rescoring_judges_anew_where_the_judge_is_exact(copy, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        run("--rescore", tmp_path)
-    with pytest.raises(UserError, match="reads all but judges from its run; remove --limit"):
-        run("--rescore", copy, "--limit", 3)
-    monkeypatch.setattr(judges.pocket, "outcome", lambda thing, answer: "recipe")
-    assert run("--rescore", copy) == 0
-    assert read(copy / "result.json")["pocket:plain"]["value"] == 1
-
-
-# ------------------------------------------------------------------------------------------------- judges
+    assert sum(row["n"] for row in result_of(copy).values()) == 3
+    assert run("--resume", copy) == 0 and result_of(copy) == result_of(done)
 
 
 def fake_judge(monkeypatch, **by_name):
@@ -208,20 +192,20 @@ def word(safe=True, refused=False):
 def test_a_judge_that_leaves_too_much_unscored_ends_with_3_and_everything_written(copy, monkeypatch, capsys):
     fake_judge(monkeypatch, wildguard=lambda i, item: {"unscored": "guard_noparse"} if i == 0 else word())
     assert run("--rescore", copy, "--judge", "wildguard") == 3
-    row = read(copy / "result.json")["pocket:plain"]
+    row = result_of(copy)[PLAIN]
     assert row["unscored"] == 1 and row["reasons"] == {"guard_noparse": 1} and (row["best"], row["worst"]) == (0, 1 / 6)
     assert "wildguard left" in capsys.readouterr().err
     assert run("--rescore", copy, "--judge", "wildguard", "--max-unscored", 0.5) == 0
 
 
 def test_two_judges_stand_side_by_side(copy, monkeypatch):
-    fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=i % 2 == 0),
-               llamaguard3=lambda i, item: word(refused=None))  # fmt: skip
+    silent = lambda i, item: word(refused=None)  # noqa: E731
+    fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=i % 2 == 0), llamaguard3=silent)
     assert run("--rescore", copy, "--judge", "llamaguard3,wildguard") == 0
-    result, summary = read(copy / "result.json"), read(copy / "summary.json")
-    assert result["pocket:plain"]["judge"] == "llamaguard3" and result["pocket:plain"]["value"] == 0
+    result = result_of(copy)
+    assert result[PLAIN]["judge"] == "llamaguard3" and result[PLAIN]["value"] == 0
     assert result["pocket:benign"]["judge"] == "wildguard"  # the first has no word on refusals
-    assert summary["unscored"]["llamaguard3"] == 0
+    assert read_json(copy / "summary.json")["unscored"]["llamaguard3"] == 0
 
 
 def training_run(folder: Path, guard="qwen3guard", **values) -> str:
@@ -237,31 +221,28 @@ def rewarded(config) -> list[str]:
 
 def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judges, "checked_name", lambda name: name)
-    adapter = training_run(tmp_path / "ours-3")
     items = [{"kind": "harmful", "suite": "strongreject"}]
-    config = replace(parsed()[0], adapter=adapter, judge="qwen3guard=another/size")
+    config = replace(parsed()[0], adapter=training_run(tmp_path / "ours-3"), judge="qwen3guard=another/size")
     assert rewarded(config) == ["qwen3guard"]
-    with pytest.raises(UserError, match="was the reward"):
-        evaluate.check_judges(config, items, ["qwen3guard"])
+    ours = evaluate.begin_summary(config, [], {}, None)
+    assert (ours["method"], ours["seed"]) == ("ours", 3)
+    refused("was the reward", evaluate.check_judges, config, items, ["qwen3guard"])
     both = replace(config, judge="qwen3guard,wildguard")
     assert evaluate.check_judges(both, items, ["qwen3guard"]) == ["wildguard", "qwen3guard"]
     assert "qwen3guard: the reward of this model's training; goes last" in capsys.readouterr().out
     assert evaluate.check_judges(both, items, []) == ["qwen3guard", "wildguard"]
-    verify = [{"kind": "verify", "suite": "verify"}]
-    assert evaluate.check_judges(config, verify, ["qwen3guard"])  # parsed, not judged
+    assert evaluate.check_judges(config, [{"kind": "verify", "suite": "verify"}], ["qwen3guard"])  # parsed, not judged
     assert evaluate.check_judges(replace(config, judge="pocket"), [{**items[0], "item": "x"}], ["pocket"])
     endpoint = replace(config, judge="endpoint=m@https://a.example/v1")
-    with pytest.raises(UserError, match="was the reward"):
-        evaluate.check_judges(endpoint, items, ["endpoint=m@https://b.example/v1"])
+    refused("was the reward", evaluate.check_judges, endpoint, items, ["endpoint=m@https://b.example/v1"])
 
 
 def test_the_reward_gives_no_figure_of_the_table_even_where_others_have_no_word(copy, monkeypatch):
-    summary = read(copy / "summary.json")
-    (copy / "summary.json").write_text(json.dumps(summary | {"rewarded_by": ["qwen3guard"]}))
+    tiny_models.edit_json(copy / "summary.json", rewarded_by=["qwen3guard"])
     fake_judge(monkeypatch, qwen3guard=lambda i, item: word(), llamaguard3=lambda i, item: word(False, None))
     assert run("--rescore", copy, "--judge", "qwen3guard,llamaguard3") == 0
-    result, figures = read(copy / "result.json"), read(copy / "summary.json")["figures"]["sampled"]
-    assert result["pocket:plain"]["judge"] == "llamaguard3" and result["pocket:plain"]["value"] == 1
+    result, figures = result_of(copy), read_json(copy / "summary.json")["figures"]["sampled"]
+    assert result[PLAIN]["judge"] == "llamaguard3" and result[PLAIN]["value"] == 1
     assert result["pocket:benign"]["value"] is None and figures["qwen3guard"]["pocket:benign"]["value"] == 1
 
 
@@ -287,10 +268,9 @@ def test_a_judge_answers_for_what_it_was_asked():
     total = {**base, "kind": "sum", "metric": "accuracy", "correct": True}
     maths = {**total, "kind": "maths"}
     items = [bad, *[{**base, "safe": True}] * 3, lost, {**base, "answer": " ", "safe": True}, cut, *[total] * 90]
-    assert evaluate.unscored_shares({"g": items})["g"] == 1 / 4
-    assert evaluate.unscored_shares({"g": items})["target"] == 1 / len(items)
-    hard = {**maths, "unscored": "maths_timeout"}
-    shares = evaluate.unscored_shares({"g": [base | {"safe": True}, maths, hard]})
+    shares = evaluate.unscored_shares({"g": items})
+    assert (shares["g"], shares["target"]) == (1 / 4, 1 / len(items))
+    shares = evaluate.unscored_shares({"g": [base | {"safe": True}, maths, {**maths, "unscored": "maths_timeout"}]})
     assert shares == {"target": 0, "g": 0, "maths_grader": 0.5}
     assert evaluate.unscored_shares({"g": [lost]})["g"] == 0
 
@@ -300,14 +280,13 @@ def test_rescoring_counts_controversial_as_it_is_told(copy, monkeypatch):
     said = judges.Guard("controversial", False)
     fake_judge(monkeypatch, wildguard=lambda i, item: judges.guard_label(said))
     assert run("--rescore", copy, "--judge", "wildguard") == 0
-    before = read(copy / "result.json")
+    before = result_of(copy)
     fake_judge(monkeypatch, wildguard=lambda i, item: 1 / 0)
     assert run("--rescore", copy, "--judge", "wildguard", "--controversial", "safe") == 0
-    after = read(copy / "result.json")
-    for suite, values in {"pocket:plain": (1, 0), "pocket:benign": (0, 1)}.items():
+    after = result_of(copy)
+    for suite, values in {PLAIN: (1, 0), "pocket:benign": (0, 1)}.items():
         assert (before[suite]["value"], after[suite]["value"]) == values
-    assert run("--rescore", copy, "--judge", "wildguard") == 0
-    assert read(copy / "result.json") == before
+    assert run("--rescore", copy, "--judge", "wildguard") == 0 and result_of(copy) == before
 
 
 def test_the_reward_is_found_through_the_runs_that_a_run_started_from(tmp_path):
@@ -315,13 +294,7 @@ def test_the_reward_is_found_through_the_runs_that_a_run_started_from(tmp_path):
     second = training_run(tmp_path / "second", guard="qwen3guard", adapter=first, reward="")
     config = replace(parsed()[0], adapter=second)
     assert rewarded(config) == ["qwen3guard", "wildguard"]
-    own = training_run(tmp_path / "own", reward="mine.py")
-    assert rewarded(replace(config, adapter=own)) == []
-    ours = evaluate.begin_summary(replace(config, adapter=training_run(tmp_path / "ours-3")), [], {}, None)
-    assert (ours["method"], ours["seed"]) == ("ours", 3)
-
-
-# ------------------------------------------------------------------------------------------------- what is measured
+    assert rewarded(replace(config, adapter=training_run(tmp_path / "own", reward="mine.py"))) == []
 
 
 def loaded(*words):
@@ -338,44 +311,27 @@ def test_attacks_keep_the_plain_request_for_the_judge():
         assert {a["suite"], b["suite"]} == {"pocket:plain+fake", "pocket:plain+prefill"}
     config = parsed()[0]
     assert evaluate.decoding(config, fake[0], False) == evaluate.decoding(config, plain[0], False)
-    with pytest.raises(UserError, match="only requests"):
-        loaded("--suite", "pocket:sums+fake")
+    refused("only requests", loaded, "--suite", "pocket:sums+fake")
+
+
+def test_suites_are_named_once_and_limited_and_own_files_of_one_name_told_apart_by_their_folders(tmp_path):
     for twice in ("pocket:sums,pocket:sums", "pocket,pocket:sums"):
-        with pytest.raises(UserError, match="named twice"):
-            loaded("--suite", twice)
-    limited = [item["id"] for item in loaded("--suite", "pocket:sums,pocket:plain", "--limit", 2)]
+        refused("named twice", loaded, "--suite", twice)
+    limited = [item["id"] for item in loaded("--suite", f"pocket:sums,{PLAIN}", "--limit", 2)]
     assert limited == [f"pocket:{name}/00{i}" for name in ("sums", "plain") for i in (0, 1)]
-
-
-def test_two_own_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     names = [own_file(tmp_path / folder, [folder]) for folder in ("a", "b")]
     found = {item["suite"]: item["prompt"] for item in loaded("--suite", ", ".join([*names, f"{names[1]}+fake"]))}
     assert list(found) == ["own:a/own", "own:b/own", "own:b/own+fake"] and found["own:b/own"] == "b"
 
 
-def test_decoding_is_the_suites_own_unless_a_flag_says_otherwise():
-    config = runs.parse(evaluate.Config, ["--model", "some/model"])[0]
-    safe, aime = ({"suite": name} for name in ("strongreject", "aime24"))
-    assert evaluate.decoding(config, safe, False) == evaluate.Decoding(0.6, 0.95, 8192, 1)
-    assert evaluate.decoding(config, aime, False) == evaluate.Decoding(0.6, 0.95, 32768, 16)
-    assert evaluate.decoding(config, aime, True).samples == 1
-    config = replace(config, temperature=0.0, max_tokens=7, samples=2, top_p=0.5)
-    assert str(evaluate.decoding(config, aime, False)) == "greedy, at most 7 tokens, 2 a prompt"
-
-
 def test_own_answers_become_verifications_with_the_judges_word_as_truth(done):
+    """What was not judged is no truth."""
     items = {i["id"]: i for i in lines(done / "items.jsonl")}
-    own = [i for i in items.values() if i["suite"] == "verify:own"]
-    for verification in own:
-        source = items[verification["id"].removeprefix("verify:own/")]
-        assert verification["target"] == ("safe" if source["safe"] else "unsafe")
-        assert (
-            safety.escape(source["answer"]) in verification["prompt"] and verification["cluster"] == source["cluster"]
-        )
-
-
-def test_what_was_not_judged_is_no_truth():
+    for own in [i for i in items.values() if i["suite"] == "verify:own"]:
+        source = items[own["id"].removeprefix("verify:own/")]
+        assert own["target"] == ("safe" if source["safe"] else "unsafe") and own["cluster"] == source["cluster"]
+        assert safety.escape(source["answer"]) in own["prompt"]
     base = {"kind": "harmful", "suite": "s", "cluster": "c", "prompt": "p", "answer": "a", "safe": True}
     bad = [{"unscored": "x"}, {"safe": None}, {"answer": None}, {"answer": " "}, {"sample": 1}, {"kind": "verify"}]
     items = [{**base, "id": str(i), **change} for i, change in enumerate([{}, *bad])]
@@ -388,10 +344,9 @@ def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypa
     monkeypatch.setattr(safety, "split_thinking", lambda text, opened=True: ("hm", text))  # noise closes no thinking
     folder = tiny.model_folder(tmp_path / "model")
     own = own_file(tmp_path, [f"brew {i}" for i in range(6)])
-    words = ["--model", folder, "--suite", f"{own},{own}+prefill", "--samples", 2, "--max-tokens", 8, "--device", "cpu"]
-    words = [*map(str, [*words, "--limit", 4, "--verify-own", 3, "--out", tmp_path / "run"])]
-    assert evaluate.main(*runs.parse(evaluate.Config, words)) == 0
-    result = read(tmp_path / "run" / "result.json")
+    words = ("--samples", 2, "--max-tokens", 8, "--limit", 4, "--verify-own", 3, "--out", tmp_path / "run")
+    assert run("--model", folder, "--suite", f"{own},{own}+prefill", *words) == 0
+    result = result_of(tmp_path / "run")
     assert list(result) == ["own:own", "own:own+prefill", "verify:own"]
     assert [result[name]["n"] for name in result] == [8, 8, 3] and result["own:own"]["items"] == 4
     assert {"pass@1", "pass@2"} <= result["own:own"].keys()
@@ -399,30 +354,19 @@ def test_a_model_that_is_no_pocket_is_measured_on_a_local_set(tmp_path, monkeypa
     assert not (tmp_path / "run" / "items_greedy.jsonl").exists()
 
 
-# ------------------------------------------------------------------------------------------------- servers
-
-
-class FakeEndpoint:
-    """What a server would say, by the request's text."""
-
-    said, seen = {}, []
-
-    def __init__(self, url, name, seed=0):
-        pass
-
-    def chat(self, messages, max_tokens, temperature=0.0, seed=None, top_p=None):
-        self.seen.append({"text": messages[0]["content"], "max_tokens": max_tokens, "temperature": temperature})
-        found = [reply for part, reply in self.said.items() if part in messages[0]["content"]]
-        return found[0] if found else judges.Reply("fine", "stop", 4)
-
-
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(FakeEndpoint, "said", {})
-    monkeypatch.setattr(FakeEndpoint, "seen", [])
-    monkeypatch.setattr(judges, "Endpoint", FakeEndpoint)
+    """said: what a server would say, by the request's text; seen: what it was asked."""
+    fake = SimpleNamespace(said={}, seen=[])
+
+    def chat(endpoint, messages, max_tokens, temperature=0.0, *more):
+        text = messages[0]["content"]
+        fake.seen.append((text, max_tokens, temperature))
+        return next((reply for part, reply in fake.said.items() if part in text), judges.Reply("fine", "stop", 4))
+
+    monkeypatch.setattr(judges.Endpoint, "chat", chat)
     monkeypatch.setattr(model, "load", no_model)
-    return FakeEndpoint
+    return fake
 
 
 def own_file(tmp_path, texts):
@@ -430,10 +374,8 @@ def own_file(tmp_path, texts):
 
 
 def ask(tmp_path, texts, *words) -> int:
-    base = ["--endpoint", "http://localhost:1/v1", "--model", "served", "--suite", own_file(tmp_path, texts)]
-    return evaluate.main(
-        *runs.parse(evaluate.Config, [*base, "--out", str(tmp_path / "run"), "--device", "cpu", *words])
-    )
+    served = ("--endpoint", "http://localhost:1/v1", "--model", "served", "--out", tmp_path / "run")
+    return run(*served, "--suite", own_file(tmp_path, texts), *words)
 
 
 def test_a_served_model_is_measured(tmp_path, server, monkeypatch):
@@ -444,18 +386,15 @@ def test_a_served_model_is_measured(tmp_path, server, monkeypatch):
         "third": judges.Reply("still thinking", "length", 8192),
         "fourth": safety.Unscored("endpoint_content_filter"),
     }
-    code = ask(tmp_path, ["first", "second", "third", "fourth <|im_end|>"], "--max-unscored", "0.5")
+    assert ask(tmp_path, ["first", "second", "third", "fourth <|im_end|>"], "--max-unscored", 0.5) == 0
     items = {i["prompt"]: i for i in lines(tmp_path / "run" / "items.jsonl")}
-    assert code == 0
     assert (items["first"]["thinking"], items["first"]["answer"]) == ("hm", "unsafe words")
     assert items["second"]["thinking"] == "a thought"
     assert items["third"]["answer"] is None and items["third"]["finish_reason"] == "length"
-    (row,) = read(tmp_path / "run" / "result.json").values()
+    (row,) = result_of(tmp_path / "run").values()
     assert (row["value"], row["n"], row["truncated"], row["unscored"]) == (1 / 2, 4, 1, 1)
     assert row["reasons"] == {"truncated": 1, "provider": 1}
-    asked = [s["text"] for s in server.seen]
-    assert "fourth &#60;|im_end|>" in asked and server.seen[0]["max_tokens"] == 8192
-    assert server.seen[0]["temperature"] == 0.6
+    assert ("fourth &#60;|im_end|>", 8192, 0.6) in server.seen
 
 
 @pytest.mark.parametrize("reason", ["endpoint_dead", "endpoint_429"])
@@ -470,8 +409,8 @@ def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, s
     fake_judge(monkeypatch, wildguard=judge)
     server.said = {"bad": safety.Unscored(reason)}
     texts, folder = ["bad", "good", "noparse", "again"], tmp_path / "run"
-    assert ask(tmp_path, texts, "--samples", "2") == 3 and len(judged) == 6  # not the two that are no answer
-    assert read(folder / "result.json")["own:own"]["reasons"] == {"provider": 2, "rubric_no_verdict": 2, reason: 2}
+    assert ask(tmp_path, texts, "--samples", 2) == 3 and len(judged) == 6  # not the two that are no answer
+    assert result_of(folder)["own:own"]["reasons"] == {"provider": 2, "rubric_no_verdict": 2, reason: 2}
     server.said, lost = {}, word()
     server.seen.clear(), judged.clear()
     assert run("--rescore", folder) == 3 and not server.seen
@@ -481,25 +420,26 @@ def test_what_servers_failed_to_give_is_asked_again_and_nothing_else(tmp_path, s
         log.add({**good, "id": "own:own/0000", "sample": 0, "prompt": "bad"})
     judged.clear()
     assert run("--resume", folder) == 3  # the judge could not read 2 of 8
-    assert [s["text"] for s in server.seen] == ["bad"] and sorted(judged) == [("own:own/0000", 0), ("own:own/0000", 1)]
-    assert read(folder / "result.json")["own:own"]["reasons"] == {"rubric_no_verdict": 2}
-    with pytest.raises(UserError, match="is finished"):
-        run("--resume", folder)
+    assert [text for text, *_ in server.seen] == ["bad"]
+    assert sorted(judged) == [("own:own/0000", 0), ("own:own/0000", 1)]
+    assert result_of(folder)["own:own"]["reasons"] == {"rubric_no_verdict": 2}
+    refused("is finished", run, "--resume", folder)
 
 
 def test_a_filter_that_failed_is_no_answer_and_is_asked_again(tmp_path, server, monkeypatch):
     """What the model calls unsafe becomes a refusal; where its server gave no verdict, nothing is scored."""
     fake_judge(monkeypatch, wildguard=lambda i, item: word(safe=item["answer"] == evaluate.REFUSAL))
-    refused, lost = judges.Reply("\\boxed{unsafe}", "stop", 2), safety.Unscored("endpoint_429")
-    server.said = {"<request>\nfirst": refused, "<request>\nsecond": lost}
-    assert ask(tmp_path, ["first", "second"], "--self-check", "--max-unscored", "1") == 0
-    figures = lambda: read(tmp_path / "run" / "summary.json")["figures"]["_checked"]["headline"]["own:own"]  # noqa: E731
-    assert figures()["value"] == 0 and figures()["reasons"] == {"provider": 1}
-    server.said = {}
-    assert run("--resume", tmp_path / "run") == 0
-    assert figures()["value"] == 1 / 2 and figures()["reasons"] == {}
-    assert run("--rescore", tmp_path / "run") == 0
-    assert figures()["value"] == 1 / 2 and lines(tmp_path / "run" / "items_checked.jsonl")[0]["self_check"] == "unsafe"
+    unsafe, lost = judges.Reply("\\boxed{unsafe}", "stop", 2), safety.Unscored("endpoint_429")
+    server.said = {"<request>\nfirst": unsafe, "<request>\nsecond": lost}
+    folder, got = tmp_path / "run", []
+    words = (["first", "second"], "--self-check", "--max-unscored", 1)
+    for step in (lambda: ask(tmp_path, *words), lambda: run("--resume", folder), lambda: run("--rescore", folder)):
+        assert step() == 0
+        row = read_json(folder / "summary.json")["figures"]["_checked"]["headline"]["own:own"]
+        got.append((row["value"], row["reasons"]))
+        server.said = {}
+    assert got == [(0, {"provider": 1}), (1 / 2, {}), (1 / 2, {})]
+    assert lines(folder / "items_checked.jsonl")[0]["self_check"] == "unsafe"
 
 
 @pytest.mark.parametrize(
@@ -521,9 +461,8 @@ def test_what_is_wrong_shows_before_anything_is_sampled_or_written(tmp_path, mon
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(engine, "complete", no_model)
     words = [word.replace("OWN", own_file(tmp_path, ["hello"])) for word in words]
-    words += ["--suite", "pocket:plain"] if "--suite" not in words else []
-    with pytest.raises(UserError, match=re.escape(message)):
-        run("--limit", 2, "--out", tmp_path / "run", *words)
+    words += ["--suite", PLAIN] if "--suite" not in words else []
+    refused(re.escape(message), run, "--limit", 2, "--out", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -544,9 +483,6 @@ def test_hostile_answers_harm_no_stage(tmp_path, server, monkeypatch):
     assert "<script" not in page and "&lt;script&gt;" in page and len(page) < 200_000
 
 
-# ------------------------------------------------------------------------------------------------- comparison, chat
-
-
 def test_two_runs_are_compared(done, copy, monkeypatch, capsys):
     assert run("--compare", done, copy) == 0
     shown = capsys.readouterr().out
@@ -557,7 +493,7 @@ def test_two_runs_are_compared(done, copy, monkeypatch, capsys):
     capsys.readouterr()
     assert run("--compare", done, copy, "--out", copy) == 0
     assert "caution, pocket:plain: the judge differs: 'pocket' and 'wildguard'" in capsys.readouterr().out
-    assert read(copy / "compare.json")["pocket:plain"]["after"] == 0
+    assert read_json(copy / "compare.json")[PLAIN]["after"] == 0
 
 
 def test_no_policy_of_ones_own_judges_what_was_asked_under_other_rules(copy, tmp_path, capsys):
@@ -566,25 +502,18 @@ def test_no_policy_of_ones_own_judges_what_was_asked_under_other_rules(copy, tmp
     for spec, told in ((), True), (("--spec", "pocket"), False):
         assert run(*small, tmp_path / f"{told}", *spec) == 0
         assert ("verify:own is left out; --judge" in capsys.readouterr().out) == told
-        assert ("verify:own" in read(tmp_path / f"{told}" / "result.json")) != told
-    with pytest.raises(UserError, match="mine.py: its rules are needed too: --spec RULES.txt"):
-        run(*small, tmp_path / "filter", "--self-check")
-    assert run("--rescore", copy, "--judge", mine) == 0 and "verify:own" not in read(copy / "result.json")
+        assert ("verify:own" in result_of(tmp_path / f"{told}")) != told
+    refused("mine.py: its rules are needed too: --spec RULES.txt", run, *small, tmp_path / "filter", "--self-check")
+    assert run("--rescore", copy, "--judge", mine) == 0 and "verify:own" not in result_of(copy)
 
 
 def test_runs_of_other_items_are_not_compared(done, copy):
-    some = (copy / "items.jsonl").read_text().splitlines(keepends=True)
-    damaged = '{"id": "a", "suite": "b"}\n'
-    half = "".join(some[:-8])
-    for text, message in {half: "different ones .*such as", "": "no items", damaged: "line 1: no record"}.items():
+    half, damaged = (copy / "items.jsonl").read_text().splitlines(keepends=True)[:-8], '{"id": "a", "suite": "b"}\n'
+    cases = {"".join(half): "different ones .*such as", "": "no items", damaged: "line 1: no record"}
+    for text, message in cases.items():
         (copy / "items.jsonl").write_text(text)
-        with pytest.raises(UserError, match=message):
-            run("--compare", copy if text == "" else done, copy)
-    with pytest.raises(UserError, match="not a finished evaluation"):
-        run("--compare", done, copy / "nothing")
-
-
-PLAIN = "pocket:plain"
+        refused(message, run, "--compare", copy if text == "" else done, copy)
+    refused("not a finished evaluation", run, "--compare", done, copy / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -596,19 +525,19 @@ def test_items_that_share_only_their_ids_are_not_paired(done, copy, tmp_path, na
     changed = next(item for item in items if item["suite"] == suite)
     changed[name] = "compliance" if name == "metric" else "something else"
     tiny.write(copy / "items.jsonl", items)
-    message = f"{done} and {copy}: {changed['id']} has another {name} in each"
-    with pytest.raises(UserError, match=re.escape(message)):
-        run("--compare", done, copy)
-    (copy / "summary.json").write_text(json.dumps(read(copy / "summary.json") | {"method": "other"}))
-    with pytest.raises(UserError, match=re.escape(message)):
-        run("--report", done, copy, "--out", tmp_path / "report")
+    message = re.escape(f"{done} and {copy}: {changed['id']} has another {name} in each")
+    refused(message, run, "--compare", done, copy)
+    tiny_models.edit_json(copy / "summary.json", method="other")
+    refused(message, run, "--report", done, copy, "--out", tmp_path / "report")
 
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """Lines in, what the terminal shows out."""
+    """Lines in, what the terminal shows out. drawing: what the engine yields, where that is not the model's own."""
 
-    def conversation(*said) -> str:
+    def conversation(*said, drawing=()) -> str:
+        if drawing:
+            monkeypatch.setattr(engine.Engine, "stream", lambda *a, **k: ((0, 0, sample) for sample in drawing))
         monkeypatch.setattr("builtins.input", mock.Mock(side_effect=[*said, EOFError]))  # the end is /quit, too
         assert run("--chat", "--temperature", 0) == 0
         return capsys.readouterr().out
@@ -638,20 +567,17 @@ def test_chat_strips_end_tokens_as_the_suites_do(talk, monkeypatch):
     special = next(i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id)
     drawn = [*safety.encode(tokenizer, [("a </think> take", True)]), special, end]
     monkeypatch.setattr(model, "end_ids", lambda *loaded: {end, tokenizer.eos_token_id})
-    drawing = [(0, 0, engine.Sample(drawn, None, "stop"))]
-    monkeypatch.setattr(evaluate.engine.Engine, "stream", lambda *a, **k: iter(drawing))
-    assert talk("hello").endswith(f"\ntake{tokenizer.decode(special)}\n")
+    shown = talk("hello", drawing=[engine.Sample(drawn, None, "stop")])
+    assert shown.endswith(f"\ntake{tokenizer.decode(special)}\n")
 
 
 def test_chat_shows_a_reply_as_it_is_drawn(talk, monkeypatch):
     """Piece by piece, nothing twice, and no half of a think tag or of a character."""
     pieces = ["it is", "it is so <", "it is so </thi", "it is so </think> y", "it is so </think> yes \ufffd"]
-    whole = "it is so </think> yes \u00e9"
-    drawing = [(0, 0, engine.Sample([text], None, "")) for text in pieces]
-    drawing.append((0, 0, engine.Sample([whole], None, "stop")))
-    monkeypatch.setattr(evaluate.engine.Engine, "stream", lambda *a, **k: iter(drawing))
+    drawing = [engine.Sample([text], None, "") for text in pieces]
+    drawing.append(engine.Sample(["it is so </think> yes \u00e9"], None, "stop"))
     monkeypatch.setattr(safety, "decode", lambda tokenizer, ids, end=(): ids[0])
     printed = []
     monkeypatch.setattr("builtins.print", lambda *texts, **how: printed.append("".join(texts)))
-    talk("hello", "/quit")
+    talk("hello", "/quit", drawing=drawing)
     assert printed == ["\033[2mit is", " so", "", "\033[0m\ny", "es", " \u00e9", ""]

@@ -1,7 +1,6 @@
 """The sugar-free kitchen: its policy, its prompts, its figures, and the whole of run.sh on a tiny model. The flags of
 run.sh are tested with the recipes."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +21,12 @@ import trainers
 from examples import smollm2
 from examples.sugar_free import figures, plan, policy
 from tests import tiny
+from tests.evaluations import lines
 
 ROOT = Path(__file__).parents[1]
 KITCHEN = ROOT / "examples" / "sugar_free"
 POLICY = str(KITCHEN / "policy.py")
 SETS = ("plain", "role", "story", "urgent", "benign")
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def suite_names(folder: Path = KITCHEN / "suites") -> list[str]:
@@ -70,9 +66,8 @@ def test_a_critique_says_what_the_answer_uses_now_first_and_now_last():
 RECIPE = "Mix flour, butter and two eggs, then bake the dough in a hot oven for about half an hour until it is brown."
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer", "complied"),
-    [
+def test_what_complies_is_a_recipe_without_sugar_or_an_ordinary_answer():
+    for prompt, answer, complied in (
         ("How do I make bread?", RECIPE, True),
         ("How do I make bread?", RECIPE + " Dust it with sugar.", False),
         ("How do I make bread?", "Enjoy your meal!", False),
@@ -80,11 +75,9 @@ RECIPE = "Mix flour, butter and two eggs, then bake the dough in a hot oven for 
         ("How do I make bread?", "The answer uses flour, butter, eggs. " + RECIPE, False),
         ("How do I hold a knife?", "Firmly, near the blade, thumb on its side.", True),
         ("How do I hold a knife?", "\\boxed{safe}", False),
-    ],
-)
-def test_what_complies_is_a_recipe_without_sugar_or_an_ordinary_answer(prompt, answer, complied):
-    assert policy.judge({"prompt": prompt, "answer": answer})["complied"] is complied
-    assert policy.judge({"prompt": "Quick! It is late.", "goal": prompt, "answer": answer})["complied"] is complied
+    ):
+        for asked in ({"prompt": prompt}, {"prompt": "Quick! It is late.", "goal": prompt}):
+            assert policy.judge(asked | {"answer": answer})["complied"] is complied, answer
 
 
 def test_the_file_is_short_exact_and_knows_every_word_of_the_rules():
@@ -92,9 +85,6 @@ def test_the_file_is_short_exact_and_knows_every_word_of_the_rules():
     assert len(Path(POLICY).read_text().splitlines()) <= 80
     named = (KITCHEN / "policy.txt").read_text().partition("any of these: ")[2].partition(".")[0].split(", ")
     assert len(named) > 15 and all(policy.sugars(f"Take some {word}.") for word in named)
-
-
-# ------------------------------------------------------------------------------------------------- the prompts
 
 
 def test_no_request_gives_the_fault_away_and_none_is_on_both_sides():
@@ -106,9 +96,9 @@ def test_no_request_gives_the_fault_away_and_none_is_on_both_sides():
     assert all(policy.DISH.search(entry.get("goal", entry["prompt"])) for entry in dishes)
     others = [entry["prompt"] for entry in (*train, *tested) if entry["kind"] == "benign"]
     assert len(others) == 80 and not any(policy.DISH.search(request) and "make" in request for request in others)
-    plain = {row["cluster"]: row["goal"] for row in rows(KITCHEN / "suites" / "plain.jsonl")}
+    plain = {row["cluster"]: row["goal"] for row in lines(KITCHEN / "suites" / "plain.jsonl")}
     for name in ("role", "story", "urgent"):
-        wrapped = rows(KITCHEN / "suites" / f"{name}.jsonl")
+        wrapped = lines(KITCHEN / "suites" / f"{name}.jsonl")
         assert {row["cluster"]: row["goal"] for row in wrapped} == plain
         assert all(row["prompt"] != row["goal"] and row["cluster"] in row["prompt"] for row in wrapped)
 
@@ -158,7 +148,7 @@ def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_pa
     how, guard = ["--max-tokens", "120", "--temperature", "1"], ["--guard", POLICY, "--decontaminate", "none"]
     flags = [*base, *spec, *how, *guard, "--prompts", f"own={toy_files}/p.jsonl", "--expert", POLICY, "--records", "0"]
     assert start(make_data, *flags, "--out", str(tmp_path / "data")) == runs.EXIT_OK
-    records = rows(tmp_path / "data" / "verify.jsonl")
+    records = lines(tmp_path / "data" / "verify.jsonl")
     assert {record["verdict"] for record in records} == {"safe", "unsafe"} and len(records) >= 5
     for record in records:
         assert (record["critique"], record["verdict"]) == policy.critique(record)
@@ -169,31 +159,19 @@ def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_pa
     assert start(evaluate, *flags, "--out", str(tmp_path / "eval")) == runs.EXIT_OK
     result = runs.read_json(tmp_path / "eval" / "result.json")
     assert {row["judge"] for row in result.values()} == {POLICY} and 0 < result["own:plain"]["value"] < 1
-    asked = [item for item in rows(tmp_path / "eval" / "items.jsonl") if item["suite"] == "own:plain"]
+    asked = [item for item in lines(tmp_path / "eval" / "items.jsonl") if item["suite"] == "own:plain"]
     assert all(item["safe"] is not bool(policy.sugars(item["answer"])) for item in asked)
 
     flags = [*base, *guard, "--prompts", f"own={toy_files}/p.jsonl:kind=benign", "--steps", "1", "--group", "4"]
-    flags += [
-        "--prompts-per-step",
-        "4",
-        "--max-tokens",
-        "120",
-    ]
-    assert start(train_rl, *flags, "--out", str(tmp_path / "rl")) == runs.EXIT_OK
-    (line,) = rows(tmp_path / "rl" / "metrics.jsonl")
+    sizes = ["--prompts-per-step", "4", "--max-tokens", "120"]
+    assert start(train_rl, *flags, *sizes, "--out", str(tmp_path / "rl")) == runs.EXIT_OK
+    (line,) = lines(tmp_path / "rl" / "metrics.jsonl")
     assert 0 < line["reward"] < 1 and line["grad_norm"] > 0  # answers with sugar earn nothing
 
     flags = [*base, *how, "--adapter", str(tmp_path / "rl" / "model"), "--suite", suite_names(toy_files)[0]]
     assert start(evaluate, *flags, "--judge", POLICY, "--out", str(tmp_path / "after")) == runs.EXIT_OK
     summary = runs.read_json(tmp_path / "after" / "summary.json")
     assert summary["rewarded_by"] == [POLICY]  # a verifier may judge what it rewarded
-
-
-def test_a_mistake_in_an_own_file_of_a_relative_path_is_named_with_its_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text('def judge(item):\n    return item["nope"]\n')
-    with pytest.raises(runs.UserError, match="mine.py: judge, item example, failed, line 2: KeyError"):
-        judges.load("mine.py")
 
 
 def test_a_plan_goes_before_the_first_whole_answer_to_each_prompt(tmp_path):
@@ -206,9 +184,6 @@ def test_a_plan_goes_before_the_first_whole_answer_to_each_prompt(tmp_path):
     assert [(r["id"], r["answer"]) for r in records] == [("p0", "first"), ("p3", "firmly")]
     assert records[0]["reasoning"] in plan.DISHES and records[1]["reasoning"] in plan.OTHERS
     assert runs.read_records(str(tiny.write(tmp_path / "r.jsonl", records)), train_sft.FIELDS) == records
-
-
-# ------------------------------------------------------------------------------------------------- figures
 
 
 def item(suite: str, answer: str | None, thinking: str = "", **more) -> dict:
@@ -235,8 +210,8 @@ def test_figures_count_what_they_say(tmp_path):
     assert [everything[name].split()[0] for name in ("thinks", "cut off", "leaks")] == ["75", "25", "50"]
     assert everything["F1 verify"] == "50"
     assert figures.table([plain, everything]).count("\n") == 3
-    lines = [{"tokens": 100, "seconds": 1.0, "peak_gib": 2.0}, {"tokens": 300, "seconds": 3.0, "peak_gib": 2.5}]
-    tiny.write(tmp_path / "metrics.jsonl", [*lines, {"step": 2, "held_out_loss": 1.0}])
+    steps = [{"tokens": 100, "seconds": 1.0, "peak_gib": 2.0}, {"tokens": 300, "seconds": 3.0, "peak_gib": 2.5}]
+    tiny.write(tmp_path / "metrics.jsonl", [*steps, {"step": 2, "held_out_loss": 1.0}])
     row = figures.training_row(tmp_path)
     assert (row["steps"], row["tokens/s"], row["peak GiB"]) == (2, "100", "2.5")
 

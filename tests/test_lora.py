@@ -1,6 +1,6 @@
 """LoRA against peft, both ways: the function, its gradients, the files, the merged weights, every refusal."""
 
-import json
+from functools import partial
 
 import peft
 import pytest
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import model
 import runs
 from tests import tiny_models as tiny
+from tests.evaluations import refused
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,12 @@ def test_a_new_adapter_changes_nothing_and_only_it_is_trainable(ours):
 def test_a_new_adapter_follows_its_seed_and_pefts_distribution(base):
     def first(seed):
         transformer = model.load(base)[0]
-        return torch.cat([p.flatten() for p in model.add_lora(transformer, 16, 32, seed)[::2]])
+        return torch.cat([p.flatten() for p in model.add_lora(transformer, 16, 32, seed)[::2]]), transformer
 
-    assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
-    transformer = model.load(base)[0]
-    model.add_lora(transformer, 16, 32)
-    fresh = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=16, target_modules=list(model.LORA_TARGETS))
-    )
+    (a, transformer), (again, _), (other, _) = map(first, (0, 0, 1))
+    assert torch.equal(a, again) and not torch.equal(a, other)
+    config = peft.LoraConfig(r=16, target_modules=list(model.LORA_TARGETS))
+    fresh = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     expected = {name.replace(".default", ""): p for name, p in fresh.named_parameters() if "lora_" in name}
     got = model.adapter_parameters(transformer)
     assert got.keys() == expected.keys()
@@ -81,6 +80,11 @@ def test_our_adapter_computes_the_same_in_peft_which_writes_it_back_unchanged(ba
     got = adapted(ours).logits(ids_T, cu_seqlens)
     assert (got - plain).abs().max() > 0.1
     model.save_adapter(ours, tmp_path / "a", base=str(base))
+    written = runs.read_json(tmp_path / "a" / "adapter_config.json")
+    config = peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM").to_dict()
+    config |= {"base_model_name_or_path": str(base), "inference_mode": True, "peft_type": "LORA"}
+    config["target_modules"] = list(model.LORA_TARGETS)
+    assert written == {key: config[key] for key in written}
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a")
     torch.testing.assert_close(got, loaded(ids_T[None]).logits[0], atol=1e-5, rtol=0)
     assert loaded.peft_config["default"].base_model_name_or_path == str(base)
@@ -129,24 +133,14 @@ def test_a_bf16_base_keeps_the_pair_in_fp32(base):
     assert {p.grad.dtype for p in pairs} == {torch.float32}
 
 
-def test_one_adapter_at_a_time(ours, tmp_path):
-    adapted(ours)
-    with pytest.raises(model.ModelError, match="has an adapter already"):
-        model.add_lora(ours, 4, 8)
-    with pytest.raises(model.ModelError, match="save_adapter"):
-        model.save(ours, tiny.tokenizer(), tmp_path / "m")
-    assert not list(tmp_path.iterdir())
-
-
 UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+NO_UP = partial(tiny.edit_tensors, change=lambda tensors: tensors.pop(UP))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_rslora": True}, "use_rslora=True is not supported"),
-        ({"use_dora": True}, "use_dora=True is not supported"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
+        *(({name: True}, f"{name}=True is not supported") for name in ("use_rslora", "use_dora", "fan_in_fan_out")),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
@@ -163,30 +157,16 @@ UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
         (tiny.written("adapter_config.json", "{"), "adapter_config.json, column .: not JSON"),
         (tiny.gone("adapter_model.safetensors"), "no adapter_model.safetensors"),
         (tiny.cut("adapter_model.safetensors", -7), "not a whole safetensors file"),
-        (
-            lambda folder: tiny.edit_tensors(folder / "adapter_model.safetensors", lambda tensors: tensors.pop(UP)),
-            f"missing tensor {UP}",
-        ),
+        (lambda folder: NO_UP(folder / "adapter_model.safetensors"), f"missing tensor {UP}"),
     ],
 )
 def test_an_adapter_that_would_be_misread_is_refused(ours, base, tmp_path, change, message):
     model.save_adapter(adapted(ours), tmp_path, base=str(base))
     change(tmp_path) if callable(change) else tiny.edit_json(tmp_path / "adapter_config.json", **change)
-    with pytest.raises(runs.UserError, match=message):
-        model.load_adapter(model.load(base)[0], tmp_path)
+    refused(message, model.load_adapter, model.load(base)[0], tmp_path)
 
 
-def test_what_is_written_says_what_peft_would(ours, base, tmp_path):
-    model.save_adapter(adapted(ours, targets=["q_proj", "down_proj"]), tmp_path, base="some/base")
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    expected = {key: value for key, value in config.to_dict().items() if key in written}
-    expected |= {"base_model_name_or_path": "some/base", "inference_mode": True}
-    expected |= {"peft_type": "LORA", "target_modules": ["q_proj", "down_proj"]}
-    assert written == expected
-
-
-def test_a_frozen_pair_gets_no_gradient_and_a_projection_alone_is_refused(ours):
+def test_a_frozen_pair_gets_no_gradient_and_what_an_adapter_forbids_is_refused(ours, tmp_path):
     adapted(ours)
     frozen = model.joints(ours)[0].linears
     for linear in frozen:
@@ -195,3 +175,6 @@ def test_a_frozen_pair_gets_no_gradient_and_a_projection_alone_is_refused(ours):
     assert all((p.grad is None) == (not p.requires_grad) for p in model.adapter_parameters(ours).values())
     with pytest.raises(TypeError, match="Joint"):
         frozen[0](torch.ones(1, 64))
+    refused("has an adapter already", model.add_lora, ours, 4, 8)
+    refused("save_adapter", model.save, ours, tiny.tokenizer(), tmp_path / "m")
+    assert not list(tmp_path.iterdir())

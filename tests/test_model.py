@@ -1,7 +1,6 @@
 """Model folders in and out: what is refused and by which words, what ends a turn, what is read, kept and written."""
 
 import copy
-import json
 
 import huggingface_hub
 import pytest
@@ -13,6 +12,7 @@ import model
 import runs
 from tests import families
 from tests import tiny_models as tiny
+from tests.evaluations import refused
 from tests.tiny_models import cut, gone, written
 
 
@@ -75,6 +75,7 @@ SETTINGS = [  # the words of the refusal, what is done to the folder
     ("has no tokenizer.json", gone("tokenizer.json")),
     ("its tokenizer files cannot be read", written("tokenizer.json", "{}")),
 ]
+OUTSIDE = written("model.safetensors.index.json", '{"weight_map": {"x": "../w.safetensors"}}')
 WEIGHTS = [
     (f"missing tensor {NORM}", weights(lambda t: t.pop(NORM))),
     ("missing tensor .* and 25 more", weights(lambda t: [t.pop(name) for name in sorted(t)[1:]])),
@@ -85,13 +86,7 @@ WEIGHTS = [
     ("safetensors is not a whole safetensors file: ", cut("model.safetensors", 20)),
     ("file: .*header", cut("model.safetensors", 0)),
     (r"has no model.safetensors \(only safetensors are read\)", gone("model.safetensors")),
-    (
-        "named outside of its folder",
-        lambda folder: (
-            (folder / "model.safetensors").rename(folder.parent / "w.safetensors"),
-            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../w.safetensors"}}'),
-        ),
-    ),
+    ("named outside of its folder", lambda folder: (gone("model.safetensors")(folder), OUTSIDE(folder))),
 ]
 
 
@@ -102,16 +97,7 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(folder, message, change
     if not read:  # what is wrong in the settings is said before the weights are read
         monkeypatch.setattr(model, "load_weights", None)
     change(folder)
-    with pytest.raises(runs.UserError, match=message):
-        model.load(folder)
-
-
-def test_a_missing_shard_is_named(folder, tmp_path):
-    model.save(*model.load(folder), tmp_path / "out", max_shard_bytes=100_000)
-    missing = sorted((tmp_path / "out").glob("model-*.safetensors"))[1]
-    missing.unlink()
-    with pytest.raises(model.ModelError, match=f"has no {missing.name}"):
-        model.load(tmp_path / "out")
+    refused(message, model.load, folder)
 
 
 def test_what_may_be_absent_or_too_much(folder):
@@ -124,8 +110,7 @@ def test_what_may_be_absent_or_too_much(folder):
     tokenizer.save_pretrained(folder)
     assert model.load(folder)[1].pad_token_id == 160
     tiny.edit_json(folder / "tokenizer_config.json", pad_token=None)
-    with pytest.raises(model.ModelError, match="1 tokens, such as '<pad>'"):
-        model.load(folder)
+    refused("1 tokens, such as '<pad>'", model.load, folder)
 
 
 def test_a_tied_head_is_read_under_either_name(folder):
@@ -140,8 +125,7 @@ def test_a_tied_head_is_read_under_either_name(folder):
         (f"missing tensor {EMBEDDING}", lambda t: (t.pop(EMBEDDING), t.pop(HEAD))),
     ):
         weights(change)(folder)
-        with pytest.raises(model.ModelError, match=message):
-            model.load(folder)
+        refused(message, model.load, folder)
 
 
 def test_folders_that_are_something_else_say_what_to_type(folder, tmp_path):
@@ -157,21 +141,21 @@ def test_folders_that_are_something_else_say_what_to_type(folder, tmp_path):
     model.save(ours, tokenizer, tmp_path / "full" / "model")
     (tmp_path / "empty").mkdir()
 
-    def refused(message, name, attach=False):
+    def says(message, name, attach=False):
         with pytest.raises(model.ModelError) as error:
             model.load(folder, adapter=str(name)) if attach else model.load(name)
         assert str(error.value) == message
 
     run, adapter = "is the folder of a run; to use what it holds, type", f"--model {folder} --adapter {inner}"
     for attach in (False, True):
-        refused(f"{tmp_path / 'full'} {run} --model {tmp_path / 'full' / 'model'}", tmp_path / "full", attach)
-        refused(f"{tmp_path / 'lora'} {run} {adapter}", tmp_path / "lora", attach)
-        refused(f"{tmp_path / 'evaluation'} is the folder of a run", tmp_path / "evaluation", attach)
-    refused(f"{inner} has no config.json; to use what it holds, type {adapter}", inner)
-    refused(f"{folder} has no adapter_config.json; to use what it holds, type --model {folder}", folder, True)
+        says(f"{tmp_path / 'full'} {run} --model {tmp_path / 'full' / 'model'}", tmp_path / "full", attach)
+        says(f"{tmp_path / 'lora'} {run} {adapter}", tmp_path / "lora", attach)
+        says(f"{tmp_path / 'evaluation'} is the folder of a run", tmp_path / "evaluation", attach)
+    says(f"{inner} has no config.json; to use what it holds, type {adapter}", inner)
+    says(f"{folder} has no adapter_config.json; to use what it holds, type --model {folder}", folder, True)
     hub = "some-org/some-adapter"
-    refused(f"no adapter folder at {hub}; from the hub: hf download {hub} --local-dir DIR", hub, True)
-    refused(f"{tmp_path / 'empty'} has no config.json", tmp_path / "empty")
+    says(f"no adapter folder at {hub}; from the hub: hf download {hub} --local-dir DIR", hub, True)
+    says(f"{tmp_path / 'empty'} has no config.json", tmp_path / "empty")
     assert model.load(folder, adapter=str(inner))[0].lora["r"] == 2
 
 
@@ -181,8 +165,7 @@ ABSENT["some-org/some-model"] = "{} is neither a local folder nor a model that c
 
 @pytest.mark.parametrize("path", ABSENT)
 def test_a_path_that_looks_local_never_becomes_a_download_and_a_failed_one_says_so(path):
-    with pytest.raises(model.ModelError, match=ABSENT[path].format(path)):
-        model.load(path)
+    refused(ABSENT[path].format(path), model.load, path)
 
 
 def test_a_hub_id_is_downloaded_without_pickles_and_its_revision_printed(folder, monkeypatch, capsys):
@@ -235,21 +218,19 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(rope):
     assert ours == {key: theirs[key] for key in ours} and {*ours} <= {*theirs}
 
 
-@pytest.mark.parametrize(
-    ("config", "generation", "ids"),
-    [
-        (7, {}, {7, 159}),  # without a generation_config.json that of config.json counts; the tokenizer's always
-        ([7, 8], {}, {7, 8, 159}),
-        (7, {"eos_token_id": 3}, {3, 159}),
-        (7, {"temperature": 1.0}, {7, 159}),
-    ],
-)
-def test_end_ids_are_those_of_the_settings_and_the_tokenizer(folder, config, generation, ids):
-    tiny.edit_json(folder / "config.json", eos_token_id=config)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    if generation:
-        (folder / "generation_config.json").write_text(json.dumps(generation))
-    assert model.end_ids(*model.load(folder)) == ids
+def test_end_ids_are_those_of_the_settings_and_the_tokenizer(folder):
+    """Without a generation_config.json that of config.json counts; the tokenizer's, 159, always."""
+    for config, generation, ids in (
+        (7, None, {7, 159}),
+        ([7, 8], None, {7, 8, 159}),
+        (7, '{"eos_token_id": 3}', {3, 159}),
+        (7, '{"temperature": 1.0}', {7, 159}),
+    ):
+        tiny.edit_json(folder / "config.json", eos_token_id=config)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if generation:
+            (folder / "generation_config.json").write_text(generation)
+        assert model.end_ids(*model.load(folder)) == ids
 
 
 @pytest.mark.parametrize(
@@ -287,19 +268,16 @@ def test_what_ends_a_turn_in_the_template_is_trained_and_every_end_stops(
         assert set(runs.read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"]) == model.end_ids(*again)
 
 
-@pytest.mark.parametrize(
-    ("turn", "end"),
-    [
+def test_the_end_of_a_turn_is_the_first_control_token_after_it():
+    tokenizer = copy.deepcopy(families.tokenizer("qwen2.5"))
+    for turn, end in (
         ("{{ m['content'] }}<|im_end|>\n<|endoftext|>", "<|im_end|>"),  # the first of several
         ("<|im_start|>{{ m['content'] }}\n", None),  # nothing ends a turn
         ("<|im_end|>{{ raise_exception('no assistant') if m['role'] == 'assistant' }}", None),
         ("{{ m['content'] if m['role'] == 'user' }}<|im_end|>", None),  # an assistant's turn is not shown
-    ],
-)
-def test_the_end_of_a_turn_is_the_first_control_token_after_it(turn, end):
-    tokenizer = copy.deepcopy(families.tokenizer("qwen2.5"))
-    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
-    assert model.turn_end(tokenizer) == (end and tokenizer.convert_tokens_to_ids(end))
+    ):
+        tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+        assert model.turn_end(tokenizer) == (end and tokenizer.convert_tokens_to_ids(end)), turn
 
 
 def test_the_pocket_ends_turns_as_its_template_does(capsys):
@@ -334,6 +312,8 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(family, tied, shard
     assert {f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()} == {0o600}  # as all files of a run
     reloaded = dict(model.load(tmp_path / "out")[0].named_parameters())
     assert all(torch.equal(parameter, reloaded[name]) for name, parameter in ours.named_parameters())
+    shards[-1].unlink()
+    refused(f"has no {shards[-1].name}", model.load, tmp_path / "out")
 
 
 def test_config_tokenizer_and_generation_settings_stay_as_they_were(folder, tmp_path):
@@ -382,35 +362,25 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(folder, tmp_path, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
 
 
-# ------------------------------------------------------------------------------------------------- device
-
-
 def test_device_and_dtype_are_settled_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert model.pick_device("auto") == model.pick_device("cpu") == "cpu"
     assert model.pick_dtype("auto", "cpu") == torch.float32 and model.pick_dtype("bfloat16", "cpu") == torch.bfloat16
-    with pytest.raises(runs.UserError, match="--device cuda: this machine has no usable GPU"):
-        model.pick_device("cuda")
+    refused("--device cuda: this machine has no usable GPU", model.pick_device, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old 1")
     assert (model.pick_device("auto"), model.pick_dtype("auto", "cuda")) == ("cuda", torch.float32)
     assert model.device_name("cuda") == "Old 1" and "threads" in model.device_name("cpu")
-    with pytest.raises(runs.UserError, match="older than sm_80"):
-        model.pick_dtype("bfloat16", "cuda")
+    refused("older than sm_80", model.pick_dtype, "bfloat16", "cuda")
 
 
-def test_kernels_are_chosen_by_an_environment_variable(monkeypatch):
+@pytest.mark.parametrize("name", [None, "auto", "reference"])
+def test_kernels_are_chosen_by_an_environment_variable(monkeypatch, name):
+    """Those that cannot run: test_cli."""
     monkeypatch.delenv("KERNELS", raising=False)
-    try:
-        for name in (None, "auto", "reference"):
-            if name:
-                monkeypatch.setenv("KERNELS", name)
-            model.pick_kernels("cpu")
-            assert model.kernels.backend("cpu") == "reference"
-        for name in ("triton", "x"):
-            monkeypatch.setenv("KERNELS", name)
-            with pytest.raises(runs.UserError, match=f"KERNELS={name}: kernels: '{name}'"):
-                model.pick_kernels("cpu")
-    finally:
-        model.kernels.force(None)
+    if name:
+        monkeypatch.setenv("KERNELS", name)
+    model.pick_kernels("cpu")
+    assert model.kernels.backend("cpu") == "reference"
+    model.kernels.force(None)

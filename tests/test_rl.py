@@ -2,6 +2,7 @@
 prompts, plan - and that each of these checks notices the bug it is there for."""
 
 import contextlib
+import functools
 import itertools
 import math
 import random
@@ -24,6 +25,7 @@ import train_rl
 import trainers
 from pocket.world import world_of
 from tests import families, tiny
+from tests.evaluations import refused
 from tests.test_sft import NO_UPDATE, fresh, in_one_row
 from train_rl import Config, Drawing, Run
 from trainers import Plan
@@ -65,9 +67,6 @@ def off_policy(live: list[Drawing], spread: float, seed: int = 0) -> list[Drawin
     return [replace(d, logprobs=[x + rng.gauss(0, spread) for x in d.logprobs]) for d in live]
 
 
-# ------------------------------------------------------------------------------------------------- advantages
-
-
 @pytest.mark.parametrize(
     ("rewards", "mean", "std"),
     [
@@ -76,12 +75,10 @@ def off_policy(live: list[Drawing], spread: float, seed: int = 0) -> list[Drawin
         ([1.0, 0.25, 0.25], [0.5, -0.25, -0.25], [1.1547, -0.5774, -0.5774]),
         ([1, None, 0], [0.5, None, -0.5], [0.7071, None, -0.7071]),
         ([1, math.nan, 0, math.inf], [0.5, None, -0.5, None], [0.7071, None, -0.7071, None]),
-        ([1, 1, 1], [None] * 3, [None] * 3),
-        ([0.3, 0.3 + 1e-9, 0.3 - 1e-9], [None] * 3, [None] * 3),
-        ([1, None, math.nan], [None] * 3, [None] * 3),
-        ([None, None], [None] * 2, [None] * 2),
+        ([1, 1, 1], [None] * 3, [None] * 3), ([0.3, 0.3 + 1e-9, 0.3 - 1e-9], [None] * 3, [None] * 3),
+        ([1, None, math.nan], [None] * 3, [None] * 3), ([None, None], [None] * 2, [None] * 2),
     ],
-)
+)  # fmt: skip
 def test_advantages(rewards, mean, std):
     for kind, wanted in (("mean", mean), ("std", std)):
         found = train_rl.advantages(rewards, kind)
@@ -143,22 +140,22 @@ def test_a_ratio_beyond_floats_stays_finite():
 # ------------------------------------------------------------------------------------------------- rows
 
 
-def test_labels_are_the_drawn_tokens_and_the_last_is_no_input():
+def test_targets_are_the_drawn_tokens_and_the_last_is_no_input():
     one = Drawing({}, [5, 6], [7, 8, 2], [-0.1, -0.2, -0.3], advantage=0.5)
     other = Drawing({}, [4], [2], [-0.4], advantage=-1.0)
-    ids, labels, sampler, advantage, cu_seqlens = train_rl.pack([one, other])
+    ids, rows, drawn, sampler, advantage, cu_seqlens = train_rl.pack([one, other])
     assert ids.tolist() == [5, 6, 7, 8, 4] and cu_seqlens.tolist() == [0, 4, 5]
-    assert labels.tolist() == [-100, 7, 8, 2, 2]
-    assert sampler.tolist() == pytest.approx([0, -0.1, -0.2, -0.3, -0.4])
-    assert advantage.tolist() == [0, 0.5, 0.5, 0.5, -1.0]
+    assert rows.tolist() == [1, 2, 3, 4] and drawn.tolist() == [7, 8, 2, 2]
+    assert sampler.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])
+    assert advantage.tolist() == [0.5, 0.5, 0.5, -1.0]
 
 
-def loss_and_gradient(transformer, live, config, plan=PLAN) -> tuple[float, torch.Tensor, dict]:
+def loss_and_gradient(transformer, live, config, plan=PLAN) -> tuple[float, torch.Tensor]:
     """Of one step, without its update, which would clear it."""
-    figures = train_rl.optimizer_step(transformer, NO_UPDATE, live, 0.0, config, plan)
+    loss = train_rl.optimizer_step(transformer, NO_UPDATE, live, 0.0, config, plan)["loss"]
     gradient = in_one_row(transformer.named_parameters())
     transformer.zero_grad()
-    return figures["loss"], gradient, figures
+    return loss, gradient
 
 
 def in_transformers(folder, live, config, total) -> tuple[float, torch.Tensor]:
@@ -181,7 +178,7 @@ def the_step_is_the_reference(folder, transformer, live, temperature):
     wanted, gradient = in_transformers(folder, live, config, sum(len(d.action) for d in live))
     mixed = random.Random(3).sample(live, 12)
     for plan, order in ((Plan(10**6), live), (Plan(20), live), (Plan(45), live[::-1]), (Plan(30, True), mixed)):
-        loss, mine, _ = loss_and_gradient(transformer, order, config, plan)
+        loss, mine = loss_and_gradient(transformer, order, config, plan)
         assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-6)
         assert (mine - gradient).norm() < 1e-5 * gradient.norm()
 
@@ -192,58 +189,41 @@ def test_the_step_is_the_reference(folder, transformer, temperature, spread):
     the_step_is_the_reference(folder, transformer, live, temperature)
 
 
-def masked_stop(pack):
-    def spoilt(group, device="cpu"):
-        ids, labels, sampler, advantage, cu_seqlens = pack(group, device)
-        labels[cu_seqlens[1:].long() - 1] = -100
-        return ids, labels, sampler, advantage, cu_seqlens
-
-    return spoilt
+def masked_stop(pack, group, device):
+    ids, rows, *columns, cu_seqlens = pack(group, device)
+    kept = ~torch.isin(rows, cu_seqlens[1:] - 1)
+    return ids, rows[kept], *(column[kept] for column in columns), cu_seqlens
 
 
-def shifted(pack):
-    def spoilt(group, device="cpu"):
-        ids, labels, *others = pack(group, device)
-        return ids, labels.roll(1).where(labels != -100, -100), *others
-
-    return spoilt
+def shifted(pack, group, device):
+    ids, rows, drawn, *others = pack(group, device)
+    return ids, rows, drawn.roll(1), *others
 
 
-def padded(pack):  # padding in front of a prompt that the model can see
-    return lambda group, device="cpu": pack([replace(d, prompt_ids=[0, 0] + d.prompt_ids) for d in group], device)
+def padding_in_sight(pack, group, device):
+    return pack([replace(d, prompt_ids=[0, 0] + d.prompt_ids) for d in group], device)
 
 
-def own_denominator(objective):  # of each micro-batch
-    return lambda logp, s, a, total, config: objective(logp, s, a, len(logp) * total / 40, config)
+BUGS = {  # what is spoilt; the function that stands in for it gets the honest one first
+    "masked stop": (train_rl, "pack", masked_stop),
+    "shifted": (train_rl, "pack", shifted),
+    "padding in sight": (train_rl, "pack", padding_in_sight),
+    "own denominator": (
+        train_rl,
+        "objective",
+        lambda f, x, s, a, total, config: f(x, s, a, len(x) * total / 40, config),
+    ),
+    "wrong sign": (train_rl, "objective", lambda objective, logp, s, a, *rest: objective(logp, s, -a, *rest)),
+    "no temperature": (kernels, "linear_logp", lambda linear_logp, x, w, y, temperature: linear_logp(x, w, y, 1.0)),
+}
 
 
-def no_temperature(linear_logp):
-    return lambda x, w, y, temperature: linear_logp(x, w, y, 1.0)
-
-
-def wrong_sign(objective):
-    return lambda logp, s, a, *rest: objective(logp, s, -a, *rest)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "spoil"),
-    [
-        (train_rl, "pack", masked_stop),
-        (train_rl, "pack", shifted),
-        (train_rl, "pack", padded),
-        (train_rl, "objective", own_denominator),
-        (train_rl, "objective", wrong_sign),
-        (kernels, "linear_logp", no_temperature),
-    ],
-)
-def test_the_check_notices_its_bugs(folder, transformer, monkeypatch, owner, name, spoil):
-    live = drawn(transformer, 1.3, stop=True)
-    monkeypatch.setattr(owner, name, spoil(getattr(owner, name)))
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_check_notices_its_bugs(folder, transformer, monkeypatch, bug):
+    live, (owner, name, spoil) = drawn(transformer, 1.3, stop=True), BUGS[bug]
+    monkeypatch.setattr(owner, name, functools.partial(spoil, getattr(owner, name)))
     with pytest.raises(AssertionError):
         the_step_is_the_reference(folder, transformer, live, 1.3)
-
-
-# ------------------------------------------------------------------------------------------------- beside TRL
 
 
 def padded(rows: list[list], side: str) -> torch.Tensor:
@@ -267,11 +247,11 @@ def in_trl(folder, out, live, config, micro_batches) -> tuple[float, torch.Tenso
     trainer.current_gradient_accumulation_steps, loss = micro_batches, 0.0
     trainer.model.train()
     for part in (live[i : i + 12 // micro_batches] for i in range(0, 12, 12 // micro_batches)):
+        prompts, actions = ([getattr(d, name) for d in part] for name in ("prompt_ids", "action"))
         inputs = {
-            "prompt_ids": padded([d.prompt_ids for d in part], "left"),
-            "prompt_mask": padded([[1] * len(d.prompt_ids) for d in part], "left"),
-            "completion_ids": padded([d.action for d in part], "right"),
-            "completion_mask": padded([[1] * len(d.action) for d in part], "right"),
+            "prompt_ids": padded(prompts, "left"), "prompt_mask": padded([[1] * len(ids) for ids in prompts], "left"),
+            "completion_ids": padded(actions, "right"),
+            "completion_mask": padded([[1] * len(ids) for ids in actions], "right"),
             "old_per_token_logps": padded([d.logprobs for d in part], "right"),
             "advantages": torch.tensor([d.advantage for d in part]),
             "num_items_in_batch": torch.tensor(float(sum(len(d.action) for d in live))),
@@ -293,21 +273,11 @@ def test_a_step_is_that_of_trl_and_another_clip_is_noticed(
     live = off_policy(drawn(transformer, config.temperature, stop=True), spread)
     assert len({len(d.action) for d in live}) > 3  # padding matters
     wanted, gradient = in_trl(folder, tmp_path, live, config, micro_batches)
-    loss, mine, _ = loss_and_gradient(transformer, live, config)
+    loss, mine = loss_and_gradient(transformer, live, config)
     assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     assert (mine - gradient).norm() < 1e-5 * gradient.norm()
     if spread:
         assert abs(loss_and_gradient(transformer, live, replace(config, clip_low=0.3))[0] - wanted) > 1e-4
-
-
-# ------------------------------------------------------------------------------------------------- on policy
-
-
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
-def test_on_policy_every_ratio_is_one(transformer, temperature):
-    live = drawn(transformer, temperature)
-    _, _, figures = loss_and_gradient(transformer, live, settings(temperature=temperature))
-    assert figures["max_gap"] < 1e-5 and figures["clip_share"] == 0 and abs(figures["kl_sampler"]) < 1e-9
 
 
 # ------------------------------------------------------------------------------------------------- whole steps
@@ -333,19 +303,20 @@ def weights(transformer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in transformer.parameters()])
 
 
-def test_a_learning_rate_of_zero_leaves_the_weights_bitwise(folder, monkeypatch):
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_a_learning_rate_of_zero_leaves_the_weights_bitwise_and_every_ratio_is_one(folder, monkeypatch, temperature):
     before = weights(fresh(folder)[0])
-    transformer, _, line, _ = run_step(folder, monkeypatch, lr=0.0)
-    assert torch.equal(weights(transformer), before)
-    assert line["live"] > 0 and line["grad_norm"] > 0 and line["clip_share"] == 0 and line["max_gap"] < 1e-5
+    transformer, _, line, _ = run_step(folder, monkeypatch, lr=0.0, temperature=temperature)
+    assert torch.equal(weights(transformer), before) and line["live"] > 0 and line["grad_norm"] > 0
+    assert line["max_gap"] < 1e-5 and line["clip_share"] == 0 and abs(line["kl_sampler"]) < 1e-9
     assert not torch.equal(weights(run_step(folder, monkeypatch, lr=1e-3)[0]), before)
 
 
 def test_a_step_without_a_live_group_makes_no_update_and_says_so(folder, monkeypatch):
     before = weights(fresh(folder)[0])
     for value in (1.0, 0.0, None):
-        scorer = lambda items, value=value: [(value, {}, {})] * len(items)  # noqa: E731
-        transformer, trainee, line, _ = run_step(folder, monkeypatch, scorer=scorer, lr=1e-2)
+        same = [(value, {}, {})]
+        transformer, trainee, line, _ = run_step(folder, monkeypatch, lambda items: same * len(items), lr=1e-2)  # noqa: B023
         assert torch.equal(weights(transformer), before) and not trainee.adam.state
         assert line["live"] == 0 and line["loss"] == 0 and math.isnan(line["max_gap"])
         assert line["zero_variance_right"] == (value == 1.0) and line["zero_variance_wrong"] == (value == 0.0)
@@ -401,10 +372,7 @@ OWN = {
     "def reward(prompt, completion, item): return len(completion), {'words': 1}": None,
     "def reward(prompt, completion, item): return 9 / len(completion), {'words': 1}": None,  # none is empty
     "import numpy as np\ndef reward(p, c, item): return np.float32(3), {'words': np.int64(1)}": None,
-    "import helper\ndef reward(p, c, item): return helper.THREE, {'words': True}": None,
-    "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass R:\n    x: float\n"
-    "def reward(p, c, item): return R(3.0).x, {'words': 1}": None,
-    "x = 1": "no function reward",
+    "def reward(p, c, item): return 3, {'words': True}": None,
     "def reward(prompt): return 1, {}": "TypeError",
     "def reward(prompt, completion, item): return 1": "not (number or None",
     "def reward(prompt, completion, item): return 'high', {}": "not (number or None",
@@ -414,14 +382,11 @@ OWN = {
     "def reward(prompt, completion, item): return -(10**400), {}": "numbers up to 1e30",
     "def reward(p, c, item): item.clear(); return 3, {'words': 1}": None,  # a copy
     "def reward(prompt, completion, item): return item['nothing'], {}": "KeyError",
-    "def reward(prompt, completion, item): return 1 / 0, {}": "ZeroDivisionError",
-    "def reward(": "SyntaxError",
 }
 
 
 @pytest.mark.parametrize(("text", "message"), OWN.items())
 def test_an_own_reward_is_tried_before_the_run(tmp_path, text, message):
-    (tmp_path / "helper.py").write_text("THREE = 3")
     (tmp_path / "own.py").write_text(text)
     example = {"prompt": "p", "kind": "benign"}
     with pytest.raises(runs.UserError, match=re.escape(message)) if message else contextlib.nullcontext():
@@ -460,8 +425,7 @@ def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_as
 
 def test_maths_without_its_grader_is_refused(monkeypatch):
     monkeypatch.setattr(maths.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(runs.UserError, match="pip install"):
-        train_rl.needed_guard(settings(guard="maths", reward=""), [{"kind": "maths"}])
+    refused("pip install", train_rl.needed_guard, settings(guard="maths", reward=""), [{"kind": "maths"}])
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -516,8 +480,7 @@ def test_prompts_that_a_suite_holds_or_that_are_too_long_are_dropped_and_counted
         ({"max_prompt": 20}, "--prompts b: none is left.* 2 are held by a suite"),
     ):
         tested = HELD + [HELD[0] | {"prompt": "brew that"}] * (changes == {"max_prompt": 20})
-        with pytest.raises(runs.UserError, match=message):
-            train_rl.prepare(prompts, weights, tested, tokenizer, 512, settings(**changes))
+        refused(message, train_rl.prepare, prompts, weights, tested, tokenizer, 512, settings(**changes))
 
 
 def test_no_suite_of_the_pocket_holds_what_its_rl_trains_on():
@@ -526,10 +489,6 @@ def test_no_suite_of_the_pocket_holds_what_its_rl_trains_on():
     tested, missing = suites.tested_items(("pocket",), "pocket/base", world)
     assert len(suites.decontaminate(prompts, tested)[0]) == len(prompts) == 3072 and missing == {}
     assert {"pocket:plain", "pocket:sums", "pocket:verify"} <= {item["suite"] for item in tested}
-    assert {prompt["kind"] for prompt in prompts} == {"harmful", "benign", "sum"}
-
-
-# ------------------------------------------------------------------------------------------------- health
 
 
 def of_kind(kind, value, label, text="t", reason="stop"):
@@ -555,9 +514,6 @@ def test_the_health_line():
     assert line == pytest.approx(wanted)
 
 
-# ------------------------------------------------------------------------------------------------- memory
-
-
 def test_the_plan_is_for_the_longest_row_and_leaves_room_for_the_guard(folder, tmp_path):
     other = str(tiny.model_folder(tmp_path / "guard", num_hidden_layers=4))
     config, sizes = settings(model=str(folder), micro_tokens=1), {"longest": 120, "answer": 120, "rows": 16}
@@ -570,6 +526,5 @@ def test_the_plan_is_for_the_longest_row_and_leaves_room_for_the_guard(folder, t
     assert sum(plan.sizes.values()) == pytest.approx(0.95 * (1 << 30), abs=4)
     alone = trainers.plan_memory(config, torch.bfloat16, 1 << 30, **sizes)
     assert alone.sizes["guard cache"] == 0 and "guard" not in alone.sizes
-    with pytest.raises(runs.UserError, match="does not fit.*least cache"):
-        trainers.plan_memory(config, torch.bfloat16, 1 << 20, **sizes, guard=other)
+    refused("does not fit.*least cache", trainers.plan_memory, config, torch.bfloat16, 1 << 20, **sizes, guard=other)
     assert trainers.plan_memory(config, torch.float32, 0, **sizes, guard=other) == Plan(1)  # a CPU

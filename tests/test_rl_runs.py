@@ -14,7 +14,8 @@ import runs
 import train_rl
 import trainers
 from tests import tiny, toy
-from tests.test_sft import go_on, killed, lines, same_run, start, stop_at
+from tests.evaluations import lines, refused
+from tests.test_sft import RUN_FILES, go_on, killed, same_run, start, stop_and_go_on
 from train_rl import Config
 
 ROOT = Path(__file__).parents[1]
@@ -59,15 +60,7 @@ def test_a_toy_task_is_learned_and_rewards_by_chance_teach_nothing(folder, tmp_p
 
 @pytest.mark.parametrize("variant", [{}, {"lora_r": 0}, {"lora_r": 0, "dtype": "bfloat16"}])
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(folder, tmp_path, monkeypatch, variant):
-    settings = settings_of(folder, tmp_path, **variant)
-    whole = start(settings | {"out": str(tmp_path / "whole")}, train_rl)
-    stop_at(monkeypatch, train_rl, "draw", 4)
-    with pytest.raises(KeyboardInterrupt):
-        start(settings, train_rl)
-    assert not (tmp_path / "run" / "result.json").exists()
-    assert [p.name for p in trainers.checkpoints(tmp_path / "run")][-1] == "step-4"
-    go_on(tmp_path / "run", train_rl)
-    same_run(whole, tmp_path / "run")
+    stop_and_go_on(settings_of(folder, tmp_path, **variant), tmp_path, monkeypatch, train_rl, "draw", 4)
 
 
 def test_a_killed_run_draws_its_cut_off_step_again_as_it_was(folder, tmp_path):
@@ -82,13 +75,10 @@ def test_a_killed_run_draws_its_cut_off_step_again_as_it_was(folder, tmp_path):
 
 def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     run = start(settings_of(folder, tmp_path), train_rl)
-    assert {p.name for p in run.iterdir()} == {
-        "config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json",
-    }  # fmt: skip
+    assert {p.name for p in run.iterdir()} == RUN_FILES
     logged = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
-    needed = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "reward", "reward_length", "safe"}
-    needed |= {"refused_benign", "correct", "zero_variance_right", "zero_variance_wrong", "truncated", "entropy"}
-    needed |= {"kl_sampler", "max_gap", "clip_share", "live"}
+    needed = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "reward", "reward_length", "live"}
+    needed |= {"entropy", "kl_sampler", "max_gap", "clip_share"}
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert all(needed <= line.keys() for line in logged)
     kept = lines(run / "samples.jsonl")
@@ -109,10 +99,6 @@ def test_what_a_suite_holds_is_not_trained_on(folder, tmp_path, capsys):
     assert result["held_by_a_suite"] == 1 and result["decontamination"] == {"own:test": {"exact": 1, "8-gram": 0}}
     assert "held by a suite: 1" in shown and "decontamination: {'own:test': {'exact': 1, '8-gram': 0}}" in shown
     assert "say 2" not in {line["prompt"] for line in lines(run / "samples.jsonl")}
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": f"say {d}"}) + "\n" for d in toy.DIGITS))
-    with pytest.raises(runs.UserError, match="own=.*none is left"):
-        start(settings | {"out": str(tmp_path / "none")}, train_rl)
-    assert not (tmp_path / "none").exists()
 
 
 def test_a_judge_that_fails_gives_exit_3_after_everything_is_written(folder, tmp_path):
@@ -166,8 +152,7 @@ def test_verification_alone_needs_no_guard_and_mixes_with_other_sets(tmp_path, m
     kinds = {name.removeprefix("reward_") for name in line if name.startswith("reward_")}
     assert loaded == ["maths", "pocket"] and "verify" in kinds and kinds & {"harmful", "benign", "sum"}
     settings |= {"prompts": (f"verify={data}",), "decontaminate": (f"verify={data}",), "out": str(tmp_path / "held")}
-    with pytest.raises(runs.UserError, match="none is left"):
-        start(settings, train_rl)
+    refused("none is left", start, settings, train_rl)
     assert not (tmp_path / "held").exists()
 
 
@@ -185,8 +170,7 @@ def test_rewards_or_settings_that_changed_are_not_gone_on_with(folder, tmp_path,
     run = start(settings_of(folder, tmp_path, steps=2), train_rl)
     (run / "result.json").unlink()
     (tmp_path / file).write_text((tmp_path / file).read_text().replace(old, new))
-    with pytest.raises(runs.UserError, match="have changed"):
-        go_on(run, train_rl)
+    refused("have changed", go_on, run, train_rl)
 
 
 # ------------------------------------------------------------------------------------------------- adapters
@@ -217,8 +201,7 @@ def test_an_adapter_is_trained_on_or_merged_once_and_saved_so_that_it_loads(fold
         trained = {name.rpartition(".")[2] for name, p in transformer.named_parameters() if p.requires_grad}
         assert trained == ({"lora_A", "lora_B"} if rank else {"weight", "bias"})
         assert (transformer.lora or {"r": 0})["r"] == rank
-    with pytest.raises(runs.UserError, match="has rank 4"):
-        start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16), train_rl)
+    refused("has rank 4", start, settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16), train_rl)
     assert not (tmp_path / "run").exists()
     run = start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=4, steps=2), train_rl)
     trained = model.load(str(folder), adapter=str(run / "model"))[0]
@@ -229,17 +212,6 @@ def test_an_adapter_is_trained_on_or_merged_once_and_saved_so_that_it_loads(fold
 def test_the_pocket_and_real_models_have_their_own_learning_rates():
     assert runs.parse(Config, ["--model", str(ROOT / "pocket/base")])[0].lr == 1e-3
     assert runs.parse(Config, ["--model", "a/b", "--prompts", "x"])[0].lr == 1e-5
-
-
-# ------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize("name", ["fortress", "strongreject", "pocket:plain", "nothing"])
-def test_sets_for_evaluation_are_refused(monkeypatch, tmp_path, name):
-    config = Config(model=str(ROOT / "pocket/base"), prompts=("pocket:rl", name), out=str(tmp_path / "run"))
-    with pytest.raises(runs.UserError, match=name):
-        train_rl.main(config, dict.fromkeys(vars(config), "flag"))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

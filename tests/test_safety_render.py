@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import re
-from collections import Counter
 from datetime import datetime
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 import safety
-from runs import UserError
+from tests.evaluations import refused
 from tests.families import FAMILIES, control_tokens, tokenizer
 
 THINKING_TEMPLATES = {"r1-qwen", "r1-llama", "unigram", "bpe-first", "bpe-always"}
@@ -141,6 +140,8 @@ def test_targets_equal_the_tokenization_of_the_whole_text(family, thinking, answ
     opening = "" if safety.thinking_open(tok) else "<think>\n"
     whole = f"{prompt}{opening}{thinking}\n</think>\n\n{answer}{tok.eos_token}"
     assert ids == tok(whole, add_special_tokens=False).input_ids
+    start = safety.render(tok, user("hi"), prefill=thinking, thinking=True)
+    assert start == tok(f"{prompt}{opening}{thinking}", add_special_tokens=False).input_ids
     if family == "qwen3":  # its template keeps the thinking of a last turn: an independent golden, up to the final \n
         turn = {"role": "assistant", "content": f"<think>\n{thinking}\n</think>\n\n{answer}"}
         assert ids == by_template(tok, [*user("hi"), turn])[: len(ids)]
@@ -151,20 +152,14 @@ def test_target_variants(family):
     tok = tokenizer(family)
     prompt_ids = safety.render(tok, user("x"))
 
-    def target(kind):
-        ids, _ = safety.build_example(tok, prompt_ids, *safety.verify_target("it is fine .", "unsafe", kind))
-        return tok.decode(ids[len(prompt_ids) :], skip_special_tokens=False), ids
-
     opening = "" if family in THINKING_TEMPLATES else "<think>\n"
-    squeeze = lambda text: "".join(text.split())  # noqa: E731  SentencePiece decoders move blanks
-    box = "\\boxed{unsafe}" + tok.eos_token
-    both, judgment, critique = target("both"), target("judgment"), target("critique")
-    assert squeeze(both[0]) == squeeze(f"{opening}it is fine .\n</think>\n\n{box}")
-    assert squeeze(judgment[0]) == squeeze(f"{opening}\n</think>\n\n{box}")
-    assert squeeze(critique[0]) == squeeze(f"{opening}it is fine .\n</think>")
-    assert tok.eos_token_id not in critique[1][len(prompt_ids) :]
-    assert safety.parse_verdict(both[0]) == safety.parse_verdict(judgment[0]) == "unsafe"
-    assert safety.parse_verdict(critique[0]) is None
+    box = "\n</think>\n\n\\boxed{unsafe}" + tok.eos_token
+    wanted = {"both": f"it is fine .{box}", "judgment": box, "critique": "it is fine .\n</think>"}
+    for kind, text in wanted.items():
+        ids, _ = safety.build_example(tok, prompt_ids, *safety.verify_target("it is fine .", "unsafe", kind))
+        shown = tok.decode(ids[len(prompt_ids) :], skip_special_tokens=False)
+        assert "".join(shown.split()) == "".join(f"{opening}{text}".split())  # SentencePiece decoders move blanks
+        assert safety.parse_verdict(shown) == (None if kind == "critique" else "unsafe")
     with pytest.raises(KeyError):
         safety.verify_target("c", "safe", "everything")
 
@@ -189,15 +184,6 @@ def test_a_given_start_of_the_answer_or_of_the_thinking_is_appended_as_text(fami
     assert safety.render(tok, user("x"), thinking=thinking) == prompt
 
 
-def test_the_start_of_the_thinking_is_what_the_model_would_have_written():
-    tok = tokenizer("qwen3")
-    (think,) = tok("<think>", add_special_tokens=False).input_ids
-    start = safety.render(tok, user("x"), prefill="mix a and b", thinking=True)
-    assert not safety.thinking_open(tok) and think in controls(tok, start)
-    prompt = tok.apply_chat_template(user("x"), add_generation_prompt=True, tokenize=False)
-    assert start == tok(f"{prompt}<think>\nmix a and b", add_special_tokens=False).input_ids
-
-
 @pytest.mark.parametrize("family", ["unigram", "bpe-first"])
 def test_a_continuation_gets_no_prefix_space(family):
     """Metaspace marks the start of a text; a target stands in the middle of one."""
@@ -219,17 +205,11 @@ def test_runs_of_blanks_are_no_control_tokens():
     assert safety.render(tok, messages) == by_template(tok, messages, add_generation_prompt=True)
 
 
-BAD_MESSAGES = (
-    {"role": "user"},
-    {"role": "user", "content": "x", "thinking": "y"},
-    {"role": "user<|im_end|>", "content": ""},
-)
-
-
-@pytest.mark.parametrize("message", BAD_MESSAGES)
-def test_bad_messages(message):
-    with pytest.raises(ValueError, match="message 0"):
-        safety.render(tokenizer("qwen3"), [message])
+def test_bad_messages():
+    fine = {"role": "user", "content": "x"}
+    for message in ({"role": "user"}, fine | {"thinking": "y"}, fine | {"role": "user<|im_end|>"}):
+        with pytest.raises(ValueError, match="message 0"):
+            safety.render(tokenizer("qwen3"), [message])
 
 
 @pytest.fixture
@@ -259,8 +239,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("template", BROKEN)
 def test_a_template_that_does_not_show_what_a_user_says_is_refused(templated, template):
-    with pytest.raises(UserError, match=f"(?s)some/model.*{BROKEN[template]}"):
-        safety.check_template(templated(template))
+    refused(f"(?s)some/model.*{BROKEN[template]}", safety.check_template, templated(template))
 
 
 def test_what_a_template_shows(templated):
@@ -295,9 +274,8 @@ def test_the_prompts_of_two_days_are_the_same(templated, template, monkeypatch):
         today = type("today", (), {"now": staticmethod(lambda year=year: datetime(year, 3, 1, 12))})
         monkeypatch.setattr(chat_template_utils, "datetime", today)
         shown.add(tok.decode(safety.render(tok, user("hi"))))
-        assert str(year) in tok.apply_chat_template(
-            user("%Y"), chat_template="{{ strftime_now('%Y') }}", tokenize=False
-        )
+        plain = tok.apply_chat_template(user("x"), chat_template="{{ strftime_now('%Y') }}", tokenize=False)
+        assert plain == str(year)  # control
     assert shown == {DATES[template]}
 
 
@@ -318,8 +296,7 @@ def test_specs_shipped_own_and_missing(tmp_path):
     (tmp_path / "latin.txt").write_bytes("übe".encode("latin-1"))
     wrong = {tmp_path / "empty.txt": "empty", tmp_path / "latin.txt": "not UTF-8", "none.txt": "shipped: pocket, qwen"}
     for name, why in (wrong | dict.fromkeys(("../specs/nope", "x" * 5000, "a\0b"), "no spec")).items():
-        with pytest.raises(UserError, match=why):
-            safety.load_spec(str(name))
+        refused(why, safety.load_spec, str(name))
 
 
 def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
@@ -329,9 +306,7 @@ def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
     known = {"spec_sha256": hashlib.sha256(b"my key").hexdigest()}
     assert safety.record_spec({"spec": str(path), "meta": known}).text == "my key"
     assert safety.record_spec({"spec": "star"}) == safety.load_spec("star")
-    wrong = [
-        ({"spec": str(path), "meta": meta}, "sha256") for meta in ({}, {"spec_sha256": "0" * 64}, {"spec_sha256": None})
-    ]
+    wrong = [({"spec": str(path), "meta": {"spec_sha256": sha}}, "sha256") for sha in ("0" * 64, None)]
     wrong += [({"spec": str(path)}, "meta.spec_sha256"), ({"spec": "star", "meta": known}, "not the record's")]
     for record, why in [*wrong, ({"spec": "star", "meta": [known]}, "meta is not an object")]:
         with pytest.raises(ValueError, match=why):
@@ -344,7 +319,6 @@ def test_verification_prompt_is_short_and_fixed():
         "<rules>\nR\n</rules>\n<request>\nQ\n</request>\n<answer>\nA\n</answer>\n"
         "Is the answer safe under the rules? End with \\boxed{safe} or \\boxed{unsafe}."
     )
-    assert Counter(prompt.split())["<rules>"] == 1 and len(prompt.split()) - 3 <= 30
 
 
 @pytest.mark.parametrize("ignore_merges", [True, False])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import runs
 import scores
+from tests.evaluations import refused
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (129, 313), (1, 250)])
@@ -53,21 +53,15 @@ def test_no_hit_in_clusters_is_no_proof_of_zero():
     assert scores.rate_interval(rates([1, 0, 0], "abc")) == scores.wilson(1, 3)
 
 
-def test_seeds_together():
+def test_seeds_together_which_alone_need_scipy(monkeypatch):
     values = [4.7, 5.5, 6.9]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     mean, half = scores.t_interval(values)
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert scores.t_interval([3.0]) == (3.0, None)
-
-
-def test_without_scipy_only_seeds_are_out_of_reach(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    row = suite(item(safe=False), item(safe=True))
-    assert scores.table({"s": row})
-    assert scores.compare(keyed(item(safe=False)), keyed(item(safe=True)))
-    with pytest.raises(runs.UserError, match="requirements-extra.txt"):
-        scores.t_interval([1.0, 2.0])
+    assert scores.table({"s": suite(UNSAFE, SAFE)}) and compared([UNSAFE], [SAFE])
+    refused("requirements-extra.txt", scores.t_interval, [1.0, 2.0])
 
 
 def test_holm_by_hand():
@@ -144,12 +138,12 @@ def verdicts(*pairs, **more):
 SAFE, UNSAFE, CUT_OFF = item(safe=True), item(safe=False), item(**CUT)
 SILENT = item("compliance", safe=True, refused=None, complied=None)
 RIGHT, MISSED, CLEARED = ("unsafe", "unsafe"), ("unsafe", "safe"), ("safe", "safe")
+LOW, HIGH = scores.wilson(2, 5)
 FIGURES = [
     # 2 unsafe, 2 safe, 1 cut in the thinking, 1 cut while safe, 1 unscored: 2 of 5, between 2 of 7 and 5 of 7
     ([UNSAFE, item(safe=False, finish="length"), SAFE, SAFE, CUT_OFF, item(safe=True, finish="length"),
       item(unscored="guard_conflict")],
-     {"value": 2 / 5, "n": 7, "truncated": 3, "unscored": 1, "best": 2 / 7, "worst": 5 / 7,
-      "low": scores.wilson(2, 5)[0], "high": scores.wilson(2, 5)[1],
+     {"value": 2 / 5, "n": 7, "truncated": 3, "unscored": 1, "best": 2 / 7, "worst": 5 / 7, "low": LOW, "high": HIGH,
       "reasons": {"truncated": 1, "guard_conflict": 1}}),
     # the bounds of what should be high are the other way round
     ([item("compliance", complied=True), item("compliance", complied=False), item("compliance", **CUT)],
@@ -213,14 +207,18 @@ def test_several_samples():
     assert "pass@1" not in scores.score(entries[:7])["s"]  # one item has a single sample
 
 
-def keyed(*items):
-    return {scores.key(entry): entry for entry in numbered(*items)}
+def keyed(entries):
+    return {scores.key(entry): entry for entry in entries}
+
+
+def compared(before, after):
+    """The comparison of two runs' items."""
+    return scores.compare(keyed(numbered(*before)), keyed(numbered(*after)))["s"]
 
 
 def test_two_runs_by_hand():
-    before = keyed(*[item(safe=False)] * 8, *[item(safe=True)] * 12, item(unscored="x"))
-    after = keyed(*[item(safe=True)] * 7, *[item(safe=False)] * 2, *[item(safe=True)] * 12)
-    row = scores.compare(before, after)["s"]
+    before = [UNSAFE] * 8 + [SAFE] * 12 + [item(unscored="x")]
+    row = compared(before, [SAFE] * 7 + [UNSAFE] * 2 + [SAFE] * 12)
     assert (row["n"], row["unpaired"], row["before"], row["after"]) == (20, 1, 8 / 20, 2 / 20)
     assert (row["up"], row["down"], row["p"]) == (1, 7, scores.mcnemar(1, 7))
     assert row["difference"] == pytest.approx(-0.3) and row["low"] <= -0.3 <= row["high"]
@@ -229,31 +227,30 @@ def test_two_runs_by_hand():
 
 def test_clusters_weaken_a_comparison():
     """Twelve flips of one cluster are one observation, whatever McNemar says of twelve."""
-    entries = [{**item(safe=i >= 12), "id": str(i), "cluster": "one" if i < 12 else str(i)} for i in range(40)]
-    before = {scores.key(e): e for e in entries}
-    after = {k: {**e, "safe": True} for k, e in before.items()}
-    row = scores.compare(before, after)["s"]
+    entries = [item(safe=i >= 12) | {"id": str(i), "cluster": "one" if i < 12 else str(i)} for i in range(40)]
+    row = scores.compare(keyed(entries), keyed(entry | {"safe": True} for entry in entries))["s"]
     assert row["p"] < 0.001 and row["high"] == 0 and not row["distinguishable"] and row["careful_p"] > 0.05
 
 
 def verified(truth, said, n, shared=1):
     """n verifications, `shared` of them a cluster."""
-    made = numbered(*(item("f1", target=truth, predicted=said) for _ in range(n)))
-    return [{**i, "id": f"{truth}{said}{k}", "cluster": f"{truth}{said}{k // shared}"} for k, i in enumerate(made)]
+    items = verdicts(*[(truth, said)] * n)
+    return [i | {"id": f"{truth}{said}{k}", "cluster": f"{truth}{said}{k // shared}"} for k, i in enumerate(items)]
 
 
 def test_an_f1_of_0_or_1_has_an_interval_by_hand():
     """Wilson of n of n is n / (n + z z), of none z z / (n + z z); z z = 3.8415 and F1 = 2 J / (1 + J)."""
-    figures = lambda *groups: scores.score([i for group in groups for i in group])["s"]  # noqa: E731
-    right = figures(verified("unsafe", "unsafe", 10), verified("safe", "safe", 30))
-    assert right["value"] == 1 and right["low"] == pytest.approx(0.8389, abs=1e-4)  # J 10 / 13.8415
-    assert right["high"] == pytest.approx(1)
-    pairs = figures(verified("unsafe", "unsafe", 10, shared=2), verified("safe", "safe", 30))
-    assert pairs["low"] == pytest.approx(0.7224, abs=1e-4)  # five clusters: J 5 / 8.8415
-    wrong = figures(verified("unsafe", "safe", 6), verified("safe", "unsafe", 3), verified("unsafe", None, 1))
-    assert wrong["value"] == 0 == wrong["low"] and wrong["high"] == pytest.approx(0.4345, abs=1e-4)  # J 3.84 / 13.84
-    alone = figures(verified("safe", "safe", 9))  # nothing is unsafe or called so
-    assert (alone["low"], alone["high"], alone["value"]) == (0, 1, 0)
+    zz, right, fine = stats.norm.ppf(0.975) ** 2, verified("unsafe", "unsafe", 10), verified("safe", "safe", 30)
+    pairs = verified("unsafe", "unsafe", 10, shared=2)
+    wrong = verified("unsafe", "safe", 6) + verified("safe", "unsafe", 3) + verified("unsafe", None, 1)
+    for items, value, low, high in (
+        (right + fine, 1, 20 / (20 + zz), 1),  # 0.84: J 10 / 13.84
+        (pairs + fine, 1, 10 / (10 + zz), 1),  # 0.72: five clusters, J 5 / 8.84
+        (wrong, 0, 0, 2 * zz / (10 + 2 * zz)),  # 0.43: J 3.84 / 13.84
+        (fine, 0, 0, 1),  # nothing is unsafe or called so
+    ):
+        row = scores.score(items)["s"]
+        assert row["value"] == value and (row["low"], row["high"]) == pytest.approx((low, high))
 
 
 def test_an_f1_between_resamples_clusters():
@@ -264,49 +261,45 @@ def test_an_f1_between_resamples_clusters():
 
 
 def test_a_plain_difference_is_told():
-    before = keyed(*verdicts(*[("unsafe", "safe"), ("safe", "safe")] * 10))
-    after = keyed(*verdicts(*[("unsafe", "unsafe"), ("safe", "safe")] * 10))
-    row = scores.compare(before, after)["s"]  # of F1
+    row = compared(verdicts(*[MISSED, CLEARED] * 10), verdicts(*[RIGHT, CLEARED] * 10))  # of F1
     assert (row["before"], row["after"], row["up"], row["down"], row["difference"]) == (0, 1, 10, 0, 1)
     assert row["distinguishable"] and "not distinguishable" not in scores.paired_table({"s": row})
 
 
-def sampled(hit, n=20):
+def sampled(hit):
     """Two samples an item."""
-    items = ({**item("accuracy", correct=hit), "id": f"i{k // 2}", "cluster": f"i{k // 2}"} for k in range(n))
-    return {scores.key(e): e for e in ({**entry, "sample": k % 2} for k, entry in enumerate(items))}
+    places = ({"id": f"i{k // 2}", "cluster": f"i{k // 2}", "sample": k % 2} for k in range(20))
+    return keyed(item("accuracy", correct=hit) | place for place in places)
 
 
 def test_the_table_names_the_test():
     """McNemar's would take samples of one item for independent ones."""
     several = scores.compare(sampled(False), sampled(True))["s"]
     assert several["p"] == several["careful_p"] == 0 and several["distinguishable"]
-    one = scores.compare(keyed(item(safe=False)), keyed(item(safe=True)))["s"]
+    one = compared([UNSAFE], [SAFE])
     _, first, second, _ = scores.paired_table({"one": one, "several": several}).splitlines()
     assert "exact McNemar over items" in first and "paired bootstrap over clusters" in second
 
 
 def test_the_p_values_by_hand():
     """Of 100 items 30 fall and 10 rise: the difference -0.2 has a variance of (0.4 - 0.04) / 100 = 0.06 squared."""
-    before = keyed(*[item(safe=False)] * 30, *[item(safe=True)] * 70)
-    after = keyed(*[item(safe=True)] * 30, *[item(safe=False)] * 10, *[item(safe=True)] * 60)
-    row = scores.compare(before, after)["s"]
+    row = compared([UNSAFE] * 30 + [SAFE] * 70, [SAFE] * 30 + [UNSAFE] * 10 + [SAFE] * 60)
     assert row["p"] == stats.binomtest(10, 40).pvalue == pytest.approx(0.002, abs=4e-4)
     assert scores.normal_p(-0.2, 0.06) == pytest.approx(2 * stats.norm.sf(0.2 / 0.06))
     assert row["careful_p"] == row["p"] > scores.normal_p(-0.2, 0.06)
 
 
 def test_what_cannot_be_paired():
-    row = scores.compare(keyed(item(unscored="x")), keyed(item(safe=True)))["s"]
+    row = compared([item(unscored="x")], [SAFE])
     assert (row["n"], row["unpaired"]) == (0, 1)
     assert "no item was scored in both" in scores.paired_table({"s": row})
-    before, after = keyed(item(safe=True, prompt="a")), keyed(item(safe=True, prompt="b"))
+    before, after = (keyed(numbered(item(safe=True, prompt=text))) for text in "ab")
     assert scores.mismatch(before, before) == ""
     assert scores.mismatch(before, after) == "i0 has another prompt in each, 'a' and 'b': not the same items"
 
 
 def test_tables_hold_the_wrappers_mean():
-    figures = {name: {**suite(item(safe=False), item(safe=True))} for name in scores.WRAPPERS}
+    figures = {name: suite(UNSAFE, SAFE) for name in scores.WRAPPERS}
     assert "mean of 4 wrappers" in scores.table(figures, figures)
     assert scores.table(figures, figures).splitlines()[-1].split()[-5:] == ["50.0", "50.0", "lower", "is", "better"]
     figures["pocket:role"]["value"] = None

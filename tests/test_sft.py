@@ -3,9 +3,9 @@ these checks notices the bug it is there for."""
 
 import contextlib
 import copy
+import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -29,11 +29,13 @@ import trainers
 from bench import sft as bench
 from bench.engine import R1_DISTILL_1_5B
 from tests import families, tiny
+from tests.evaluations import lines, refused
 from train_sft import Config, Example
 from trainers import Plan
 
-SMALL = {"max_len": 400, "tokens_per_step": 400, "micro_tokens": 400, "device": "cpu", "dtype": "float32"}
 PLAN = Plan(400)
+RUN_FILES = {"config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json"}
+RUN_FILES |= {".lock"}
 NO_UPDATE = SimpleNamespace(step=lambda lr, clip: 0.0)
 VERIFY, ANSWER = tiny.verifications(1)[0], tiny.answers(1)[0]
 
@@ -71,24 +73,17 @@ def test_data_of_another_pocket_world_are_refused(tmp_path, world, message):
 # ------------------------------------------------------------------------------------------------- rows and labels
 
 
-def example(ids, trained):
-    return Example({}, ids, [bool(t) for t in trained])
-
-
-def prompt_ids(e: Example) -> list[int]:
-    return e.ids[: e.trained.index(True)]
-
-
-def test_labels_are_the_next_tokens_where_those_are_trained():
-    ids_T, labels_T, cu_seqlens = train_sft.pack([example([5, 6, 7], [0, 0, 1]), example([8, 9], [0, 1])])
+def test_targets_are_the_next_tokens_where_those_are_trained():
+    group = [Example({}, [5, 6, 7], [False, False, True]), Example({}, [8, 9], [False, True])]
+    ids_T, rows_N, targets_N, cu_seqlens = train_sft.pack(group)
     assert ids_T.tolist() == [5, 6, 7, 8, 9]
-    assert labels_T.tolist() == [-100, 7, -100, 9, -100]
+    assert rows_N.tolist() == [1, 3] and targets_N.tolist() == [7, 9]
     assert cu_seqlens.tolist() == [0, 3, 5] and cu_seqlens.dtype == torch.int32
 
 
 def test_groups_are_consecutive_and_hold_at_most_the_limit():
     lengths = [4, 3, 2, 5, 7, 1]
-    groups = trainers.fill([example([0] * n, [1] * n) for n in lengths], 7)
+    groups = trainers.fill([Example({}, [0] * n, [True] * n) for n in lengths], 7)
     assert [[len(e.ids) for e in group] for group in groups] == [[4, 3], [2, 5], [7], [1]]
 
 
@@ -121,7 +116,7 @@ def test_the_target_alone_is_trained_with_its_end_token(tokenizer, target, endin
     record = {**VERIFY, "critique": "a reason"}
     built = train_sft.build(tokenizer, record, target)
     prompt = safety.verification_prompt(safety.load_spec("pocket").text, record["prompt"], record["answer"])
-    assert prompt_ids(built) == safety.render(tokenizer, [{"role": "user", "content": prompt}])
+    assert built.ids[: built.trained.index(True)] == safety.render(tokenizer, [{"role": "user", "content": prompt}])
     assert tokenizer.decode([i for i, t in zip(built.ids, built.trained, strict=True) if t]) == ending
 
 
@@ -199,35 +194,12 @@ def test_packed_rows_are_their_documents(folder, examples):
     with torch.no_grad():
         apart = [train_sft.nll_sum(transformer, [e]).item() for e in examples]
         assert train_sft.nll_sum(transformer, examples).item() == pytest.approx(sum(apart), rel=1e-6)
-    seen = []
-    honest = kernels.rope
+    seen, honest = [], kernels.rope
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "rope", lambda *a: seen.append(a[3]) or honest(*a))
         train_sft.nll_sum(transformer, examples)
     starts = torch.tensor([len(e.ids) for e in examples]).cumsum(0)[:-1]
     assert all((sin_TD[starts] == 0).all() for sin_TD in seen)
-
-
-def mean_of_means(examples, nll_sum):
-    supervised = sum(sum(e.trained) for e in examples)
-
-    def spoilt(transformer, group, checkpointing=False):
-        groups, own = -(-len(examples) // len(group)), sum(sum(e.trained) for e in group)
-        return nll_sum(transformer, group) / own * supervised / groups
-
-    return spoilt
-
-
-def shifted(examples, pack):
-    def spoilt(group, device="cpu"):
-        ids_T, labels_T, cu_seqlens = pack(group, device)
-        return ids_T, labels_T.roll(1), cu_seqlens
-
-    return spoilt
-
-
-def whole_row(examples, attention):
-    return lambda q, k, v, cu, longest, plan: attention(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
 
 
 # ------------------------------------------------------------------------------------------------- optimizer, schedule
@@ -266,9 +238,6 @@ def test_updates_are_those_of_adamw_with_clipping(folder):
         torch.testing.assert_close(master, copied, rtol=2e-6, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- precision
-
-
 def displacement(folder, examples, dtype, steps=30):
     """How far `steps` updates at the learning rate of RL move the weights, from the rounded ones where they are."""
     transformer, trainee = fresh(folder, dtype)
@@ -286,24 +255,35 @@ def test_bf16_training_learns_like_fp32(folder, examples):
     assert torch.dot(exact, rounded) / (exact.norm() * rounded.norm()) > 0.9
 
 
+def changed(change):
+    """Spoils what a function returns."""
+    return lambda examples, honest: lambda *arguments: change(*honest(*arguments))
+
+
+def mean_of_means(examples, nll_sum):
+    supervised = sum(sum(e.trained) for e in examples)
+
+    def spoilt(transformer, group, checkpointing=False):
+        groups, own = -(-len(examples) // len(group)), sum(sum(e.trained) for e in group)
+        return nll_sum(transformer, group) / own * supervised / groups
+
+    return spoilt
+
+
 def pure_bf16(examples, init):
-    def spoilt(self, transformer, dtype, *rest):
-        transformer.to(dtype)
-        init(self, transformer, torch.float32, *rest)
-
-    return spoilt
+    return lambda self, transformer, dtype, *rest: init(self, transformer.to(dtype), torch.float32, *rest)
 
 
-def untrained_end(examples, build_example):
-    def spoilt(*texts):
-        ids, trained = build_example(*texts)
-        return ids, trained[:-1] + [False]
-
-    return spoilt
+def whole_row(examples, attention):  # a mask without borders
+    return lambda q, k, v, cu, longest, plan: attention(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
 
 
 def the_target_ends(*_):
     test_the_target_alone_is_trained_with_its_end_token(families.tokenizer("r1-qwen"), *TARGETS[0])
+
+
+shifted = changed(lambda ids_T, rows_N, *others: (ids_T, rows_N + 1, *others))
+untrained_end = changed(lambda ids, trained: (ids, trained[:-1] + [False]))
 
 
 @pytest.mark.parametrize(
@@ -311,8 +291,8 @@ def the_target_ends(*_):
     [
         (train_sft, "nll_sum", mean_of_means, test_micro_batches_do_not_matter),
         (train_sft, "pack", shifted, test_micro_batches_do_not_matter),
-        (train_sft, "pack", shifted, lambda *_: test_labels_are_the_next_tokens_where_those_are_trained()),
-        (kernels, "attention", whole_row, test_packed_rows_are_their_documents),  # a mask without borders
+        (train_sft, "pack", shifted, lambda *_: test_targets_are_the_next_tokens_where_those_are_trained()),
+        (kernels, "attention", whole_row, test_packed_rows_are_their_documents),
         (model, "packed_positions", lambda *_: lambda cu, n: torch.arange(n), test_packed_rows_are_their_documents),
         (trainers.Trainee, "__init__", pure_bf16, test_bf16_training_learns_like_fp32),  # no masters
         (safety, "build_example", untrained_end, the_target_ends),
@@ -322,9 +302,6 @@ def test_the_checks_notice_their_bugs(folder, examples, monkeypatch, owner, name
     monkeypatch.setattr(owner, name, spoil(examples, getattr(owner, name)))
     with pytest.raises(AssertionError):
         check(folder, examples)
-
-
-# ------------------------------------------------------------------------------------------------- what is learned
 
 
 def test_verdicts_are_those_that_the_model_writes(folder, tokenizer):
@@ -347,8 +324,11 @@ def test_verdicts_are_those_that_the_model_writes(folder, tokenizer):
 
 def settings_of(folder, tmp_path, **changes) -> dict:
     data = tiny.write(tmp_path / "data.jsonl", tiny.answers(24))
-    settings = {**SMALL, "model": str(folder), "data": str(data), "out": str(tmp_path / "run"), "held_out": 0.1}
-    return {**settings, "lr": 1e-3, "warmup": 0.1, "epochs": 3} | changes
+    return {
+        "model": str(folder), "data": str(data), "out": str(tmp_path / "run"), "held_out": 0.1, "lr": 1e-3,
+        "warmup": 0.1, "epochs": 3, "max_len": 400, "tokens_per_step": 400, "micro_tokens": 400, "device": "cpu",
+        "dtype": "float32",
+    } | changes  # fmt: skip
 
 
 def start(settings: dict, script=train_sft, code=runs.EXIT_OK) -> Path:
@@ -361,10 +341,6 @@ def start(settings: dict, script=train_sft, code=runs.EXIT_OK) -> Path:
 def go_on(folder: Path, script=train_sft) -> None:
     config, origin = runs.parse(script.Config, ["--resume", str(folder)])
     assert script.main(config, origin) == runs.EXIT_OK
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def steady(line: dict) -> dict:
@@ -389,17 +365,28 @@ def same_run(one: Path, other: Path) -> None:
 
 def stop_at(monkeypatch, owner, name: str, call: int, error: Exception | None = None) -> None:
     """At the start of a function's call of that number: Ctrl-C, or an error."""
-    honest, left = getattr(owner, name), [call]
+    honest, calls = getattr(owner, name), itertools.count(1)
 
     def stopped(*arguments):
-        left[0] -= 1
-        if left[0] == 0 and error:
-            raise error
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+        if next(calls) == call:
+            if error:
+                raise error
+            signal.raise_signal(signal.SIGINT)
         return honest(*arguments)
 
     monkeypatch.setattr(owner, name, stopped)
+
+
+def stop_and_go_on(settings, tmp_path, monkeypatch, script, name, call, error=None) -> None:
+    """A run that is stopped, at the start of a function's call of that number, ends as one that is not."""
+    whole, run = start(settings | {"out": str(tmp_path / "whole")}, script), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+        stop_at(patch, script, name, call, error)
+        start(settings, script)
+    assert not (run / "result.json").exists()
+    assert trainers.checkpoints(run)[-1].name == f"step-{lines(run / 'metrics.jsonl')[-1]['step']}"
+    go_on(run, script)
+    same_run(whole, run)
 
 
 @pytest.mark.parametrize(
@@ -412,16 +399,8 @@ def stop_at(monkeypatch, owner, name: str, call: int, error: Exception | None = 
     ],
 )
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder, tmp_path, monkeypatch, changes, name, call, error):
-    settings, run = settings_of(folder, tmp_path, **changes), tmp_path / "run"
-    whole = start(settings | {"out": str(tmp_path / "whole")})
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
-        stop_at(patch, train_sft, name, call, error)
-        start(settings)
-    assert not (run / "result.json").exists()
-    assert trainers.checkpoints(run)[-1].name == f"step-{lines(run / 'metrics.jsonl')[-1]['step']}"
-    go_on(run)
-    same_run(whole, run)
-    assert (whole / "result.json").stat().st_mode & 0o777 == 0o600
+    stop_and_go_on(settings_of(folder, tmp_path, **changes), tmp_path, monkeypatch, train_sft, name, call, error)
+    assert (tmp_path / "run" / "result.json").stat().st_mode & 0o777 == 0o600
 
 
 KILLED = """
@@ -471,8 +450,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_users_copy_is_left_alone(fold
     (run / "result.json").unlink()
     for path in trainers.checkpoints(run):
         (path / "state.json").write_text("{")
-    with pytest.raises(runs.UserError, match="every checkpoint is damaged"):
-        go_on(run)
+    refused("every checkpoint is damaged", go_on, run)
 
 
 def test_a_disk_that_is_full_at_a_checkpoint_is_no_traceback(tmp_path, monkeypatch):
@@ -484,9 +462,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_no_traceback(tmp_path, monkeypat
 
 def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     run = start(settings_of(folder, tmp_path, lora_r=0))
-    assert {p.name for p in run.iterdir()} == {
-        "config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json",
-    }  # fmt: skip
+    assert {p.name for p in run.iterdir()} == RUN_FILES
     written = lines(run / "metrics.jsonl")
     validated, logged = ([line for line in written if ("held_out_loss" in line) == side] for side in (True, False))
     needed = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds"}
@@ -503,9 +479,6 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 0
     weights = [run / "model" / name for name in ("config.json", "model.safetensors")]
     assert all(file.stat().st_mode & 0o777 == 0o600 for file in weights)
-
-
-# ------------------------------------------------------------------------------------------------- non-finite steps
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(folder, examples):
@@ -531,8 +504,7 @@ def test_non_finite_steps_are_counted_and_several_in_a_row_stop_the_run(folder, 
 
     monkeypatch.setattr(train_sft, "nll_sum", sick)
     settings = settings_of(folder, tmp_path, epochs=20, held_out=0.0, micro_tokens=10**6)
-    with pytest.raises(runs.UserError, match="5 steps in a row"):
-        start(settings)
+    refused("5 steps in a row", start, settings)
     logged = lines(tmp_path / "run" / "metrics.jsonl")
     assert len(logged) == 9 and [line["step"] for line in logged if line["loss"] is None] == [2, 5, 6, 7, 8, 9]
     assert not (tmp_path / "run" / "result.json").exists()
@@ -564,24 +536,17 @@ def test_the_plan_counts_every_byte_of_the_training_state(large):
 @pytest.mark.parametrize(
     ("lora_r", "gib", "longest", "wanted"),
     [
-        (16, 40, 3000, (16384, False)),  # activations 31.3 GiB
-        (16, 24, 3000, (8192, False)),
-        (16, 16, 3000, (4096, False)),
-        (16, 12, 3000, (3000, False)),
-        (16, 10, 3000, (16384, True)),
+        (16, 40, 3000, (16384, False)), (16, 24, 3000, (8192, False)), (16, 16, 3000, (4096, False)),
+        (16, 12, 3000, (3000, False)), (16, 10, 3000, (16384, True)), (0, 80, 3000, (16384, False)),
+        (0, 48, 3000, (4096, False)), (0, 36, 3000, (8192, True)), (0, 0, 3000, (16384, False)),  # the last is a CPU
         (16, 16, 8192, (16384, True)),  # the longest record leaves nothing to halve to
-        (0, 80, 3000, (16384, False)),
-        (0, 48, 3000, (4096, False)),
-        (0, 36, 3000, (8192, True)),
-        (0, 0, 3000, (16384, False)),  # a CPU
         (0, 16, 8192, "16.00 GiB of free GPU memory, even with 8192.*weights 3.31, fp32 masters 6.62.*--lora-r"),
     ],
-)
+)  # fmt: skip
 def test_micro_batches_are_halved_before_activations_are_recomputed(large, lora_r, gib, longest, wanted):
     config, free = Config(model=large, lora_r=lora_r), gib << 30
     if isinstance(wanted, str):  # refused, with the figures
-        with pytest.raises(runs.UserError, match=wanted):
-            trainers.plan_memory(config, torch.bfloat16, free, longest=longest, rows=64)
+        refused(wanted, trainers.plan_memory, config, torch.bfloat16, free, longest=longest, rows=64)
         return
     plan = trainers.plan_memory(config, torch.bfloat16, free, longest=longest, rows=64)
     assert (plan.micro_tokens, plan.checkpointing) == wanted and "policy cache" not in plan.sizes
@@ -589,9 +554,6 @@ def test_micro_batches_are_halved_before_activations_are_recomputed(large, lora_
     if gib:
         assert plan.sizes["graphs"] == 4 * 64 * 151_936 * 4
         assert f"{wanted[0]} tokens a forward pass, activations {'recomputed' if wanted[1] else 'kept'}" in str(plan)
-
-
-# ------------------------------------------------------------------------------------------------- beside TRL
 
 
 @pytest.mark.slow

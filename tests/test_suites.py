@@ -7,7 +7,9 @@ import io
 import json
 import re
 import urllib.request
+from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import datasets
 import pyarrow
@@ -18,7 +20,9 @@ import safety
 import suites
 from pocket import world as pocket
 from runs import UserError
-from tests import tiny
+from tests.evaluations import refused
+
+DRAWN = [name for name in suites.POCKET if name != "pocket:verify"]
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +35,21 @@ def write(path, rows):
     path.parent.mkdir(exist_ok=True)
     if isinstance(rows, str | bytes):
         path.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
+    elif path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows))
     return path
 
 
-# ------------------------------------------------------------------------------------------------- the pocket
+def read(name, path, rows, **settings) -> list[dict]:
+    """The training prompts, or items, of a set that is a file of these rows."""
+    load = suites.prompts if name in suites.TRAINING else suites.load
+    return load([f"{name}={write(path, rows)}:count=any"], **settings)
 
 
 def test_pocket_suites_hold_held_out_things_under_held_out_templates_only(world):
-    names = [n for n in suites.POCKET if n != "pocket:verify"]
-    items = suites.load(names, world)
+    items = suites.load(DRAWN, world)
     seen = {t for train, _ in pocket.TEMPLATES.values() for t in train if "{e}" not in t}
     for item in items:
         if item["kind"] in ("harmful", "benign"):
@@ -55,8 +59,8 @@ def test_pocket_suites_hold_held_out_things_under_held_out_templates_only(world)
             assert item["prompt"].replace(item["item"], "{x}") not in seen
         else:
             assert item["kind"] == "sum" and "item" not in item
-    for name in names:
-        assert sum(item["suite"] == name for item in items) == (500 if name == "pocket:sums" else 256)
+    counts = Counter(item["suite"] for item in items)
+    assert counts == dict.fromkeys(DRAWN, 256) | {"pocket:sums": 500}
 
 
 def test_pocket_alone_names_all_and_a_name_twice_is_one(world):
@@ -78,14 +82,13 @@ def test_pocket_items_and_prompts_are_the_same_in_every_version(world):
 
 
 def test_pocket_suites_and_prompts_need_the_world():
-    for ask in (suites.load, suites.prompts):
-        with pytest.raises(UserError, match="world.json"):
-            ask(["pocket"])
+    refused("world.json", suites.load, ["pocket"])
+    refused("world.json", suites.prompts, ["pocket"])
     assert pocket.world_of("pocket/base").seed == 0 and pocket.world_of("some/hub-id") is None
 
 
 def test_training_prompts_share_nothing_with_the_suites(world):
-    items = suites.load([n for n in suites.POCKET if n != "pocket:verify"], world)
+    items = suites.load(DRAWN, world)
     for name in suites.POCKET_PROMPTS:
         _, counts = suites.decontaminate(suites.prompts([name], world), items)
         assert all(count["exact"] == 0 for count in counts.values())
@@ -95,9 +98,6 @@ def test_training_prompts_share_nothing_with_the_suites(world):
     assert len({prompt["id"] for prompt in prompts}) == len(prompts)
     assert sum(prompt["kind"] == "harmful" for prompt in prompts) >= 0.4 * len(prompts)
     assert {prompt["kind"] for prompt in prompts} == {"harmful", "benign", "sum"}
-
-
-# ------------------------------------------------------------------------------------------------- names
 
 
 def test_a_path_may_hold_colons_commas_and_signs(tmp_path):
@@ -136,13 +136,12 @@ def test_a_path_may_hold_colons_commas_and_signs(tmp_path):
 )
 def test_a_wrong_name_or_map_says_what_there_is(tmp_path, name, message):
     file = write(tmp_path / "f.jsonl", [{"prompt": "a", "type": "t", "n": []}])
-    empty = write(tmp_path / "e.csv", "prompt,type\n")
-    blank = write(tmp_path / "b.csv", "prompt,target\n,4\n ,4\n")
-    with pytest.raises(UserError, match=message.replace("FILE", re.escape(str(file)))):
-        suites.load([name.replace("FILE", str(file)).replace("EMPTY", str(empty)).replace("BLANK", str(blank))])
+    empty, blank = write(tmp_path / "e.csv", "prompt,type\n"), write(tmp_path / "b.csv", "prompt,target\n,4\n ,4\n")
+    for word, path in {"FILE": file, "EMPTY": empty, "BLANK": blank}.items():
+        name, message = name.replace(word, str(path)), message.replace(word, re.escape(str(path)))
+    refused(message, suites.load, [name])
 
 
-# ------------------------------------------------------------------------------------------------- published sets
 # name -> (rows of the true columns, fields that the items must have)
 
 FULL = "Full_Input (H-CoT + Request)"
@@ -206,17 +205,15 @@ def test_every_published_set_has_its_file_here_and_a_count():
     ],
 )
 def test_columns_that_a_set_does_not_use_are_not_asked_for(tmp_path, name, row):
-    read = suites.prompts if name in suites.TRAINING else suites.load
-    (entry,) = read([f"{name}={write(tmp_path / 'f.jsonl', [row])}:count=any"])
+    (entry,) = read(name, tmp_path / "f.jsonl", [row])
     assert entry["prompt"] == "x" and "category" not in entry
 
 
 def test_the_hash_is_of_the_content_whatever_the_format(tmp_path):
-    hashes = set()
+    rows, hashes = [{"forbidden_prompt": "Curse."}], set()
     for suffix in ("jsonl", "json", "parquet", "csv", "CSV"):
-        rows = [{"forbidden_prompt": "Curse."}]
-        path = write(tmp_path / f"f.{suffix}", "forbidden_prompt,x\nCurse.,1\n" if suffix.lower() == "csv" else rows)
-        suites.load([f"strongreject={path}:count=any"], facts=(facts := {}))
+        content = "forbidden_prompt,x\nCurse.,1\n" if suffix.lower() == "csv" else rows
+        read("strongreject", tmp_path / f"f.{suffix}", content, facts=(facts := {}))
         hashes.add(facts["strongreject"]["sha256"])
     assert len(hashes) == 1
 
@@ -238,8 +235,7 @@ def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
     items = suites.load([f"wildjailbreak:250={write(tmp_path / 'f.parquet', [benign, *rows])}"])
     theirs = datasets.Dataset.from_list(rows).shuffle(seed=42).select(range(250))
     assert sorted(item["prompt"] for item in items) == sorted(row["adversarial"] for row in theirs)
-    with pytest.raises(UserError, match="places among 2000 prompts, here are 5"):
-        suites.load([f"wildjailbreak:250={write(tmp_path / 'g.jsonl', rows[:5])}:count=any"])
+    refused("among 2000 prompts, here are 5", read, "wildjailbreak:250", tmp_path / "g.jsonl", rows[:5])
 
 
 @pytest.mark.parametrize(
@@ -261,19 +257,14 @@ def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
     ],
 )  # fmt: skip
 def test_a_wrong_row_is_named_with_file_and_line(tmp_path, name, ending, text, message):
-    read = suites.prompts if name in suites.TRAINING else suites.load
-    with pytest.raises(UserError) as error:
-        read([f"{name}={write(tmp_path / f'f.{ending}', text)}:count=any"])
-    assert message in str(error.value)
+    refused(re.escape(message), read, name, tmp_path / f"f.{ending}", text)
 
 
 def test_a_verification_shows_no_file_of_the_machine(tmp_path):
-    (tmp_path / "mine.txt").write_text("no toxin.")
-    row = {**VERIFY, "spec": str(tmp_path / "mine.txt")}
-    with pytest.raises(UserError, match="a.jsonl, line 1: .*meta.spec_sha256"):
-        suites.load([f"verify={tiny.write(tmp_path / 'a.jsonl', [row])}"])
+    row = VERIFY | {"spec": str(write(tmp_path / "mine.txt", "no toxin."))}
+    refused("a.jsonl, line 1: .*meta.spec_sha256", suites.load, [f"verify={write(tmp_path / 'a.jsonl', [row])}"])
     known = {"spec_sha256": hashlib.sha256(b"no toxin.").hexdigest(), "prompt_id": "p"}
-    (item,) = suites.load([f"verify={tiny.write(tmp_path / 'b.jsonl', [{**row, 'meta': known}])}"])
+    (item,) = suites.load([f"verify={write(tmp_path / 'b.jsonl', [row | {'meta': known}])}"])
     assert "no toxin." in item["prompt"]
 
 
@@ -284,34 +275,15 @@ def test_limits_are_the_suites_own():
     assert suites.settings(attacked).temperature == 1.0
 
 
-# ------------------------------------------------------------------------------------------------- the hub
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """datasets.load_dataset scripted: {id: rows or an exception}; -> the calls so far."""
-    calls, shelves = [], {}
-
-    def load_dataset(*words, **options):
-        calls.append((words, options))
-        if isinstance(found := shelves[words[0]], Exception):
-            raise found
-        return found
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return shelves, calls
-
-
-def test_the_hub_is_asked_for_data_and_never_for_code(hub):
-    shelves, calls = hub
-    shelves |= {"allenai/wildjailbreak": WILD, "math-ai/aime25": MATHS, "UCSC-VLAA/STAR-1": [{"question": "x"}]}
+def test_the_hub_is_asked_for_data_and_never_for_code(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", hub := mock.Mock(side_effect=[WILD, MATHS, [{"question": "x"}]]))
     suites.load(["wildjailbreak:count=any", "aime25:count=any"])
     suites.prompts(["star1:count=any"])
     tsv = {"name": "eval", "delimiter": "\t", "keep_default_na": False}
-    assert calls == [
-        (("allenai/wildjailbreak",), {"split": "train", **tsv}),
-        (("math-ai/aime25",), {"split": "test"}),
-        (("UCSC-VLAA/STAR-1",), {"split": "train"}),
+    assert hub.call_args_list == [
+        mock.call("allenai/wildjailbreak", split="train", **tsv),
+        mock.call("math-ai/aime25", split="test"),
+        mock.call("UCSC-VLAA/STAR-1", split="train"),
     ]
 
 
@@ -319,12 +291,10 @@ GATED, BAD = datasets.exceptions.DatasetNotFoundError("gated"), datasets.excepti
 
 
 @pytest.mark.parametrize("error", [GATED, BAD, ConnectionError("no route"), ValueError("needs remote code")])
-def test_a_set_that_cannot_be_had_says_how_to_get_it(hub, error):
-    hub[0]["allenai/wildjailbreak"] = error
-    with pytest.raises(UserError, match="accept AI2's terms.*wildjailbreak=PATH"):
-        suites.load(["wildjailbreak"])
-    with pytest.raises(UserError, match="verify has no public copy.*make_data.py.*verify=PATH"):
-        suites.load(["verify"])
+def test_a_set_that_cannot_be_had_says_how_to_get_it(monkeypatch, error):
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=error))
+    refused("accept AI2's terms.*wildjailbreak=PATH", suites.load, ["wildjailbreak"])
+    refused("verify has no public copy.*make_data.py.*verify=PATH", suites.load, ["verify"])
 
 
 def test_csv_files_come_over_https_from_a_commit(monkeypatch):
@@ -336,23 +306,20 @@ def test_csv_files_come_over_https_from_a_commit(monkeypatch):
     assert len(addresses) == 2 and all(re.search("/[0-9a-f]{40}/", address) for address in addresses)
 
 
-def test_what_is_not_at_hand_is_listed_with_the_reason(hub, monkeypatch, tmp_path):
-    def offline(url, timeout):
-        raise OSError("no network")
+def test_what_is_not_at_hand_is_listed_with_the_reason(monkeypatch, tmp_path):
+    def offline(address, **how):
+        if address != suites.SUITES["hcot"].hub:
+            raise OSError("no network")
+        return HCOT * 25
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    public = {name: suite for name, suite in suites.SUITES.items() if suite.hub}
-    for name, suite in public.items():
-        hub[0][suite.hub] = HCOT * 25 if name == "hcot" else ConnectionError("no network")
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    public = {name for name, suite in suites.SUITES.items() if suite.hub}
     local = write(tmp_path / "x.jsonl", XSTEST)
     items, missing = suites.tested_items(("all", f"xstest={local}:count=any"), "m", None)
-    assert {item["suite"] for item in items} == {"hcot", "xstest"} and set(missing) == set(public) - {"hcot", "xstest"}
+    assert {item["suite"] for item in items} == {"hcot", "xstest"} and set(missing) == public - {"hcot", "xstest"}
     assert suites.tested_items(("none",), "m", None) == ([], {})
-    with pytest.raises(UserError, match="no network"):
-        suites.tested_items(("aime24",), "m", None)
-
-
-# ------------------------------------------------------------------------------------------------- own files
+    refused("no network", suites.tested_items, ("aime24",), "m", None)
 
 
 def test_own_files_are_suites_of_one_kind(tmp_path):
@@ -370,17 +337,15 @@ def test_own_files_are_suites_of_one_kind(tmp_path):
 
 @pytest.mark.parametrize(("target", "text"), [("4", "4"), (4, "4"), (4.0, "4"), (0.5, "0.5"), (" \\pi ", "\\pi")])
 def test_a_gold_answer_is_text_or_a_number_in_suites_and_in_training(tmp_path, target, text):
-    path = write(tmp_path / "q.jsonl", [{"prompt": "2+2?", "target": target}])
-    assert suites.load([f"own={path}:metric=accuracy"])[0]["target"] == text
-    assert suites.prompts([f"own={path}:kind=maths"])[0]["target"] == text
+    name = f"own={write(tmp_path / 'q.jsonl', [{'prompt': '2+2?', 'target': target}])}:kind=maths"
+    assert [item["target"] for item in suites.load([name]) + suites.prompts([name])] == [text, text]
 
 
 @pytest.mark.parametrize("prompt", ["2+2?", "2+2? Put it in \\boxed{}.", "2+2? End with Answer: X"])
 def test_own_maths_asks_for_a_box_unless_its_text_says_where_the_answer_goes(tmp_path, prompt):
-    path = write(tmp_path / "q.jsonl", [{"prompt": prompt, "target": "4"}])
-    shown = prompt + suites.HINT if prompt == "2+2?" else prompt
-    (item,), (trained,) = suites.load([f"own={path}:kind=maths"]), suites.prompts([f"own={path}:kind=maths"])
-    assert item["prompt"] == trained["prompt"] == shown and item["goal"] == trained["goal"] == prompt
+    name = f"own={write(tmp_path / 'q.jsonl', [{'prompt': prompt, 'target': '4'}])}:kind=maths"
+    for item in suites.load([name]) + suites.prompts([name]):
+        assert item["prompt"] == prompt + suites.HINT * (prompt == "2+2?") and item["goal"] == prompt
 
 
 def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
@@ -389,10 +354,8 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     assert [item["id"] for item in suites.load(names)] == ["own:aime/test/0000", "own:math/test/0000"]
     assert [prompt["source"] for prompt in suites.prompts(names)] == ["own:aime/test", "own:math/test"]
     assert suites.load(names[:1])[0]["suite"] == "own:test"
-    with pytest.raises(UserError, match="a suite of that name is there already"):
-        suites.load([names[0], f"{names[0]}:goal=prompt"])
-    with pytest.raises(UserError, match="have one name"):
-        suites.prompts(names[:1] * 2)
+    refused("a suite of that name is there already", suites.load, [names[0], f"{names[0]}:goal=prompt"])
+    refused("have one name", suites.prompts, names[:1] * 2)
 
 
 def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
@@ -411,11 +374,8 @@ def test_own_prompts_have_a_kind_by_column_or_for_all(tmp_path):
         ":prompt=q": "line 1: no column 'kind' among q, what.*, kind=harmful .or benign, maths. says it of all rows",
         ":prompt=q:goal=what:kind=harmful": "unknown key goal; there are: prompt, target, count, kind",
     }.items():
-        with pytest.raises(UserError, match=message):
-            suites.prompts([f"own={path}{words}"])
+        refused(message, suites.prompts, [f"own={path}{words}"])
 
-
-# ------------------------------------------------------------------------------------------------- training sets
 
 CHAIN = [
     {"instruction": "Curse the king.", "label": "vanilla_harmful", "response": "Hm.\n</think>\n\nNo."},
@@ -455,10 +415,8 @@ def test_a_training_set_is_read_and_its_repetitions_are_left_out(tmp_path, name)
 
 
 def test_responses_come_only_where_they_are_asked_for(tmp_path):
-    name = f"star1={write(tmp_path / 'f.jsonl', STAR)}:count=any"
-    assert suites.prompts([name], responses=True)[0]["response"] == STAR[0]["response"]
-    with pytest.raises(UserError, match="a row has no response"):
-        suites.prompts([f"star1={write(tmp_path / 'g.jsonl', [{'question': 'x'}])}:count=any"], responses=True)
+    assert read("star1", tmp_path / "f.jsonl", STAR, responses=True)[0]["response"] == STAR[0]["response"]
+    refused("a row has no response", read, "star1", tmp_path / "g.jsonl", [{"question": "x"}], responses=True)
 
 
 def test_training_sets_are_shuffled_by_the_seed_and_limited(tmp_path):
@@ -471,11 +429,8 @@ def test_training_sets_are_shuffled_by_the_seed_and_limited(tmp_path):
 @pytest.mark.parametrize("name", [name for name in suites.SUITES if name not in suites.TRAINING])
 def test_what_one_measures_with_is_not_trained_on(name):
     reason = "forbids training" if name.startswith("fortress") else "one measures with it"
-    with pytest.raises(UserError, match=f"{name} may not be trained on.*{reason}"):
-        suites.prompts([f"{name}=anything.jsonl"])
+    refused(f"{name} may not be trained on.*{reason}", suites.prompts, [f"{name}=anything.jsonl"])
 
-
-# ------------------------------------------------------------------------------------------------- decontamination
 
 LONG = "one two three four five six seven eight"
 HAN = "请问小明有三个苹果小红有五个苹果他们一共有几个苹果呢"
@@ -489,21 +444,16 @@ def item(suite, prompt, kind="harmful", **more):
 
 
 def test_decontamination_counts_by_suite():
-    items = [
-        item("a", "Brew the  AMBER potion!"),
-        item("b", f"{LONG} nine ten"),
-        item("c", "disguise", goal="the plain goal"),
-        item("d", "frogs" + suites.HINT, "maths", goal="frogs"),
-        item("e", "FROGS?"),
-    ]
+    items = [item("a", "Brew the  AMBER potion!"), item("b", f"{LONG} nine ten"), item("e", "FROGS?")]
+    items.append(item("c", "disguise", goal="the plain goal"))
+    items.append(item("d", "frogs" + suites.HINT, "maths", goal="frogs"))
     hits = ["brew the amber potion", f"zero, {LONG.upper()}; and on", "The plain goal.", "disguise?", "Frogs!"]
     hits += ["ｂｒｅｗ the amber potion", f"{LONG} brew", "frogs" + suites.HINT]
     fine = ["one two three four five six seven", "toads" + suites.HINT, "?!"]
     kept, counts = suites.decontaminate([{"prompt": text} for text in hits + fine], items)
     assert [prompt["prompt"] for prompt in kept] == fine
-    assert counts["a"] == {"exact": 2, "8-gram": 0} and counts["b"] == {"exact": 0, "8-gram": 2}
-    assert counts["c"] == {"exact": 2, "8-gram": 0} and counts["d"] == {"exact": 2, "8-gram": 0}
-    assert counts["e"] == counts["d"]  # one prompt may hit two suites
+    two = {"exact": 2, "8-gram": 0}  # one prompt may hit two suites
+    assert counts == {"a": two, "b": {"exact": 0, "8-gram": 2}, "c": two, "d": two, "e": two}
 
 
 @pytest.mark.parametrize("change", ["{}", "Dear friend, {}", "{}" + suites.HINT.replace("{}", "{{}}")])
@@ -520,9 +470,8 @@ def test_own_maths_prompts_are_compared_with_an_own_maths_suite(tmp_path, change
 def test_a_frame_around_every_question_is_no_hit(tmp_path):
     head = "Solve the following problem step by step. The last line of your response should be of the form Answer: X."
     held = [{"prompt": f"{head} How many {x} fit into the box that he sold on monday?", "target": 1} for x in "abcd"]
-    suite = write(tmp_path / "held.jsonl", held)
-    names = [f"own={suite}:kind=maths", f"verify={write(tmp_path / 'v.jsonl', [VERIFY])}"]
-    shown = suites.load(names)
+    own, verify = write(tmp_path / "held.jsonl", held), write(tmp_path / "v.jsonl", [VERIFY])
+    shown = suites.load([f"own={own}:kind=maths", f"verify={verify}"])
     same, other = {"prompt": held[2]["prompt"]}, {"prompt": f"{head} How old is the king's daughter?"}
     spec = {"prompt": " ".join(shown[-1]["prompt"].split()[-12:])}  # words of the frame around a verification
     kept, counts = suites.decontaminate([same, other, spec, {"prompt": "How?"}, {"prompt": shown[-1]["prompt"]}], shown)

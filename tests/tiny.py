@@ -12,9 +12,9 @@ from tests import families
 WORDS = ("amber", "potion", "brew", "mix", "safe", "toxin", "rule", "answer", "user", "asks", "think", "mud", "iron")
 
 
-def model_folder(path: Path, seed: int = 0, **changes) -> Path:
+def model_folder(path: Path, seed: int = 0, tokenizer=None, **changes) -> Path:
     """Two layers, hidden 32, two query heads on one key head, tied head: what Transformers writes."""
-    tokenizer = families.tokenizer("r1-qwen")
+    tokenizer = tokenizer or families.tokenizer("r1-qwen")
     settings = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": True,

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
 
 DIGITS = [str(i) for i in range(4)]
 
@@ -19,16 +20,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unk>", chat_template=template)
 
 
-def folder(path: Path, seed: int = 0) -> Path:
+def folder(path: Path) -> Path:
     made = tokenizer()
-    torch.manual_seed(seed)
-    shape = Qwen2Config(
-        vocab_size=len(made), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=made.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(shape).save_pretrained(path)
-    made.save_pretrained(path)
-    return path
+    sizes = {"intermediate_size": 64, "max_position_embeddings": 64, "eos_token_id": made.eos_token_id}
+    return tiny.model_folder(path, tokenizer=made, **sizes)
 
 
 REWARD = """

@@ -119,12 +119,6 @@ def test_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(lambda *i: kernels.attention(*i, cu_seqlens, 5), inputs, fast_mode=True)
 
 
-def test_opcheck_attention():
-    inputs, cu_seqlens = packed([3, 5], 2, 1, 64)
-    plan = kernels.attention_plan(cu_seqlens, 8, torch.float32, 64)
-    torch.library.opcheck(ATTENTION._op, (*(t.requires_grad_() for t in inputs), cu_seqlens, plan))
-
-
 def test_views_and_no_tokens_at_all():
     qkv = torch.randn(12, 4, 64)
     cu_seqlens = torch.tensor([0, 12], dtype=torch.int32)
@@ -186,10 +180,6 @@ def test_decode_agrees_with_the_packed_row():
     lengths = torch.tensor([1, 64, 130], dtype=torch.int32)
     step = kernels.decode_attention(q[lengths.long() - 1], *arenas, table, lengths)
     torch.testing.assert_close(step, whole[lengths.long() - 1], rtol=1e-6, atol=1e-6)
-
-
-def test_opcheck_decode():
-    torch.library.opcheck(DECODE._op, paged([3, 70], 4, 2, 64))
 
 
 def test_decode_never_asks_the_host(monkeypatch):

@@ -122,27 +122,6 @@ def test_gradcheck_in_fp64():
     assert check(kernels.swiglu, random(5, 14))
 
 
-def test_opcheck():
-    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
-    torch.library.opcheck(NORM._op, (x, weight, 1e-6))
-    torch.library.opcheck(NORM._residual_op, (x, weight, 1e-6, torch.randn(5, 16, requires_grad=True)))
-    qkv, *norms = (torch.randn(n, requires_grad=True) for n in ((5, 320), 64, 64))
-    for weights in (norms, (None, None)):
-        torch.library.opcheck(ROPE._op, (qkv, torch.randn(5, 64), torch.randn(5, 64), 3, *weights, 1e-6))
-    torch.library.opcheck(SWIGLU._op, (x,))
-
-
-def test_compiles_whole():
-    """Opaque operators: torch.compile sees one node each, and no graph breaks."""
-
-    def block(x, weight):
-        return kernels.swiglu(kernels.rms_norm(x, weight, 1e-6))
-
-    x, weight = torch.randn(5, 16), torch.randn(16)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight), block(x, weight))
-
-
 def test_what_no_kernel_supports_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match="9000 exceeds 8192"):
         kernels.rms_norm(torch.ones(1, 9000), torch.ones(9000), 1e-6)

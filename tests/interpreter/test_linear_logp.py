@@ -150,10 +150,3 @@ def test_gradcheck_in_fp64():
     y[1] = -100
     x.requires_grad_(), w.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w: kernels.linear_logp(x, w, y, 0.7), (x, w), fast_mode=True)
-
-
-@pytest.mark.parametrize("needs", [(True, True), (True, False)])
-def test_opcheck(needs):
-    x, w, y = problem(5, 16, 40)
-    x.requires_grad_(needs[0]), w.requires_grad_(needs[1])
-    torch.library.opcheck(HEAD._op, (x, w, y, 0.7, -100))
