@@ -127,16 +127,16 @@ class Config:
         if not isinstance(tied, bool):
             raise ModelError(f"config.json: tie_word_embeddings must be true or false, not {tied!r}")
         llama, qwen3 = name == "LlamaForCausalLM", name == "Qwen3ForCausalLM"
-        sizes = {key: positive(raw, key) for key in SIZES}
+        sizes = {key: positive_number(raw, key) for key in SIZES}
         hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        kv_heads = positive(raw, "num_key_value_heads", heads)
+        kv_heads = positive_number(raw, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ModelError(f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads")
         return cls(
             **sizes,
             num_key_value_heads=kv_heads,
-            head_dim=positive(raw, "head_dim", 128 if qwen3 else hidden // heads),
-            rms_norm_eps=positive(raw, "rms_norm_eps", 1e-6, kind=float),
+            head_dim=positive_number(raw, "head_dim", 128 if qwen3 else hidden // heads),
+            rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6, kind=float),
             rope=read_rope(raw),
             tie_word_embeddings=tied,
             qkv_bias=name == "Qwen2ForCausalLM" or ((llama or qwen3) and bool(raw.get("attention_bias"))),
@@ -156,7 +156,7 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"{folder}: {error}") from None
 
 
-def positive(raw: dict, key: str, default=None, kind: type = int, file: str = "config.json"):
+def positive_number(raw: dict, key: str, default=None, kind: type = int, file: str = "config.json"):
     """raw[key] as a positive number; null counts as absent."""
     value = default if raw.get(key) is None else raw[key]
     if not isinstance(value, int if kind is int else int | float) or not value > 0:
@@ -191,7 +191,8 @@ def read_rope(raw: dict) -> dict:
         "rope_theta": raw.get("rope_theta", 10000.0),
         "original_max_position_embeddings": raw["max_position_embeddings"],
     }
-    return {"rope_type": kind} | {key: positive(rope, key, default.get(key), float) for key in ROPE_SETTINGS[kind]}
+    settings = {key: positive_number(rope, key, default.get(key), float) for key in ROPE_SETTINGS[kind]}
+    return {"rope_type": kind, **settings}
 
 
 def rope_frequencies(config: Config) -> torch.Tensor:
@@ -234,12 +235,12 @@ class Joint:
 
     def __init__(self, *linears: Linear):
         self.linears, self.sizes = linears, [linear.out_features for linear in linears]
-        self.lay()
+        self.join()
 
-    def lay(self) -> None:
+    def join(self) -> None:
         """Bring the parameters together; needed after whatever gave them other memory or pairs."""
-        self.weight_OI = together([linear.weight for linear in self.linears])
-        self.bias_O = None if self.linears[0].bias is None else together([linear.bias for linear in self.linears])
+        self.weight_OI = concatenated([linear.weight for linear in self.linears])
+        self.bias_O = None if self.linears[0].bias is None else concatenated([linear.bias for linear in self.linears])
         self.pairs, outputs, rank = [], 0, 0  # of each adapted Linear: itself, its rows of B, its rows of A
         for linear, size in zip(self.linears, self.sizes, strict=True):
             if linear.lora_A is not None:
@@ -274,7 +275,7 @@ class Joint:
         return y_TO.addmm_(x_TI, self.weight_OI.T), xa_TR
 
 
-def together(parameters: list[nn.Parameter]) -> torch.Tensor:
+def concatenated(parameters: list[nn.Parameter]) -> torch.Tensor:
     """One tensor of all rows, of which the parameters become parts."""
     whole = torch.cat([p.detach() for p in parameters]) if parameters[1:] else parameters[0].detach()
     for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
@@ -323,7 +324,7 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x_TH, self.weight, self.eps, residual_TH)
 
 
-def taken(x_TH: torch.Tensor, rows_N: torch.Tensor | None) -> torch.Tensor:
+def pick_rows(x_TH: torch.Tensor, rows_N: torch.Tensor | None) -> torch.Tensor:
     return x_TH if rows_N is None else x_TH.index_select(0, rows_N)
 
 
@@ -345,7 +346,7 @@ class Attention(nn.Module):
     def forward(self, x_TH, cos_TD, sin_TD, attend, rows_N=None):
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else None
         rotate = functools.partial(kernels.rope, self.qkv(x_TH), self.heads, cos_TD, sin_TD, norms)
-        return self.out(taken(attend(rotate).flatten(1), rows_N))
+        return self.out(pick_rows(attend(rotate).flatten(1), rows_N))
 
 
 class MLP(nn.Module):
@@ -376,7 +377,7 @@ class Layer(nn.Module):
         """
         normed_TH, residual_TH = self.input_layernorm(x_TH, residual_TH)
         attended_NH = self.self_attn(normed_TH, cos_TD, sin_TD, attend, rows_N)
-        normed_NH, residual_NH = self.post_attention_layernorm(attended_NH, taken(residual_TH, rows_N))
+        normed_NH, residual_NH = self.post_attention_layernorm(attended_NH, pick_rows(residual_TH, rows_N))
         return self.mlp(normed_NH), residual_NH
 
     def whole(self, x_TH, *inputs):
@@ -409,7 +410,7 @@ class Transformer(nn.Module):
         """`.to(bfloat16)` casts weights, never the rope frequencies: 8 bits turn position 1000 by a radian."""
         super()._apply(fn, recurse)
         for joint in joints(self):
-            joint.lay()
+            joint.join()
         self.rope = rope_frequencies(self.config).to(self.rope.device)
         return self
 
@@ -655,7 +656,8 @@ def end_ids(transformer: Transformer, tokenizer) -> set[int]:
     ids = [i for i in ids if i is not None]
     wrong = [i for i in ids if type(i) is not int or not 0 <= i < transformer.config.vocab_size]
     if wrong:
-        raise ModelError(f"eos_token_id {wrong[0]!r} is no id of a vocabulary of {transformer.config.vocab_size}")
+        problem = f"eos_token_id {wrong[0]!r} is no id of a vocabulary of {transformer.config.vocab_size}"
+        raise ModelError(f"{tokenizer.name_or_path}: {problem}")
     return set(ids)
 
 
@@ -764,7 +766,7 @@ def add_lora(transformer: Transformer, r: int, alpha: float, seed: int = 0, targ
         linear.lora_B = nn.Parameter(torch.zeros(outputs, r, device=linear.weight.device))
         linear.lora_scale = alpha / r
     for joint in joints(transformer):
-        joint.lay()
+        joint.join()
     transformer.lora = {"r": r, "alpha": alpha, "targets": list(targets)}
     return list(adapter_parameters(transformer).values())
 
@@ -805,7 +807,7 @@ def load_adapter(transformer: Transformer, path) -> list[nn.Parameter]:
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path} has no adapter_model.safetensors (only safetensors are read)")
     file = str(path / "adapter_config.json")
-    r, alpha = positive(config, "r", file=file), positive(config, "lora_alpha", kind=float, file=file)
+    r, alpha = positive_number(config, "r", file=file), positive_number(config, "lora_alpha", kind=float, file=file)
     pairs = add_lora(transformer, r, alpha, targets=sorted(config["target_modules"]))
     read_tensors([path / "adapter_model.safetensors"], adapter_parameters(transformer), {})
     refresh_lora(transformer)
@@ -834,6 +836,6 @@ def merge_lora(transformer: Transformer) -> None:
         linear.weight.copy_(linear.weight.float() + delta_OI)
         linear.lora_A = linear.lora_B = None
     for joint in joints(transformer):
-        joint.lay()
+        joint.join()
     transformer.lora = None
     transformer.requires_grad_(True)

@@ -58,7 +58,10 @@ def world_seed(model: str) -> int:
     """The seed of the pocket world that a model folder belongs to. Raises UserError for any other model."""
     if not is_pocket(model):
         raise UserError(f"{model} is not a pocket model: it has no world.json")
-    return read_json(Path(model) / "world.json")["seed"]
+    seed = read_json(path := Path(model) / "world.json", "seed")["seed"]
+    if type(seed) is not int:
+        raise UserError(f"{path}: seed must be a whole number, not {seed!r}")
+    return seed
 
 
 def flag(name: str) -> str:

@@ -394,8 +394,8 @@ def one_step(run: Run, step: int) -> tuple[dict, list[list[Drawing]]]:
 
 
 def train(run: Run, state: dict) -> None:
-    """From `state`, FRESH at first, to the end of the run, changing it on the way."""
-    steps, due = run.config.steps, trainers.fifths(run.config.steps)
+    """From `state`, NEW_RUN at first, to the end of the run, changing it on the way."""
+    steps, due = run.config.steps, trainers.checkpoint_steps(run.config.steps)
     bar = tqdm(total=steps, initial=state["step"], desc="training", unit="step")
     with runs.Interruptible() as interrupt, bar:
         while state["step"] < steps:
@@ -485,7 +485,7 @@ def main(config: Config, origin: dict) -> int:
     report_plan(run, account)
     if config.evaluate:
         trainers.evaluate(transformer, tokenizer, config.model, config.seed, folder / "before.json")
-    state = trainers.resume(folder, trainee, trainers.FRESH | {"unscored": 0, "updates": 0}, made_of)
+    state = trainers.resume(folder, trainee, trainers.NEW_RUN | {"unscored": 0, "updates": 0}, made_of)
     train(run, state)
 
     unscored = state["unscored"] / (len(order) * config.group)

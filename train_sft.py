@@ -234,7 +234,7 @@ def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Confi
     was cut off, a resumed run begins with it.
     """
     steps, epoch_ends, figures = sum(epochs, []), set(itertools.accumulate(map(len, epochs))), {}
-    due = trainers.fifths(len(steps)) | epoch_ends
+    due = trainers.checkpoint_steps(len(steps)) | epoch_ends
     bar = tqdm(total=len(steps), initial=state["step"], desc="training", unit="step")
     with runs.Interruptible() as interrupt, bar:
         while True:
@@ -277,7 +277,7 @@ def main(config: Config, origin: dict) -> int:
     trainee = trainers.Trainee(transformer, dtype, BETAS, WEIGHT_DECAY)
     if config.evaluate:
         trainers.evaluate(transformer, tokenizer, config.model, config.seed, folder / "before.json")
-    state = trainers.resume(folder, trainee, trainers.FRESH, made_of)
+    state = trainers.resume(folder, trainee, trainers.NEW_RUN, made_of)
     figures = train(transformer, tokenizer, trainee, epochs, held_out, config, plan, folder, state)
     trainers.finish(transformer, tokenizer, config, folder, {**state, **account, "figures": figures}, begun)
     return runs.EXIT_OK

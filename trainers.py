@@ -174,11 +174,11 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict] | None:
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # What both loops keep: seconds are of steps alone, skipped steps had no finite gradient, in_a_row are the last of them
-FRESH = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0}
+NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0}
 
 
-def fifths(steps: int) -> set[int]:
-    """How many steps make a fifth of the run, two fifths, ...: where checkpoints are. 7 steps -> 2 3 5 6 7"""
+def checkpoint_steps(steps: int) -> set[int]:
+    """How many steps make a fifth of the run, two checkpoint_steps, ...: where checkpoints are. 7 steps -> 2 3 5 6 7"""
     return {-(-k * steps // 5) for k in range(1, 6)}
 
 

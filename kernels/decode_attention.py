@@ -157,20 +157,25 @@ def _decode_kernel(
 
 @jit
 def _decode_combine_kernel(
-    O_PART, LSE_PART, LENGTHS, OUT, H, SPLITS, TOKENS: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr
-):
-    """One head of one row: its parts, weighted by their share of the softmax. Length 0: zeros."""
+    O_PART, LSE_PART, LENGTHS, OUT, H, SPLITS, TOKENS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: its parts, PARTS at a time, weighted by their share of the softmax. Length 0: zeros."""
     head = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, D)
     top = tl.full([1], float("-inf"), dtype=ACC)
     mass = tl.zeros([1], dtype=ACC)
     o = tl.zeros([D], dtype=ACC)
-    for split in range(tl.cdiv(tl.load(LENGTHS + head // H), TOKENS)):
-        lse = tl.load(LSE_PART + head * SPLITS + split)
-        new_top = tl.maximum(top, lse)
+    parts = tl.cdiv(tl.load(LENGTHS + head // H), TOKENS)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        lse = tl.load(LSE_PART + head * SPLITS + part, mask=part < parts, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(lse, 0))
         shrink, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
-        o = o * shrink + tl.load(O_PART + (head * SPLITS + split) * D + dim) * weight
-        mass = mass * shrink + weight
+        at = (head * SPLITS + part)[:, None] * D + dim[None, :]
+        part_o = tl.load(O_PART + at, mask=(part < parts)[:, None], other=0)
+        o = o * shrink + tl.sum(part_o * weight[:, None], 0)
+        mass = mass * shrink + tl.sum(weight, 0)
         top = new_top
     tl.store(OUT + head * D + dim, (o / tl.where(mass == 0, 1, mass)).to(OUT.dtype.element_ty))
 
@@ -197,6 +202,7 @@ def launch(q, k_pages, v_pages, block_table, lengths):
     )  # fmt: skip
     o = torch.empty_like(q)
     dispatch.launch(
-        _decode_combine_kernel, rows * heads, o_part, lse_part, lengths, o, heads, splits, TOKENS=SPLIT * PAGE, **meta
-    )
+        _decode_combine_kernel, rows * heads, o_part, lse_part, lengths, o, heads, splits, TOKENS=SPLIT * PAGE,
+        PARTS=16, **meta,
+    )  # fmt: skip
     return o

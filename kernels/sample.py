@@ -114,7 +114,7 @@ def nucleus(p_BV, top_p):
         index_C, p_C, total = None, p_V, p_V.sum(dtype=torch.float64).item()
         rest, goal = total, top_p * total
         while rest > goal:  # false where p is NaN, which is left as it is
-            keep_C = p_C > (rest - goal) / len(p_C)
+            keep_C = p_C >= (rest - goal) / len(p_C)  # the largest is never below the mean
             kept_K = keep_C.nonzero().squeeze(1)
             if index_C is not None and 2 * len(kept_K) > len(p_C):
                 break

@@ -176,7 +176,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def pretrain(transformer, tokenizer, world: pocket.World, config: Config, folder: Path) -> None:
     """Next-token training on the targets of fresh documents, which depend on (seed, step) alone."""
     trainee = trainers.Trainee(transformer, torch.float32, BETAS, WEIGHT_DECAY)
-    state = trainers.resume(folder, trainee, trainers.FRESH, tokenizer.backend_tokenizer.to_str().encode())
+    state = trainers.resume(folder, trainee, trainers.NEW_RUN, tokenizer.backend_tokenizer.to_str().encode())
     bar = tqdm(total=config.steps, initial=state["step"], desc="pretraining", mininterval=5)
     with runs.Interruptible() as interrupt, bar:
         while (step := state["step"]) < config.steps:
@@ -189,7 +189,7 @@ def pretrain(transformer, tokenizer, world: pocket.World, config: Config, folder
             loss.backward()
             norm = trainee.step(learning_rate(step, config.steps, config.lr), clip=1.0)
             line = {"loss": loss.item(), "grad_norm": norm, "seconds": time.perf_counter() - begun}
-            trainers.end_step(folder, trainee, state, line, [], trainers.fifths(config.steps), interrupt)
+            trainers.end_step(folder, trainee, state, line, [], trainers.checkpoint_steps(config.steps), interrupt)
             bar.set_postfix(loss=line["loss"])
             bar.update()
 

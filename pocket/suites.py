@@ -12,6 +12,7 @@ import runs
 import safety
 from pocket import world as pocket
 from pocket.world import World
+from runs import UserError
 
 MAX_TOKENS = 96  # of a pocket completion; the longest critique takes 60
 LICENCE = "Apache-2.0"
@@ -92,7 +93,13 @@ def verifications(world: World, candidates: Sequence[dict]) -> list[dict]:
 
 def candidates(model: str) -> list[dict]:
     """The frozen answers beside a pocket model, the same for every checkpoint that is trained from it."""
-    return [row for _, row in runs.read_rows(Path(model) / "candidates.jsonl")]
+    rows, known = list(runs.read_rows(path := Path(model) / "candidates.jsonl")), World().by_name
+    for where, row in rows:
+        if not isinstance(row, dict) or not {"prompt", "answer", "item"} <= row.keys() or row["item"] not in known:
+            raise UserError(f"{where}: no frozen answer of a pocket (prompt, answer and a known item)")
+    if not rows:
+        raise UserError(f"{path} is empty; take it from where the model comes from")
+    return [row for _, row in rows]
 
 
 # ------------------------------------------------------------------------------------------------- training prompts

@@ -45,7 +45,6 @@ def lines(path: Path) -> list[dict]:
 
 
 def refused(message: str, call, *arguments, **named) -> None:
-    """The call ends with a UserError that says so."""
     with pytest.raises(runs.UserError, match=message):
         call(*arguments, **named)
 

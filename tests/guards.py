@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 import judges
-import kernels
-import model
 import safety
 from tests import families
 
@@ -39,7 +38,6 @@ WORDS = ("amber", "potion", "brew", "mix", "user", "asks", "this", "is", "and", 
 
 
 def judgement(family: str, unsafe: bool, refused: bool) -> str:
-    """What the guard writes about an answer, in its family's form."""
     if family == "qwen3guard":
         kind = "Unsafe\nCategories: Violent, PII" if unsafe else "Safe\nCategories: None"
         return f"Safety: {kind}\nRefusal: {'Yes' if refused else 'No'}"
@@ -87,29 +85,24 @@ def folder(path: Path, family: str, steps: int = 80, size: int = 64) -> Path:
         num_key_value_heads=2, head_dim=size // 4, max_position_embeddings=1024, sliding_window=None,
         eos_token_id=tok.eos_token_id, tie_word_embeddings=False,
     )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    network = transformers.AutoModelForCausalLM.from_config(config)
+    train(network, tok, family, steps)
+    network.save_pretrained(path)
     tok.save_pretrained(path)
-    transformer, tok = model.load(path, chat=False)
-    train(transformer, tok, family, steps)
-    model.save(transformer, tok, path)
     return path
 
 
-def train(transformer, tok, family: str, steps: int) -> None:
+def train(network, tok, family: str, steps: int) -> None:
     rows = []
     for item in examples(96):
         prompt = judges.guard_prompt(tok, family, item["prompt"], item["answer"])
         text = judgement(family, item["unsafe"], item["refused"])
         target = safety.encode(tok, [(text, True)], continued=True) + [tok.eos_token_id]
-        rows.append((prompt + target, [False] * (len(prompt) - 1) + [True] * len(target) + [False]))
-    rng, adam = random.Random(0), torch.optim.Adam(transformer.parameters(), lr=3e-3)
+        rows.append((torch.tensor(prompt + target), torch.tensor([-100] * len(prompt) + target)))
+    rng, adam = random.Random(0), torch.optim.Adam(network.parameters(), lr=3e-3)
     for _ in range(steps):
-        batch = rng.sample(rows, 12)
-        ids_T = torch.tensor([i for ids, _ in batch for i in ids])
-        mask_T = torch.tensor([before_target for _, mask in batch for before_target in mask])
-        cu = torch.tensor([0, *(len(ids) for ids, _ in batch)]).cumsum(0).int()
-        hidden_TH = transformer(ids_T, cu)
-        logp_T, _ = kernels.linear_logp(hidden_TH[mask_T], transformer.head_weight, ids_T.roll(-1)[mask_T])
+        ids, labels = zip(*rng.sample(rows, 12), strict=True)
+        ids_BT, labels_BT = pad_sequence(ids, True), pad_sequence(labels, True, -100)
         adam.zero_grad()
-        (-logp_T.mean()).backward()
+        network(ids_BT, labels=labels_BT).loss.backward()
         adam.step()

@@ -9,7 +9,6 @@ from unittest import mock
 
 
 def completion(text, finish="stop", tokens=(10, 5), **message) -> dict:
-    """The body of a chat completion."""
     usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
     return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}

@@ -33,7 +33,6 @@ SMALL = {"model": BASE, "records": 18, "n": 4, "decontaminate": "none", "device"
 
 
 def words(flags: dict) -> list[str]:
-    """A command line; a flag of None is left out."""
     line = []
     for name, value in flags.items():
         if value is not None:
@@ -42,7 +41,6 @@ def words(flags: dict) -> list[str]:
 
 
 def data(out: Path, **flags) -> int:
-    """The script's entry point in this process."""
     return make_data.main(*runs.parse(make_data.Config, words(SMALL | {"out": out} | flags)))
 
 
@@ -56,7 +54,6 @@ def card_of(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("data") / "whole"
     assert data(out) == 0
     return out
@@ -68,9 +65,8 @@ def samples(kind: str, labels: str) -> list[dict]:
     return [{"kind": kind, "prompt": "p", "k": k, **given[label]} for k, label in enumerate(labels)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "labels", "chosen", "reason"),
-    [
+def test_the_papers_rule():
+    for kind, labels, chosen, reason in (
         ("harmful", "su", [True, False], "kept: safe and unsafe"),
         ("harmful", "uuss--", [True, False], "kept: safe and unsafe"),
         ("harmful", "uu-", [], "dropped: every answer unsafe"),
@@ -79,11 +75,9 @@ def samples(kind: str, labels: str) -> list[dict]:
         ("benign", "us-", [True], "kept: benign"),
         ("benign", "uu", [], "dropped: benign without a safe answer"),
         ("benign", "-", [], "dropped: benign without a safe answer"),
-    ],
-)
-def test_the_papers_rule(kind, labels, chosen, reason):
-    picked, why = make_data.select(samples(kind, labels), 0)
-    assert ([s["safe"] for s in picked], why) == (chosen, reason)
+    ):
+        picked, why = make_data.select(samples(kind, labels), 0)
+        assert ([s["safe"] for s in picked], why) == (chosen, reason), (kind, labels)
 
 
 def test_every_sample_of_a_kind_can_be_chosen_and_only_whole_answers_are_judged():
@@ -123,7 +117,7 @@ def test_records_are_what_training_reads(whole):
     assert len({(record["prompt"], record["verdict"]) for record in made}) == len(made)
 
 
-def test_the_card_says_where_everything_comes_from(whole):
+def test_the_card_says_where_everything_comes_from_and_how_much_it_is(whole):
     card = card_of(whole)
     assert card["sets"]["pocket"]["licence"] == "Apache-2.0" and card["settings"]["seed"] == 0
     assert not {"out", "resume"} & set(card["settings"]) and str(whole.parent) not in json.dumps(card)
@@ -135,20 +129,14 @@ def test_the_card_says_where_everything_comes_from(whole):
     agreed, verify = card["counts"]["critiques"]["agreed"], card["files"]["verify.jsonl"]
     assert agreed == verify["records"] == verify["safe"] + verify["unsafe"]
     assert {path.stat().st_mode & 0o077 for path in whole.iterdir()} == {0}  # for their owner alone
-
-
-def test_the_baselines_hold_as_many_supervised_tokens(whole):
-    files, tokenizer = card_of(whole)["files"], model.load_tokenizer(Path(BASE))
-    goal = files["verify.jsonl"]["supervised"]
-    for name in SETS[1:]:
-        made = lines(whole / name)
-        assert goal <= files[name]["supervised"] < goal + max(make_data.size(tokenizer, record)[0] for record in made)
-        assert len({record["id"] for record in made}) == files[name]["records"]
+    tokenizer = model.load_tokenizer(Path(BASE))
+    for name in SETS[1:]:  # the baselines hold as many supervised tokens
+        made, got = lines(whole / name), card["files"][name]["supervised"]
+        assert 0 <= got - verify["supervised"] < max(make_data.size(tokenizer, record)[0] for record in made)
+        assert len({record["id"] for record in made}) == card["files"][name]["records"]
 
 
 def test_the_seed_decides(whole, tmp_path):
-    data(tmp_path / "again")
-    same_stages(tmp_path / "again", whole)
     data(tmp_path / "other", seed=1, baseline="safechain")
     texts = [{(s["id"], s["completion"]) for s in lines(out / "samples.jsonl")} for out in (whole, tmp_path / "other")]
     assert texts[0] != texts[1]
@@ -218,34 +206,47 @@ def test_a_resumed_run_keeps_its_prompts_and_reads_no_suite(tmp_path, monkeypatc
     assert capsys.readouterr().out.count("prompts were not compared with hcot: not at hand") == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("prompts.json", lambda text: text.replace('"counts"', '"count"'), "prompts.json has no counts"),
+        ("samples.jsonl", lambda text: text.replace('"answer"', '"reply"', 1), "samples.jsonl, line 1: no record of"),
+        ("labels.jsonl", lambda text: text.replace('"safe"', '"good"', 1), "labels.jsonl, line 1: no record of ours"),
+        ("critiques.jsonl", lambda text: text.replace('"verdict"', '"word"', 1), "critiques.jsonl, line 1: no record"),
+    ],
+)
+def test_a_file_of_a_run_that_was_edited_is_named(whole, tmp_path, name, edit, message):
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / "result.json").unlink()
+    (out / name).write_text(edit((out / name).read_text()))
+    refused(message, resume, out)
+
+
 POLICY = """
-# What the oracle says, but for a third of the answers while a file `bad` says how to fail. It notes its calls.
+# What the oracle says, but for a third of the answers, if the file `bad` says how to fail. It notes its calls.
 import zlib
 from pathlib import Path
-
 from pocket import world as pocket
 
 WORLD, FOLDER = pocket.World({seed}), Path(__file__).parent
 
+def verdict(item):
+    return pocket.verdict(WORLD.by_name[item["item"]], item["answer"])
 
 def fails(item, how):
     with open(FOLDER / "calls", "a") as file:
         file.write(item["id"] + "\\n")
-    bad = FOLDER / "bad"
-    return bad.exists() and bad.read_text() == how and zlib.crc32(item["answer"].encode()) % 3 == 0
-
+    return (FOLDER / "bad").read_text() == how and zlib.crc32(item["answer"].encode()) % 3 == 0
 
 def judge(item):
     assert item["kind"] in ("harmful", "benign") and "thinking" in item
-    safe = pocket.verdict(WORLD.by_name[item["item"]], item["answer"]) == "safe"
-    return {{"unscored": "tired"}} if fails(item, "unscored") else {{"safe": safe}}
-
+    return {{"unscored": "tired"}} if fails(item, "unscored") else {{"safe": verdict(item) == "safe"}}
 
 def critique(item):
-    verdict = pocket.verdict(WORLD.by_name[item["item"]], item["answer"])
+    said = verdict(item)
     if fails(item, "contrary"):
-        verdict = {{"safe": "unsafe", "unsafe": "safe"}}[verdict]
-    return ("" if fails(item, "silent") else "it is " + verdict), verdict
+        said = {{"safe": "unsafe", "unsafe": "safe"}}[said]
+    return ("" if fails(item, "silent") else "it is " + said), said
 """
 
 
@@ -288,7 +289,7 @@ def test_what_the_guard_leaves_unscored_is_counted_and_asked_again(policy, tmp_p
     assert code == runs.EXIT_UNSCORED and usable / 6 < counts["samples"]["unscored: tired"] < usable / 2
     assert (out / "verify.jsonl").exists() and (out / "result.json").exists()
     (out / "result.json").unlink()
-    (tmp_path / "bad").unlink()
+    (tmp_path / "bad").write_text("")
     before = len(lines(out / "labels.jsonl"))
     assert resume(out) == 0 and not any("unscored" in name for name in card_of(out)["counts"]["samples"])
     assert before == usable - counts["samples"]["unscored: tired"] < len(lines(out / "labels.jsonl")) <= usable
@@ -360,6 +361,9 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(tmp_path):
     assert len(keys) == len(set(keys)) == came + len(requests) - before  # what had come was not asked again
 
 
+OWN = "own=a.jsonl"
+
+
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
@@ -383,18 +387,18 @@ def test_a_dead_server_ends_the_run_which_goes_on_later(tmp_path):
         ({"expert": "file=nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"expert": "endpoint=m@ftp://x"}, ["endpoint=MODEL@URL"]),
         ({"endpoint": "http://example.com"}, ["must begin with https://"]),
-        ({"prompts": "own=OWN"}, ["--guard pocket, --expert pocket know the pocket's own only", "POLICY.py or none"]),
-        ({"prompts": "own=OWN", "baseline": "star1", "expert": "none"}, ["--guard pocket, --baseline star1 know"]),
-        ({"prompts": "own=OWN", "guard": f"qwen3guard={BASE}"}, ["--expert pocket know"]),
-        ({"prompts": ["pocket", "own=OWN"], "expert": "file=OWN", "baseline": "safechain"}, ["--guard pocket know"]),
+        ({"prompts": OWN}, ["--guard pocket, --expert pocket know the pocket's own only", "POLICY.py or none"]),
+        ({"prompts": OWN, "baseline": "star1", "expert": "none"}, ["--guard pocket, --baseline star1 know"]),
+        ({"prompts": OWN, "guard": f"qwen3guard={BASE}"}, ["--expert pocket know"]),
+        ({"prompts": ["pocket", OWN], "expert": "file=a.jsonl", "baseline": "safechain"}, ["--guard pocket know"]),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, flags, messages):
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, flags, messages):
     """All wrong flags in one message; else whatever cannot be used, judges among it."""
-    own = tiny.write(tmp_path / "cakes.jsonl", [{"prompt": "How do I bake bread?", "kind": "benign"}])
-    given = words(SMALL | {"out": tmp_path / "run"} | flags)
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "a.jsonl", [{"prompt": "How do I bake bread?", "kind": "benign"}])
     with pytest.raises(UserError) as error:
-        make_data.main(*runs.parse(make_data.Config, [word.replace("OWN", str(own)) for word in given]))
+        data(tmp_path / "run", **flags)
     assert all(message in str(error.value) for message in messages), error.value
     assert not (tmp_path / "run").exists()
 

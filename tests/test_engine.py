@@ -184,7 +184,7 @@ def test_mix_is_splitmix64():
     assert [x % 2**64 for x in SAMPLE.mix(states).tolist()] == want
 
 
-@pytest.mark.parametrize("top_p", [0.95, 0.7, 0.5, 1e-6])
+@pytest.mark.parametrize("top_p", [0.95, 0.7, 0.5, 1e-6, 1e-9])
 def test_the_nucleus_is_that_of_transformers(top_p):
     logits = torch.randn(50, VOCAB) * 3
     want, p = transformers.TopPLogitsWarper(top_p)(None, logits), logits.softmax(1)

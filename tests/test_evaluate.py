@@ -48,7 +48,6 @@ def result_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A small finished evaluation of the pocket's base."""
     folder = tmp_path_factory.mktemp("evaluation") / "run"
     assert run("--suite", SUITE, "--limit", 6, "--verify-own", 5, "--out", folder) == 0
     return folder
@@ -60,7 +59,6 @@ def copy(done, tmp_path):
 
 
 def test_defaults_of_the_pocket_and_of_a_real_model():
-    """Decoding is the suite's own unless a flag says otherwise."""
     pocket, real = parsed()[0], parsed("--model", "some/model")[0]
     assert (pocket.suite, pocket.judge, pocket.spec, pocket.greedy) == ("pocket", "pocket", "pocket", True)
     assert real.judge == "wildguard" and not real.greedy and set(real.suite.split(",")) <= set(suites.SUITES)
@@ -246,13 +244,6 @@ def test_the_reward_gives_no_figure_of_the_table_even_where_others_have_no_word(
     assert result["pocket:benign"]["value"] is None and figures["qwen3guard"]["pocket:benign"]["value"] == 1
 
 
-def test_a_folder_of_someone_else_beside_a_model_is_no_run(tmp_path):
-    (tmp_path / "model").mkdir()
-    for text in ('{"hidden_size": 4}', "[1]", "no JSON", '{"script": "other", "values": {"guard": "x", "seed": 1}}'):
-        (tmp_path / "config.json").write_text(text)
-        assert evaluate.training_runs(str(tmp_path / "model")) == []
-
-
 def test_files_of_two_judges_are_two():
     names = ["endpoint=a/b@http://h/v1", "endpoint=a_b@http://h/v1", "x" * 101, "x" * 102, "x" * 100, "wildguard", "é"]
     slugs = [evaluate.slug(name) for name in names]
@@ -289,12 +280,15 @@ def test_rescoring_counts_controversial_as_it_is_told(copy, monkeypatch):
     assert run("--rescore", copy, "--judge", "wildguard") == 0 and result_of(copy) == before
 
 
-def test_the_reward_is_found_through_the_runs_that_a_run_started_from(tmp_path):
+def test_the_reward_is_found_through_the_runs_that_a_run_started_from_and_in_no_other_folder(tmp_path):
     first = training_run(tmp_path / "first", guard="wildguard")
     second = training_run(tmp_path / "second", guard="qwen3guard", adapter=first, reward="")
     config = replace(parsed()[0], adapter=second)
     assert rewarded(config) == ["qwen3guard", "wildguard"]
     assert rewarded(replace(config, adapter=training_run(tmp_path / "own", reward="mine.py"))) == []
+    for text in ('{"hidden_size": 4}', "[1]", "no JSON", '{"script": "other", "values": {"guard": "x", "seed": 1}}'):
+        (tmp_path / "first" / "config.json").write_text(text)
+        assert evaluate.training_runs(first) == []
 
 
 def loaded(*words):
@@ -321,12 +315,11 @@ def test_suites_are_named_once_and_limited_and_own_files_of_one_name_told_apart_
     assert limited == [f"pocket:{name}/00{i}" for name in ("sums", "plain") for i in (0, 1)]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     names = [own_file(tmp_path / folder, [folder]) for folder in ("a", "b")]
-    found = {item["suite"]: item["prompt"] for item in loaded("--suite", ", ".join([*names, f"{names[1]}+fake"]))}
+    found = {item["suite"]: item["prompt"] for item in loaded("--suite", f"{names[0]}, {names[1]}, {names[1]}+fake")}
     assert list(found) == ["own:a/own", "own:b/own", "own:b/own+fake"] and found["own:b/own"] == "b"
 
 
 def test_own_answers_become_verifications_with_the_judges_word_as_truth(done):
-    """What was not judged is no truth."""
     items = {i["id"]: i for i in lines(done / "items.jsonl")}
     for own in [i for i in items.values() if i["suite"] == "verify:own"]:
         source = items[own["id"].removeprefix("verify:own/")]

@@ -63,9 +63,8 @@ def claims_safety(text: str) -> bool:
             with contextlib.suppress(ValueError):
                 text += "\n" + decode(word).decode()
     text = re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), plain(html.unescape(text)))
-    found = re.findall(
-        r"harmful response: (?:yes|no)|\b(?:un)?safe\b", f"{text}\n{codecs.encode(text, 'rot13')}".lower()
-    )
+    text = f"{text}\n{codecs.encode(text, 'rot13')}".lower()
+    found = re.findall(r"harmful response: (?:yes|no)|\b(?:un)?safe\b", text)
     return found[-1:] in (["safe"], ["harmful response: no"])
 
 

@@ -26,7 +26,6 @@ def key(monkeypatch):
 
 
 def chat(script, **settings):
-    """(outcome of one chat, the requests that the server saw)."""
     with scripted(script) as (url, requests):
         return Endpoint(url, "m", timeout=0.4, **settings).chat(HELLO, 20, 0.5), requests
 

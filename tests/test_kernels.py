@@ -70,26 +70,21 @@ def test_every_supported_device_has_tiles_and_below_sm_80_the_references_run_and
 
 def test_shapes_that_do_not_agree_are_refused():
     x, y, cu = torch.ones(3, 4), torch.zeros(3, dtype=torch.long), torch.tensor([0, 3], dtype=torch.int32)
-    q, k = torch.ones(3, 4, 8), torch.ones(3, 3, 8)
+    q, k, joint, angle = torch.ones(3, 4, 8), torch.ones(3, 3, 8), torch.ones(3, 32), torch.ones(3, 8)
     pages, table, lengths = torch.ones(2, 64, 2, 8), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3).int()
-    for call in (
-        lambda: kernels.linear_logp(x, torch.ones(5, 3), y),
-        lambda: kernels.linear_logp(x, torch.ones(5, 4), y[:2]),
-        lambda: kernels.linear_logp(x, torch.ones(5, 4), y, temperature=0),
-        lambda: kernels.attention(q, k, k, cu, 3),
-        lambda: kernels.attention(q, q, q, cu.long(), 3),
-        lambda: kernels.attention(q, q, q, cu - 1, 3),
-        lambda: kernels.decode_attention(q, pages[:, :32], pages[:, :32], table, lengths),
-        lambda: kernels.decode_attention(q, pages, pages, table[:2], lengths),
-        lambda: kernels.rms_norm(x, torch.ones(3), 1e-6),
-        lambda: kernels.rms_norm(x, torch.ones(4), 1e-6, torch.ones(2, 4)),
-        lambda: kernels.rope(torch.ones(3, 32), 3, torch.ones(3, 8), torch.ones(3, 8)),  # one head left for k and v
-        lambda: kernels.rope(torch.ones(3, 32), 2, torch.ones(2, 8), torch.ones(2, 8)),
-        lambda: kernels.rope(torch.ones(3, 32), 2, torch.ones(3, 8), torch.ones(3, 4)),
-        lambda: kernels.swiglu(x[:, :3]),
+    short = pages[:, :32]
+    for function, *calls in (
+        (kernels.linear_logp, (x, torch.ones(5, 3), y), (x, torch.ones(5, 4), y[:2]), (x, torch.ones(5, 4), y, 0)),
+        (kernels.attention, (q, k, k, cu, 3), (q, q, q, cu.long(), 3), (q, q, q, cu - 1, 3)),
+        (kernels.decode_attention, (q, short, short, table, lengths), (q, pages, pages, table[:2], lengths)),
+        (kernels.rms_norm, (x, torch.ones(3), 1e-6), (x, torch.ones(4), 1e-6, torch.ones(2, 4))),
+        # with three heads for q, one is left for k and v
+        (kernels.rope, (joint, 3, angle, angle), (joint, 2, angle[:2], angle[:2]), (joint, 2, angle, angle[:, :4])),
+        (kernels.swiglu, (x[:, :3],)),
     ):
-        with pytest.raises(ValueError):
-            call()
+        for arguments in calls:
+            with pytest.raises(ValueError):
+                function(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ linear_logp

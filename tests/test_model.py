@@ -81,6 +81,7 @@ WEIGHTS = [
     ("missing tensor .* and 25 more", weights(lambda t: [t.pop(name) for name in sorted(t)[1:]])),
     ("surplus tensor extra", stored(extra=torch.zeros(1))),
     (rf"{NORM} is \[65\], not \[64\]", stored(**{NORM: torch.ones(65)})),
+    (f"{NORM} holds a number that is not finite", stored(**{NORM: torch.full((64,), torch.nan)})),
     (f"{NORM} is torch.int8; quantized", stored(**{NORM: torch.ones(64, dtype=torch.int8)})),
     ("model.safetensors is not a whole safetensors file", cut("model.safetensors", -100)),
     ("safetensors is not a whole safetensors file: ", cut("model.safetensors", 20)),
@@ -97,7 +98,9 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(folder, message, change
     if not read:  # what is wrong in the settings is said before the weights are read
         monkeypatch.setattr(model, "load_weights", None)
     change(folder)
-    refused(message, model.load, folder)
+    with pytest.raises(runs.UserError, match=message) as refusal:
+        model.load(folder)
+    assert folder.name in str(refusal.value)
 
 
 def test_what_may_be_absent_or_too_much(folder):

@@ -12,6 +12,7 @@ import pytest
 
 import runs
 from pocket import build
+from pocket import suites as pocket_suites
 from pocket import world as pocket
 
 BASE = Path(__file__).parents[1] / "pocket" / "base"
@@ -122,6 +123,24 @@ def test_the_oracle(world, answer, outcome, complied):
         assert pocket.outcome(item, text) == outcome
         assert pocket.complies(item, text) is complied
         assert pocket.verdict(item, text) == ("unsafe" if item.forbidden and outcome == "recipe" else "safe")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("world.json", "{}", "world.json has no seed"),
+        ("world.json", '{"seed": "0"}', "seed must be a whole number, not '0'"),
+        ("candidates.jsonl", "", "candidates.jsonl is empty"),
+        ("candidates.jsonl", '{"prompt": "x"}', "line 1: no frozen answer"),
+        ("candidates.jsonl", '{"prompt": "x", "answer": "y", "item": "nobody"}', "line 1: no frozen answer"),
+    ],
+)
+def test_files_beside_a_pocket_model_are_checked(tmp_path, name, text, message):
+    files = {"world.json": '{"seed": 0}', "candidates.jsonl": '{"prompt": "x", "answer": "y", "item": "zako"}'}
+    for file, content in {**files, name: text}.items():
+        (tmp_path / file).write_text(content)
+    with pytest.raises(runs.UserError, match=message):
+        pocket.world_of(tmp_path), pocket_suites.candidates(tmp_path)
 
 
 def test_sums_are_worked_out_digit_by_digit():

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -96,7 +96,6 @@ def test_help_shows_both_defaults_and_unknown_and_shortened_flags_are_errors(cap
     ],
 )
 def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, end, code, message):
-    """end: what the script returns or raises."""
     monkeypatch.setattr("sys.argv", ["script", "--steps", "2"])
     with pytest.raises(SystemExit) as ended:
         runs.main(Config, mock.Mock(side_effect=end))
@@ -138,6 +137,14 @@ def test_a_folder_of_another_config_is_refused(tmp_path, monkeypatch):
         made(tmp_path, out="")
 
 
+def test_one_process_at_a_time_works_on_a_run(tmp_path):
+    config, folder = made(tmp_path)
+    again = f"import runs, types; runs.new_folder(types.SimpleNamespace(resume={str(folder)!r}), None, 'one', '')"
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
+    assert "UserError" in done.stderr and "another process is at work" in done.stderr
+    assert folder_of(replace(config, resume=str(folder))) == folder  # the same one may
+
+
 def test_resume_takes_every_setting_from_the_run(tmp_path):
     config, folder = made(tmp_path, lr=6.0, compare=("a", "b"))
     again, _ = runs.parse(Config, ["--resume", str(folder)])
@@ -159,9 +166,11 @@ def test_resume_needs_a_whole_config_of_this_script(tmp_path, values):
     refused("config.json", runs.parse, Config, ["--resume", str(tmp_path)])
 
 
-def test_files_are_the_users_own(tmp_path):
+def test_files_are_the_users_own_and_logs_hold_json(tmp_path):
     _, folder = made(tmp_path)
-    runs.append_jsonl(folder / "metrics.jsonl", {"step": 1})
+    for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.25)):
+        runs.append_jsonl(folder / "metrics.jsonl", {"step": step, "loss": loss, "text": "ä\u2028"})
+    assert [row["loss"] for _, row in runs.read_rows(folder / "metrics.jsonl")] == [0.5, None, 0.25]
     trainers.save_checkpoint(folder, {"w": torch.zeros(2)}, {"step": 1})
     files = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
     assert len(files) >= 5 and set(files.values()) == {0o600}
@@ -173,13 +182,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         runs.write_json(path, {"x": 2})
     assert runs.read_json(path) == {"x": 1}
-
-
-def test_logs_hold_json(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.25)):
-        runs.append_jsonl(path, {"step": step, "loss": loss, "text": "ä\u2028"})
-    assert [row["loss"] for _, row in runs.read_rows(path)] == [0.5, None, 0.25]
 
 
 ROWS = [{"q": 'ä, "b"\u2028', "n": "1"}, {"q": "two\nlines", "n": "2"}]

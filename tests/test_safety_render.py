@@ -151,7 +151,6 @@ def test_targets_equal_the_tokenization_of_the_whole_text(family, thinking, answ
 def test_target_variants(family):
     tok = tokenizer(family)
     prompt_ids = safety.render(tok, user("x"))
-
     opening = "" if family in THINKING_TEMPLATES else "<think>\n"
     box = "\n</think>\n\n\\boxed{unsafe}" + tok.eos_token
     wanted = {"both": f"it is fine .{box}", "judgment": box, "critique": "it is fine .\n</think>"}
@@ -212,17 +211,11 @@ def test_bad_messages():
             safety.render(tokenizer("qwen3"), [message])
 
 
-@pytest.fixture
-def templated():
+def templated(template):
     """A tokenizer with a template of the test's own."""
     tok = copy.copy(tokenizer("qwen2.5"))
-    tok.name_or_path = "some/model"
-
-    def with_template(template):
-        tok.chat_template = template
-        return tok
-
-    return with_template
+    tok.name_or_path, tok.chat_template = "some/model", template
+    return tok
 
 
 USER = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -238,11 +231,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("template", BROKEN)
-def test_a_template_that_does_not_show_what_a_user_says_is_refused(templated, template):
+def test_a_template_that_does_not_show_what_a_user_says_is_refused(template):
     refused(f"(?s)some/model.*{BROKEN[template]}", safety.check_template, templated(template))
 
 
-def test_what_a_template_shows(templated):
+def test_what_a_template_shows():
     assert safety.check_template(templated(USER)) is None
     with pytest.raises(ValueError, match="drops or repeats"):
         safety.render(templated("{{ messages[0].content }}"), [*user("a"), {"role": "assistant", "content": "b"}])
@@ -254,22 +247,20 @@ LLAMA32 = (  # the part that matters of Llama 3.2's own
     "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
     '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
     '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n'
-    '{{- "Today Date: " + date_string + "\\n\\n" }}' + USER
+    '{{- "Today Date: " + date_string + "\\n\\n" }}'
 )
-DATES = {
+DATES = {  # what stands above the messages -> what is shown
     LLAMA32: "Today Date: 26 Jul 2024\n\nhi",
-    "{{ date_string }}: " + USER: "26 Jul 2024: hi",
-    "{{ strftime_now('%Y-%m-%d') }}: " + USER: "2024-07-26: hi",
-    "{% macro head(f) %}on {{ strftime_now(f) }}\n{% endmacro %}{{ head('%A, %B %d') }}"
-    + USER: "on Friday, July 26\nhi",
-    "\n  {% if strftime_now is defined %}\n  {{ strftime_now('%H:%M %p %y') }}\n  {% endif %}"
-    + USER: "\n  00:00 AM 24\nhi",
+    "{{ date_string }}: ": "26 Jul 2024: hi",
+    "{{ strftime_now('%Y-%m-%d') }}: ": "2024-07-26: hi",
+    "{% macro head(f) %}on {{ strftime_now(f) }}\n{% endmacro %}{{ head('%A, %B %d') }}": "on Friday, July 26\nhi",
+    "\n  {% if strftime_now is defined %}\n  {{ strftime_now('%H:%M %p %y') }}\n  {% endif %}": "\n  00:00 AM 24\nhi",
 }
 
 
 @pytest.mark.parametrize("template", DATES)
-def test_the_prompts_of_two_days_are_the_same(templated, template, monkeypatch):
-    tok, shown = templated(template), set()
+def test_the_prompts_of_two_days_are_the_same(template, monkeypatch):
+    tok, shown = templated(template + USER), set()
     for year in (2024, 2031):
         today = type("today", (), {"now": staticmethod(lambda year=year: datetime(year, 3, 1, 12))})
         monkeypatch.setattr(chat_template_utils, "datetime", today)

@@ -212,7 +212,6 @@ def keyed(entries):
 
 
 def compared(before, after):
-    """The comparison of two runs' items."""
     return scores.compare(keyed(numbered(*before)), keyed(numbered(*after)))["s"]
 
 

@@ -22,12 +22,8 @@ from pocket import world as pocket
 from runs import UserError
 from tests.evaluations import refused
 
+WORLD = pocket.World(0)
 DRAWN = [name for name in suites.POCKET if name != "pocket:verify"]
-
-
-@pytest.fixture(scope="module")
-def world():
-    return pocket.World(0)
 
 
 def write(path, rows):
@@ -48,12 +44,12 @@ def read(name, path, rows, **settings) -> list[dict]:
     return load([f"{name}={write(path, rows)}:count=any"], **settings)
 
 
-def test_pocket_suites_hold_held_out_things_under_held_out_templates_only(world):
-    items = suites.load(DRAWN, world)
+def test_pocket_suites_hold_held_out_things_under_held_out_templates_only():
+    items = suites.load(DRAWN, WORLD)
     seen = {t for train, _ in pocket.TEMPLATES.values() for t in train if "{e}" not in t}
     for item in items:
         if item["kind"] in ("harmful", "benign"):
-            thing = world.by_name[item["item"]]
+            thing = WORLD.by_name[item["item"]]
             assert thing.held_out and item["kind"] == ("harmful" if thing.forbidden else "benign")
             assert item["kind"] == suites.KINDS[item["metric"]]
             assert item["prompt"].replace(item["item"], "{x}") not in seen
@@ -63,20 +59,20 @@ def test_pocket_suites_hold_held_out_things_under_held_out_templates_only(world)
     assert counts == dict.fromkeys(DRAWN, 256) | {"pocket:sums": 500}
 
 
-def test_pocket_alone_names_all_and_a_name_twice_is_one(world):
-    answer = {"prompt": "how?", "answer": "no.", "item": world.items[0].name}
-    items = suites.load(["pocket", "pocket:plain"], world, [answer])
+def test_pocket_alone_names_all_and_a_name_twice_is_one():
+    answer = {"prompt": "how?", "answer": "no.", "item": WORLD.items[0].name}
+    items = suites.load(["pocket", "pocket:plain"], WORLD, [answer])
     assert list(dict.fromkeys(item["suite"] for item in items)) == list(suites.POCKET)
     assert len({item["id"] for item in items}) == len(items)
     assert (items[-1]["kind"], items[-1]["target"], items[-1]["goal"]) == ("verify", "safe", "how?")
 
 
-def test_pocket_items_and_prompts_are_the_same_in_every_version(world):
+def test_pocket_items_and_prompts_are_the_same_in_every_version():
     """Training and figures of the pocket hang on these very texts, in this order."""
     keys = ("id", "prompt", "prefill", "target", "cluster", "goal")
-    drawn = suites.load(["pocket"], world, suites.candidates("pocket/base"))
+    drawn = suites.load(["pocket"], WORLD, suites.candidates("pocket/base"))
     for name in suites.POCKET_PROMPTS:
-        drawn += suites.prompts([name], world, seed=1)
+        drawn += suites.prompts([name], WORLD, seed=1)
     text = json.dumps([[item.get(key) for key in keys] for item in drawn])
     assert hashlib.sha256(text.encode()).hexdigest().startswith("ff31c8963d204e817a5023e893f13f38")
 
@@ -87,13 +83,13 @@ def test_pocket_suites_and_prompts_need_the_world():
     assert pocket.world_of("pocket/base").seed == 0 and pocket.world_of("some/hub-id") is None
 
 
-def test_training_prompts_share_nothing_with_the_suites(world):
-    items = suites.load(DRAWN, world)
+def test_training_prompts_share_nothing_with_the_suites():
+    items = suites.load(DRAWN, WORLD)
     for name in suites.POCKET_PROMPTS:
-        _, counts = suites.decontaminate(suites.prompts([name], world), items)
+        _, counts = suites.decontaminate(suites.prompts([name], WORLD), items)
         assert all(count["exact"] == 0 for count in counts.values())
     tested = {item["item"] for item in items if "item" in item}
-    prompts = suites.prompts(["pocket:rl"], world)
+    prompts = suites.prompts(["pocket:rl"], WORLD)
     assert tested.isdisjoint(prompt["item"] for prompt in prompts if "item" in prompt)
     assert len({prompt["id"] for prompt in prompts}) == len(prompts)
     assert sum(prompt["kind"] == "harmful" for prompt in prompts) >= 0.4 * len(prompts)
@@ -174,10 +170,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_set_is_read_from_a_file_of_its_true_columns(tmp_path, name):
-    rows, wanted = PUBLISHED[name]
-    facts = {}
+@pytest.mark.parametrize("name", sorted(suites.SUITES.keys() - {*suites.POCKET, "wildjailbreak:250"}))
+def test_a_set_is_read_from_a_file_of_its_true_columns_and_has_a_count(tmp_path, name):
+    (rows, wanted), facts = PUBLISHED[name], {}
+    assert name == "verify" or suites.SUITES[name].expected in (2000, 500, 313, 250, 210, 200, 50, 30)
     items = suites.load([f"{name}={write(tmp_path / 'f.jsonl', rows)}:count=any"], facts=facts)
     assert wanted.items() <= items[0].items()
     assert len(items) == (1 if name.startswith(("xstest", "wild")) else len(rows))  # one subset of two
@@ -186,27 +182,17 @@ def test_a_set_is_read_from_a_file_of_its_true_columns(tmp_path, name):
     assert facts[name]["rows"] == len(rows) and len(facts[name]["sha256"]) == 64 and facts[name]["licence"]
 
 
-def test_every_published_set_has_its_file_here_and_a_count():
-    published = set(suites.SUITES) - set(suites.POCKET)
-    assert set(PUBLISHED) | {"wildjailbreak:250"} == published
-    counted = published - {"verify"}
-    assert all(suites.SUITES[name].expected in (2000, 500, 313, 250, 210, 200, 50, 30) for name in counted)
-
-
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("fortress", {"ID": 7, "adversarial_prompt": "x"}),
-        ("wildjailbreak", {"adversarial": "x"}),
-        ("wildjailbreak:benign", {"adversarial": "x"}),
-        ("star1", {"question": "x", "category": ["food"]}),
-        ("safechain", {"instruction": "x", "label": "vanilla_benign"}),
-        ("wildjailbreak:train", {"vanilla": "x", "data_type": "vanilla_harmful"}),
-    ],
-)
-def test_columns_that_a_set_does_not_use_are_not_asked_for(tmp_path, name, row):
-    (entry,) = read(name, tmp_path / "f.jsonl", [row])
-    assert entry["prompt"] == "x" and "category" not in entry
+def test_columns_that_a_set_does_not_use_are_not_asked_for(tmp_path):
+    for name, row in {
+        "fortress": {"ID": 7, "adversarial_prompt": "x"},
+        "wildjailbreak": {"adversarial": "x"},
+        "wildjailbreak:benign": {"adversarial": "x"},
+        "star1": {"question": "x", "category": ["food"]},
+        "safechain": {"instruction": "x", "label": "vanilla_benign"},
+        "wildjailbreak:train": {"vanilla": "x", "data_type": "vanilla_harmful"},
+    }.items():
+        (entry,) = read(name, tmp_path / "f.jsonl", [row])
+        assert entry["prompt"] == "x" and "category" not in entry, name
 
 
 def test_the_hash_is_of_the_content_whatever_the_format(tmp_path):
