@@ -199,7 +199,7 @@ def with_rules(config: Config, names: list[str], origin: dict) -> Config:
     if config.self_check:
         raise UserError(needed)
     if config.verify_own:
-        print(f"verify:own is left out; {needed}")
+        print(f"verify:own, where the model judges its own answers, is left out; {needed}")
     return replace(config, verify_own=0)
 
 

@@ -167,7 +167,8 @@ def main(config_class, run: Callable) -> None:
         print(f"error: {where}{error.strerror or error}; what was written is kept, --resume goes on", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; a run with checkpoints goes on with --resume RUN", file=sys.stderr)
+        folder = Path(LOCKS[-1].name).parent if LOCKS else "RUN"
+        print(f"interrupted; a run that has begun goes on with --resume {folder}", file=sys.stderr)
         code = 130
     sys.exit(code)
 
@@ -322,6 +323,7 @@ class Interruptible:
 
     def _request(self, number, frame):
         self.requested = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])  # a second Ctrl-C stops at once
 
     def __exit__(self, *exception):

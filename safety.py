@@ -68,9 +68,12 @@ def record_spec(record: dict) -> Spec:
     name, meta = record["spec"], record.get("meta", {})
     if not isinstance(meta, dict):
         raise UserError("meta is not an object")
-    if "spec_sha256" not in meta and name not in shipped_specs():
-        raise UserError(f"no spec named {name!r} is shipped; a file counts with its text's hash in meta.spec_sha256")
     spec = load_spec(name)
+    if "spec_sha256" not in meta and name not in shipped_specs():
+        needed = json.dumps({"meta": {"spec_sha256": spec.sha256}})
+        raise UserError(
+            f"no spec named {name!r} is shipped; if you mean that file, the record must have {needed[1:-1]}"
+        )
     if (known := meta.get("spec_sha256", spec.sha256)) != spec.sha256:
         raise UserError(f"spec {spec.name} is not the record's (sha256 {spec.sha256}, not {known})")
     return spec

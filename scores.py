@@ -401,7 +401,7 @@ def details(figures: dict) -> str:
 
 def paired_table(rows: dict[str, dict]) -> str:
     """What `compare` gives, one line a suite, with "not distinguishable at this n" in words, and what p is."""
-    lines = [["suite", "n", "before", "after", "difference", "up", "down", "p", "test", ""]]
+    lines = [["suite", "n", "before", "after", "difference", "better", "worse", "p", "test", ""]]
     for name, row in rows.items():
         if not row["n"]:
             lines.append([name, 0, *["-"] * 7, "no item was scored in both"])
@@ -409,7 +409,9 @@ def paired_table(rows: dict[str, dict]) -> str:
         remark = "" if row["distinguishable"] else "not distinguishable at this n"
         remark += f" ({row['unpaired']} not scored in both)" if row["unpaired"] else ""
         gap = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-        ends, flips = (percent(row["before"]), percent(row["after"])), (row["up"], row["down"])
+        ends, flips = (percent(row["before"]), percent(row["after"])), [row["up"], row["down"]]
+        if row["metric"] in LOWER_IS_BETTER:
+            flips.reverse()
         lines.append([name, row["n"], *ends, gap, *flips, f"{row['p']:.2g}", row["test"], remark])
     return f"{grid(lines)}\ndifference: with the 95 % interval of a {BOOTSTRAP}"
 

@@ -355,7 +355,9 @@ def read(name: str, path: str, keys: dict[str, str], source: Suite) -> tuple[lis
             raise UserError(f"{name}: {got} {what} where {wanted} are published; {why}")
     facts = {"from": path or source.hub, "licence": source.licence, "rows": number + 1, "used": len(kept), **left_out}
     facts |= {"expected": source.expected or None, "sha256": digest.hexdigest()}
-    print(f"{name}: {len(kept)} of {facts['rows']} rows from {facts['from']}, sha256 of these {facts['sha256'][:16]}")
+    less = "".join(f", {count} {what}" for what, count in left_out.items() if count)
+    came = f"{facts['from']}, sha256 of what was read {facts['sha256'][:16]}"
+    print(f"{name}: {len(kept)} of {facts['rows']} rows{less} from {came}")
     return kept, facts
 
 

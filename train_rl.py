@@ -425,7 +425,7 @@ def report_plan(run: Run, account: dict) -> None:
     for name, value in account.items():
         print(f"{name.replace('_', ' ')}: {value or 'none'}")
     drawn, c = Counter((prompt["pool"], prompt["kind"]) for prompt in run.prompts), run.config
-    print("prompts in all: " + ", ".join(f"{n} {kind} of {pool}" for (pool, kind), n in drawn.items()))
+    print("drawn in all steps together: " + ", ".join(f"{n} {kind} of {pool}" for (pool, kind), n in drawn.items()))
     print(f"{c.steps} steps of {c.prompts_per_step} prompts x {c.group} answers; memory: {run.plan}")
 
 

@@ -221,7 +221,8 @@ def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan
     print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in account.items()), "(supervised: >> below)")
     steps = sum(epochs, [])
     rows = sum(len(trainers.fill(step, plan.micro_tokens)) for step in steps)
-    print(f"{len(steps)} steps of {sum(map(len, epochs[0]))} records an epoch, in {rows} packed rows without padding")
+    records = sum(map(len, epochs[0]))
+    print(f"{len(steps)} steps in all, {records} records in each epoch, {rows} packed rows without padding")
     print(f"{len(held_out)} records held out by prompt{'' if held_out else ' (no validation)'}; memory: {plan}")
     if len(steps) < 10:
         print(f"{len(steps)} steps are few to learn from: more records or --epochs, or less --tokens-per-step")

@@ -298,7 +298,7 @@ def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
     assert safety.record_spec({"spec": str(path), "meta": known}).text == "my key"
     assert safety.record_spec({"spec": "star"}) == safety.load_spec("star")
     wrong = [({"spec": str(path), "meta": {"spec_sha256": sha}}, "sha256") for sha in ("0" * 64, None)]
-    wrong += [({"spec": str(path)}, "meta.spec_sha256"), ({"spec": "star", "meta": known}, "not the record's")]
+    wrong += [({"spec": str(path)}, "spec_sha256"), ({"spec": "star", "meta": known}, "not the record's")]
     for record, why in [*wrong, ({"spec": "star", "meta": [known]}, "meta is not an object")]:
         with pytest.raises(ValueError, match=why):
             safety.record_spec(record)

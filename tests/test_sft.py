@@ -139,7 +139,7 @@ def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, con
         (VERIFY, {"spec": "nope"}, "no spec named 'nope'"),
         (VERIFY, {"critique": "a </think> b"}, "think tag"),
         (VERIFY, {"meta": {"spec_sha256": "0" * 64}}, "is not the record's"),
-        (VERIFY, {"spec": __file__}, "meta.spec_sha256"),  # any file of the machine
+        (VERIFY, {"spec": __file__}, 'must have "meta": {"spec_sha256'),  # any file of the machine
         (VERIFY, {"critique": " "}, "no text to train on"),  # with --target critique
         (ANSWER, {"reasoning": "", "answer": "\n"}, "no text to train on"),
     ],

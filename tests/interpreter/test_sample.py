@@ -57,12 +57,28 @@ def test_a_row_does_not_depend_on_its_batch_nor_the_draw_on_the_chunk(monkeypatc
     assert torch.equal(one_chunk.rows["ids"], whole.rows["ids"])
 
 
-def test_a_draw_is_the_place_of_its_uniform_number_and_no_impossible_token():
-    p_V = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.2, 0.05] + [0.0] * 140 + [1e-9, 0.0]).double()
+@pytest.mark.parametrize(
+    ("p", "different"),
+    [([0.0, 0.5, 0.0, 0.25, 0.2, 0.05] + [0.0] * 140 + [1e-9, 0.0], 4), ([0.5] + [0.0] * 127 + [2**-8] * 128, 15)],
+)
+def test_a_draw_is_the_place_of_its_uniform_number_and_no_impossible_token(p, different):
+    """The second half of the other distribution lies in a chunk whose weights count against a smaller power of two."""
+    p_V = torch.tensor(p).double()
     state, _ = drawn(p_V.log().float().expand(40, -1), "sample")
     u_B = SAMPLE.uniform(state.rows["key"], torch.arange(40) % 7)
     want_B = torch.searchsorted(p_V.cumsum(0) / p_V.sum(), u_B, right=True)
-    assert torch.equal(state.rows["token"], want_B) and len(want_B.unique()) == 4
+    assert torch.equal(state.rows["token"], want_B) and len(want_B.unique()) >= different
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+def test_the_smallest_random_number_draws_the_first_possible_token(name):
+    """With this key the random word is 0; the first chunk and a half of the vocabulary are impossible."""
+    logits_BV = torch.full((1, 300), -torch.inf)
+    logits_BV[0, 200:] = torch.randn(100)
+    key = int(SAMPLE.mix(torch.tensor(0))) ^ 0x61C8864680B583EB
+    assert SAMPLE.uniform(torch.tensor(key), torch.tensor(0)) == 0
+    state, _ = drawn(logits_BV, "sample", key=key, name=name)
+    assert state.rows["token"].tolist() == [200] and state.rows["logp"][0, 2].isfinite()
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
