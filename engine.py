@@ -26,7 +26,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import kernels
 import model
@@ -70,7 +69,7 @@ def head_logits(x_BH: torch.Tensor, w_VH: torch.Tensor) -> torch.Tensor:
     """[B,V] fp32, never rounded to half precision: the trainer's linear_logp does not round them either."""
     if x_BH.dtype != torch.float32 and x_BH.is_cuda:
         return torch.mm(x_BH, w_VH.T, out_dtype=torch.float32)
-    return F.linear(x_BH.float(), w_VH.float())
+    return model.linear(x_BH.float(), w_VH.float())
 
 
 # ------------------------------------------------------------------------------------------------- device side

@@ -225,6 +225,17 @@ class Linear(nn.Linear):
         raise TypeError("one projection alone is not multiplied: Joint does it, with the LoRA pair")
 
 
+FEW_ROWS = (2, 3, 4)
+
+
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """x W' + b. A CPU multiplies two to four rows a quarter faster as (W x')'; sampling alone comes with so few."""
+    if len(x_TI) not in FEW_ROWS or x_TI.device.type != "cpu":
+        return F.linear(x_TI, weight_OI, bias_O)
+    y_TO = (weight_OI @ x_TI.T).T.contiguous()
+    return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+
 class Joint:
     """Projections of one input as one product: y = x W' + scale (x A') B' of all of them, side by side.
 
@@ -269,7 +280,7 @@ class Joint:
     def product(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y [T,O], and x A' [T,R] where there are pairs."""
         if not self.pairs:
-            return F.linear(x_TI, self.weight_OI, self.bias_O), None
+            return linear(x_TI, self.weight_OI, self.bias_O), None
         xa_TR = F.linear(x_TI, self.a_RI)
         y_TO = F.linear(xa_TR, self.b_OR, self.bias_O)  # first, for the large product can add to it at no cost
         return y_TO.addmm_(x_TI, self.weight_OI.T), xa_TR

@@ -41,6 +41,7 @@ class Spec:
     name: str
     text: str
     sha256: str  # of `text` in UTF-8
+    file_sha256: str  # of the file as it is, with the blanks around the text, as `sha256sum` gives it
 
 
 def shipped_specs() -> dict[str, Path]:
@@ -56,25 +57,25 @@ def load_spec(name: str) -> Spec:
     text = runs.read_text(path).strip()
     if not text:
         raise UserError(f"spec {path} is empty")
-    return Spec(path.stem, text, hashlib.sha256(text.encode()).hexdigest())
+    hashes = (hashlib.sha256(data).hexdigest() for data in (text.encode(), path.read_bytes()))
+    return Spec(path.stem, text, *hashes)
 
 
 def record_spec(record: dict) -> Spec:
     """The specification of a verification record, for a prompt. Raises UserError.
 
     A record may come from anywhere, and a path in it could name any file of this machine, whose text a prompt would
-    show to a model or a server: it counts only with the hash of that text in `meta.spec_sha256`, a shipped name always.
+    show to a model or a server: it counts only with the hash of that text, or of its file, in `meta.spec_sha256`, a
+    shipped name always.
     """
     name, meta = record["spec"], record.get("meta", {})
     if not isinstance(meta, dict):
         raise UserError("meta is not an object")
     spec = load_spec(name)
     if "spec_sha256" not in meta and name not in shipped_specs():
-        needed = json.dumps({"meta": {"spec_sha256": spec.sha256}})
-        raise UserError(
-            f"no spec named {name!r} is shipped; if you mean that file, the record must have {needed[1:-1]}"
-        )
-    if (known := meta.get("spec_sha256", spec.sha256)) != spec.sha256:
+        needed = json.dumps({"meta": {"spec_sha256": spec.file_sha256}})[1:-1]
+        raise UserError(f"no spec named {name!r} is shipped; if you mean that file, the record must have {needed}")
+    if (known := meta.get("spec_sha256", spec.sha256)) not in (spec.sha256, spec.file_sha256):
         raise UserError(f"spec {spec.name} is not the record's (sha256 {spec.sha256}, not {known})")
     return spec
 

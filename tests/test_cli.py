@@ -79,7 +79,7 @@ def flags(folder, tmp_path, **changes) -> dict:
 @pytest.mark.parametrize(
     ("file", "spoil", "message"),
     [
-        ("base", shutil.rmtree, "base is neither a local folder"),
+        ("base", shutil.rmtree, "error: no model folder at "),
         ("base/model.safetensors", lambda f: os.truncate(f, 5000), "model.safetensors is not a whole safetensors file"),
         ("base/config.json", lambda f: edit_json(f, hidden_size=64), "not [390, 64]"),
         ("base/config.json", lambda f: edit_json(f, architectures=["BertModel"]), "BertModel is not supported"),

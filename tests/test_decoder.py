@@ -63,6 +63,15 @@ def test_no_gradient_reaches_another_document_or_a_later_token():
     assert reached == [3, 4, 5, 6, 7, 8, 9]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_a_product_of_few_rows_is_that_of_many(rows):
+    x_TI, weight_OI, bias_O = torch.randn(rows, 48), torch.randn(80, 48), torch.randn(80)
+    for bias in (None, bias_O):
+        y_TO = model.linear(x_TI, weight_OI, bias)
+        assert y_TO.is_contiguous()
+        torch.testing.assert_close(y_TO, F.linear(x_TI, weight_OI, bias), atol=1e-5, rtol=1e-5)
+
+
 def test_positions_restart_in_every_document():
     cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32)  # the second document is empty
     assert model.packed_positions(cu_seqlens, 5).tolist() == [0, 1, 2, 0, 1]

@@ -294,8 +294,9 @@ def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
     """A downloaded record must not bring the text of any file of the machine into a prompt."""
     path = tmp_path / "private.txt"
     path.write_text("my key\n")
-    known = {"spec_sha256": hashlib.sha256(b"my key").hexdigest()}
-    assert safety.record_spec({"spec": str(path), "meta": known}).text == "my key"
+    for data in (b"my key\n", b"my key"):  # the file as `sha256sum` sees it, its text alone
+        known = {"spec_sha256": hashlib.sha256(data).hexdigest()}
+        assert safety.record_spec({"spec": str(path), "meta": known}).text == "my key"
     assert safety.record_spec({"spec": "star"}) == safety.load_spec("star")
     wrong = [({"spec": str(path), "meta": {"spec_sha256": sha}}, "sha256") for sha in ("0" * 64, None)]
     wrong += [({"spec": str(path)}, "spec_sha256"), ({"spec": "star", "meta": known}, "not the record's")]
