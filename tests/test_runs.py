@@ -92,7 +92,7 @@ def test_help_shows_both_defaults_and_unknown_and_shortened_flags_are_errors(cap
         ([3], 3, ""),
         (UserError("no such thing"), 2, "error: no such thing"),
         (OSError(28, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
-        (KeyboardInterrupt(), 130, "--resume RUN"),
+        (KeyboardInterrupt(), 130, "goes on with --resume"),
     ],
 )
 def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, end, code, message):
