@@ -93,10 +93,10 @@ def convert(text, entry):
         raise ValueError(f"not one of {', '.join(choices)}")
     if wanted is str and text[:1] in ("", "~"):
         raise ValueError("is empty, or begins with a ~ that the shell has not replaced")
-    if wanted is bool and text not in ("true", "false"):
+    if wanted is bool and text.lower() not in ("true", "false"):
         raise ValueError("neither true nor false")
     try:
-        value = text == "true" if wanted is bool else wanted(text)
+        value = text.lower() == "true" if wanted is bool else wanted(text)
     except ValueError:
         raise ValueError({int: "not a whole number", float: "not a number"}[wanted]) from None
     if wanted is float and not math.isfinite(value):

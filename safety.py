@@ -53,7 +53,7 @@ def load_spec(name: str) -> Spec:
     shipped = shipped_specs()
     path = shipped.get(name, Path(name))
     if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # no error for any text, Path.is_file has some
-        raise UserError(f"no spec named {name!r} and no such file; shipped: {', '.join(shipped)}")
+        raise UserError(f"no spec named {name!r} and no such file in {os.getcwd()}; shipped: {', '.join(shipped)}")
     text = runs.read_text(path).strip()
     if not text:
         raise UserError(f"spec {path} is empty")
@@ -76,7 +76,7 @@ def record_spec(record: dict) -> Spec:
         needed = json.dumps({"meta": {"spec_sha256": spec.file_sha256}})[1:-1]
         raise UserError(f"no spec named {name!r} is shipped; if you mean that file, the record must have {needed}")
     if (known := meta.get("spec_sha256", spec.sha256)) not in (spec.sha256, spec.file_sha256):
-        raise UserError(f"spec {spec.name} is not the record's (sha256 {spec.sha256}, not {known})")
+        raise UserError(f"spec {name} is not the record's (sha256 {spec.file_sha256}, not {known})")
     return spec
 
 

@@ -49,7 +49,8 @@ def test_types_follow_the_defaults():
     words = "--greedy false --steps 9 --compare a b --dtype bfloat16"
     config, _ = runs.parse(Config, words.split())
     assert config == Config(greedy=False, steps=9, compare=("a", "b"), dtype="bfloat16")
-    assert runs.parse(Config, ["--greedy"])[0].greedy is True
+    for words, value in ((["--greedy"], True), (["--greedy", "False"], False)):  # as --help shows it, too
+        assert runs.parse(Config, words)[0].greedy is value
 
 
 def test_every_wrong_value_is_in_one_message():

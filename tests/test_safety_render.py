@@ -298,7 +298,8 @@ def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
         known = {"spec_sha256": hashlib.sha256(data).hexdigest()}
         assert safety.record_spec({"spec": str(path), "meta": known}).text == "my key"
     assert safety.record_spec({"spec": "star"}) == safety.load_spec("star")
-    wrong = [({"spec": str(path), "meta": {"spec_sha256": sha}}, "sha256") for sha in ("0" * 64, None)]
+    of_file = hashlib.sha256(path.read_bytes()).hexdigest()  # the one that README tells users to give
+    wrong = [({"spec": str(path), "meta": {"spec_sha256": sha}}, f"sha256 {of_file}") for sha in ("0" * 64, None)]
     wrong += [({"spec": str(path)}, "spec_sha256"), ({"spec": "star", "meta": known}, "not the record's")]
     for record, why in [*wrong, ({"spec": "star", "meta": [known]}, "meta is not an object")]:
         with pytest.raises(ValueError, match=why):
