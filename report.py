@@ -204,10 +204,8 @@ def training_runs(methods: dict[str, list[Run]], found: list[Run]) -> dict[str, 
     for run in found:
         for folder in [folder for folder in run.training if (folder / "metrics.jsonl").is_file()]:
             lines = runs.stored(folder / "metrics.jsonl", operator.itemgetter("step")).values()
-            script, number = (
-                runs.read_json(folder / "config.json", "script")["script"],
-                numbers.get(run.method, len(numbers)),
-            )
+            script = runs.read_json(folder / "config.json", "script")["script"]
+            number = numbers.get(run.method, len(numbers))
             scripts.setdefault(script, {}).setdefault(folder, (number, lines))
     return scripts
 

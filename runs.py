@@ -143,7 +143,7 @@ def resumed(config_class, fields: dict, given: dict):
     folder = Path(given["resume"])
     saved = read_json(folder / "config.json")
     try:
-        if saved["values"].keys() != fields.keys():
+        if not saved["values"].keys() == saved["origin"].keys() == fields.keys():
             raise KeyError("other settings")
         values = {name: type(entry.default)(saved["values"][name]) for name, entry in fields.items()}  # no JSON tuples
         return config_class(**{**values, "resume": str(folder), "out": str(folder)}), saved["origin"]
@@ -285,6 +285,8 @@ def new_folder(config, origin: dict, script: str, device: str) -> Path:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"{folder}: another process is at work on this run") from None
+    except OSError as error:  # some network file systems
+        print(f"{folder} cannot be locked ({error.strerror}): start no second process on this run", file=sys.stderr)
     print(f"run folder {folder}; settings, each with where it comes from:")
     for name, value in dataclasses.asdict(config).items():
         print(f"  {name:<16} {value!s:<32} {origin[name]}")
@@ -323,7 +325,8 @@ class Interruptible:
 
     def _request(self, number, frame):
         self.requested = True
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        # not print: a bar may be in the middle of writing to sys.stderr, which takes no second writer
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])  # a second Ctrl-C stops at once
 
     def __exit__(self, *exception):

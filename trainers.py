@@ -178,7 +178,7 @@ NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0}
 
 
 def checkpoint_steps(steps: int) -> set[int]:
-    """How many steps make a fifth of the run, two checkpoint_steps, ...: where checkpoints are. 7 steps -> 2 3 5 6 7"""
+    """How many steps make a fifth of the run, two fifths, ...: where checkpoints are. 7 steps -> 2 3 5 6 7"""
     return {-(-k * steps // 5) for k in range(1, 6)}
 
 

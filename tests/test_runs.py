@@ -138,12 +138,15 @@ def test_a_folder_of_another_config_is_refused(tmp_path, monkeypatch):
         made(tmp_path, out="")
 
 
-def test_one_process_at_a_time_works_on_a_run(tmp_path):
+def test_one_process_at_a_time_works_on_a_run(tmp_path, monkeypatch, capsys):
     config, folder = made(tmp_path)
     again = f"import runs, types; runs.new_folder(types.SimpleNamespace(resume={str(folder)!r}), None, 'one', '')"
     done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
     assert "UserError" in done.stderr and "another process is at work" in done.stderr
     assert folder_of(replace(config, resume=str(folder))) == folder  # the same one may
+    monkeypatch.setattr(runs.fcntl, "lockf", mock.Mock(side_effect=OSError(37, "No locks available")))
+    assert folder_of(replace(config, resume=str(folder))) == folder
+    assert "cannot be locked (No locks available): start no second process" in capsys.readouterr().err
 
 
 def test_resume_takes_every_setting_from_the_run(tmp_path):
@@ -160,10 +163,13 @@ def test_resume_takes_every_setting_from_the_run(tmp_path):
 ODD = [vars(Config()) | odd for odd in ({"more": 1}, {"lr": "fast"}, {"compare": 3})]
 
 
-@pytest.mark.parametrize("values", [None, {}, {"lr": 1}, *ODD])
-def test_resume_needs_a_whole_config_of_this_script(tmp_path, values):
+@pytest.mark.parametrize(
+    ("values", "known"), [(None, ()), ({}, ()), ({"lr": 1}, ["lr"]), *((odd, odd) for odd in ODD), (vars(Config()), ())]
+)
+def test_resume_needs_a_whole_config_of_this_script(tmp_path, values, known):
     if values is not None:
-        runs.write_json(tmp_path / "config.json", {"script": "one", "origin": {}, "values": values})
+        saved = {"script": "one", "origin": dict.fromkeys(known, "flag"), "values": values}
+        runs.write_json(tmp_path / "config.json", saved)
     refused("config.json", runs.parse, Config, ["--resume", str(tmp_path)])
 
 

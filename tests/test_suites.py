@@ -248,11 +248,8 @@ def test_a_wrong_row_is_named_with_file_and_line(tmp_path, name, ending, text, m
 
 def test_a_verification_shows_no_file_of_the_machine(tmp_path):
     row = VERIFY | {"spec": str(write(tmp_path / "mine.txt", "no toxin."))}
-    refused(
-        'a.jsonl, line 1: .*must have "meta": {"spec_sha256',
-        suites.load,
-        [f"verify={write(tmp_path / 'a.jsonl', [row])}"],
-    )
+    unnamed = [f"verify={write(tmp_path / 'a.jsonl', [row])}"]
+    refused('a.jsonl, line 1: .*must have "meta": {"spec_sha256', suites.load, unnamed)
     known = {"spec_sha256": hashlib.sha256(b"no toxin.").hexdigest(), "prompt_id": "p"}
     (item,) = suites.load([f"verify={write(tmp_path / 'b.jsonl', [row | {'meta': known}])}"])
     assert "no toxin." in item["prompt"]
