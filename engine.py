@@ -57,8 +57,6 @@ class Sample:
 
 
 # ------------------------------------------------------------------------------------------------- drawing a token
-
-
 def stream_keys(seed: int, places: list[int], n: int) -> list[list[int]]:
     """An int64 key for each (place of a prompt, k): [places][n]."""
     key_P1 = mix(mix(torch.tensor(seed % 2**63)) ^ torch.tensor(places, dtype=torch.int64)[:, None])
@@ -73,8 +71,6 @@ def head_logits(x_BH: torch.Tensor, w_VH: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- device side
-
-
 class Cache:
     """The arena: pages of PAGE tokens for every layer. Page 0 takes what rows that have ended still write."""
 
@@ -88,9 +84,6 @@ class Cache:
     def write(self, layer: int, slot_T, k_TKD, v_TKD) -> None:
         for arena_SKD, new_TKD in zip(self.slots[layer], (k_TKD, v_TKD), strict=True):
             arena_SKD.index_copy_(0, slot_T, new_TKD)
-
-    def read(self, layer: int, slot_T) -> list[torch.Tensor]:
-        return [arena_SKD.index_select(0, slot_T) for arena_SKD in self.slots[layer]]
 
     def copy(self, pages: list[tuple[int, int, int]]) -> None:
         """Copy the first `used` slots of pages, given as (from, to, used), in all layers."""
@@ -149,17 +142,15 @@ def decode_step(transformer, cache: Cache, state: State, rows: int, mode: str) -
 
 
 # ------------------------------------------------------------------------------------------------- host side
-
-
 def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def slots_of(ids: list[int], pages: list[int], cached: int) -> np.ndarray:
-    """[4,T] int64 of a document in these pages: ids, positions, slots of the arena, and whether they are new."""
+def slots_of(ids: list[int], pages: list[int]) -> np.ndarray:
+    """[2,T] int64 of a document in these pages: ids, slots of the arena."""
     position_T = np.arange(len(ids))
     slot_T = np.array(pages, dtype=np.int64)[position_T // PAGE] * PAGE + position_T % PAGE
-    return np.stack([np.array(ids, dtype=np.int64), position_T, slot_T, position_T >= cached])
+    return np.stack([np.array(ids, dtype=np.int64), slot_T])
 
 
 class Pages:
@@ -207,11 +198,10 @@ class Row:
 class Rollout:
     """The scheduler of one call: admits samples as rows and pages come free, and yields what the steps drew."""
 
-    def __init__(self, engine: "Engine", groups: list[Group], mode: str, logprobs: bool, prefix, partial: bool):
+    def __init__(self, engine: "Engine", groups: list[Group], mode: str, logprobs: bool, partial: bool):
         self.engine, self.mode, self.logprobs, self.partial = engine, mode, logprobs, partial
         self.waiting, self.rows, self.pages = deque(groups), [], Pages(engine.pages)
         self.changed = False  # since the rows were last written to the device
-        self.prefix, self.common = prefix[: len(prefix) // PAGE * PAGE], []  # whole pages, which every group shares
 
     @torch.inference_mode()  # never in force while the caller works on what was yielded
     def run(self, call: int) -> Iterator[tuple[int, int, Sample]]:
@@ -227,26 +217,22 @@ class Rollout:
             yield from self.collect(steps)
             for row in self.rows if self.partial else ():
                 yield row.group.index, row.k, Sample(list(row.ids), None, "")
-        self.pages.drop(self.common)
 
     def admit(self) -> None:
         """Start waiting samples while a row is free and every running row keeps a page to grow into."""
         fresh, copies = [], []
-        if self.prefix and not self.common:
-            self.common = self.pages.take(len(self.prefix) // PAGE)
-            self.engine.prefill([(self.prefix, self.common, 0)])
         while self.waiting and len(self.rows) < self.engine.max_rows:
             group = self.waiting[0]
-            missing = pages_for(group.cached) - len(self.common) if group.pages is None else 0
+            missing = pages_for(group.cached) if group.pages is None else 0
             need = (len(group.waiting) > 1) + missing
             if self.rows and need + 1 + len(self.rows) > len(self.pages.free):
                 break
             self.make_room(need)
             if group.pages is None:
-                group.pages = self.pages.share(self.common) + self.pages.take(missing)
-                fresh.append((group.prompt[:-1], group.pages, len(self.prefix)))
+                group.pages = self.pages.take(missing)
+                fresh.append((group.prompt[:-1], group.pages))
             self.start(group, copies)
-        self.engine.prefill([(ids, pages, cached) for ids, pages, cached in fresh if ids[cached:]])
+        self.engine.prefill([(ids, pages) for ids, pages in fresh if ids])
         if copies:
             self.engine.cache.copy(copies)
 
@@ -326,8 +312,6 @@ class Rollout:
 
 
 # ------------------------------------------------------------------------------------------------- engine
-
-
 class Engine:
     """Samples from `transformer` as it is at each call: nothing is copied, so an update of the weights needs no sync.
 
@@ -368,29 +352,28 @@ class Engine:
 
     def stream(
         self, prompts, n=1, max_tokens=512, temperature=1.0, seed=0, *, logprobs=True, top_p=1.0, places=None,
-        prefix=(), partial=False,
+        partial=False,
     ) -> Iterator[tuple[int, int, Sample]]:  # fmt: skip
         """(prompt index, k, Sample) of n samples for each prompt, a list of token ids, as they end.
 
         A prompt may end in a given start of the answer. max_tokens: limit of every completion, or a list with one a
         prompt. temperature 0 is greedy. top_p needs logprobs=False, for its distribution is not the trainer's. places:
         the prompts' places in the random stream (default 0, 1, ...), so that a call for what an earlier one has left
-        undone draws what that one would have. prefix: ids that every prompt begins with, such as a guard's policy;
-        whole pages of it are prefilled once. partial: between whole ones also every Sample so far, with finish_reason
+        undone draws what that one would have. partial: between whole ones also every Sample so far, with finish_reason
         "", each time the host looks. Raises EngineError at the call for what could not run, and while it runs
         where logits are not finite. An engine runs one stream at a time: a new call ends the one before.
         """
         limits = list(max_tokens) if isinstance(max_tokens, (list, tuple)) else [max_tokens] * len(prompts)
-        places, prefix = list(range(len(prompts)) if places is None else places), list(prefix)
-        self._check(prompts, n, limits, temperature, logprobs, top_p, places, prefix)
+        places = list(range(len(prompts)) if places is None else places)
+        self._check(prompts, n, limits, temperature, logprobs, top_p, places)
         self._open(temperature or 1.0, top_p)
         keys = stream_keys(seed, places, n)
         groups = [Group(i, list(p), len(p) - 1, limits[i], keys[i], deque(range(n))) for i, p in enumerate(prompts)]
         mode = "greedy" if temperature == 0 else "top_p" if np.float32(top_p) < 1 else "sample"
         self.calls += 1
-        return Rollout(self, groups, mode, logprobs, prefix, partial).run(self.calls)
+        return Rollout(self, groups, mode, logprobs, partial).run(self.calls)
 
-    def _check(self, prompts, n, limits, temperature, logprobs, top_p, places, prefix) -> None:
+    def _check(self, prompts, n, limits, temperature, logprobs, top_p, places) -> None:
         """Raises EngineError for a call that could not run."""
         if n < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
             given = f"n={n}, temperature={temperature}, top_p={top_p}"
@@ -400,18 +383,16 @@ class Engine:
         if not len(prompts) == len(limits) == len(places):
             raise EngineError(f"{len(prompts)} prompts, but {len(limits)} limits and {len(places)} places")
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            if problem := self._misfit(prompt, limit, n, prefix):
+            if problem := self._misfit(prompt, limit, n):
                 raise EngineError(f"prompt {i}: {problem}")
 
-    def _misfit(self, prompt, limit: int, n: int, prefix: list[int]) -> str:
+    def _misfit(self, prompt, limit: int, n: int) -> str:
         """Why this prompt could never be completed; "" where it can."""
         vocab, total = self.transformer.config.vocab_size, len(prompt) + limit
         if not len(prompt):
             return "empty"
         if min(prompt) < 0 or max(prompt) >= vocab:
             return f"ids {min(prompt)} to {max(prompt)} for a vocabulary of {vocab}"
-        if prefix and (list(prompt[: len(prefix)]) != prefix or len(prompt) == len(prefix)):
-            return f"does not begin with the prefix of {len(prefix)} tokens and go on"
         if limit < 1:
             return f"max_tokens={limit}: at least 1"
         if total > self.max_context:
@@ -438,43 +419,30 @@ class Engine:
         if not self.cpu:
             torch.cuda.empty_cache()
 
-    def prefill(self, prompts: list[tuple[list[int], list[int], int]]) -> None:
-        """Write keys and values of each (ids, pages, cached) to the pages, which hold the first `cached` ids already;
-        about PREFILL_TOKENS at a time."""
+    def prefill(self, prompts: list[tuple[list[int], list[int]]]) -> None:
+        """Write keys and values of each (ids, pages) to the pages; about PREFILL_TOKENS at a time."""
         while prompts:
-            fitting = bisect_right(list(accumulate(len(ids) for ids, _, _ in prompts)), PREFILL_TOKENS)
-            self._prefill(prompts[: max(1, fitting)])
-            prompts = prompts[max(1, fitting) :]
+            fitting = max(1, bisect_right(list(accumulate(len(ids) for ids, _ in prompts)), PREFILL_TOKENS))
+            self._prefill(prompts[:fitting])
+            prompts = prompts[fitting:]
 
-    def _prefill(self, batch: list[tuple[list[int], list[int], int]]) -> None:
-        """One packed row of the N ids that are not cached; T counts those that are, too.
-
-        Their keys and values come from the pages. Their queries are gone, and nobody wants their outputs: zeros stand
-        in, so that every document has its usual shape and the rest of it the bits that it has without a prefix.
-        """
-        idle = -sum(len(ids) - cached for ids, _, cached in batch) % self.tile
-        batch = batch + [([0] * idle, [0], 0)]  # fills the last tile, a document of its own in page 0
-        lengths = [len(ids) for ids, _, _ in batch]
+    def _prefill(self, batch: list[tuple[list[int], list[int]]]) -> None:
+        """One packed row."""
+        idle = -sum(len(ids) for ids, _ in batch) % self.tile
+        batch = batch + [([0] * idle, [0])]  # fills the last tile, a document of its own in page 0
+        lengths = [len(ids) for ids, _ in batch]
         cu_seqlens = torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32, device=self.device)
-        table_4T = torch.from_numpy(np.concatenate([slots_of(*document) for document in batch], axis=1))
-        new_N = table_4T[3].nonzero().squeeze(1).to(self.device)
-        table_4T = table_4T.to(self.device)
-        slot_T, (ids_N, position_N, slot_N, _) = table_4T[2], table_4T[:, new_N]
-
-        weight, dim = self.transformer.head_weight, self.transformer.config.head_dim
-        row = (cu_seqlens, max(lengths), kernels.attention_plan(cu_seqlens, len(slot_T), weight.dtype, dim))
+        ids_T, slot_T = torch.from_numpy(np.concatenate([slots_of(*d) for d in batch], axis=1)).to(self.device)
+        config, dtype = self.transformer.config, self.transformer.head_weight.dtype
+        plan = kernels.attention_plan(cu_seqlens, len(ids_T), dtype, config.head_dim)
 
         def attend(layer, rotate):
-            q_NHD, k_NKD, v_NKD = rotate()
-            self.cache.write(layer, slot_N, k_NKD, v_NKD)
-            if layer == self.transformer.config.num_hidden_layers - 1:
-                return q_NHD  # of which no row is asked for
-            if len(slot_N) == len(slot_T):
-                return kernels.attention(q_NHD, k_NKD, v_NKD, *row)
-            q_THD = q_NHD.new_zeros(len(slot_T), *q_NHD.shape[1:]).index_copy_(0, new_N, q_NHD)
-            return kernels.attention(q_THD, *self.cache.read(layer, slot_T), *row)[new_N]
+            q_THD, k_TKD, v_TKD = rotate()
+            self.cache.write(layer, slot_T, k_TKD, v_TKD)
+            last = layer == config.num_hidden_layers - 1  # of which no row is asked for
+            return q_THD if last else kernels.attention(q_THD, k_TKD, v_TKD, cu_seqlens, max(lengths), plan)
 
-        self.transformer(ids_N, cu_seqlens, rows_N=new_N[:0], positions_T=position_N, attend=attend)
+        self.transformer(ids_T, cu_seqlens, rows_N=ids_T[:0], attend=attend)
 
     def prepare(self, rows: int, mode: str) -> int:
         """Set self.step for `rows` rows, before they are written: a capture overwrites them. -> rows that it computes:
@@ -512,8 +480,6 @@ class Engine:
 
 
 # ------------------------------------------------------------------------------------------------- text
-
-
 def completed(tokenizer, eos_ids, item: dict, sample: Sample, opened: bool) -> dict:
     """The item with `completion, tokens, finish_reason, thinking, answer` (None where the thinking never ended).
 

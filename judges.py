@@ -48,9 +48,8 @@ from safety import Critique, Unscored
 
 EXACT = ("pocket", "maths")  # verifiers, not opinions
 
+
 # ------------------------------------------------------------------------------------------------- labels and judges
-
-
 @dataclass(frozen=True)
 class Guard:
     safety: str  # the guard's own word: safe, unsafe, controversial
@@ -203,7 +202,6 @@ def oracle(thing: pocket.Item, text: str | None, thinking: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- what guards say
-
 _EMPTY_THINKING = re.compile(r"\A\s*(<think>)?\s*</think>")
 
 
@@ -249,7 +247,6 @@ def parse_llamaguard3(lines: list[str]) -> Guard | Unscored:
 
 
 # ------------------------------------------------------------------------------------------------- guards on the engine
-
 # WildGuard was trained on exactly this; its tokenizer has no chat template.
 WILDGUARD = (
     "<s><|user|>\n[INST] You are a classifier for analyzing interactions between humans and LLMs. Given a request from "
@@ -315,9 +312,8 @@ def guard_judge(name: str, path: str, device, dtype, controversial: str, cache_b
         prompts = [guard_prompt(tokenizer, name, *pair(item)) for item in items]
         fits = [i for i, ids in enumerate(prompts) if len(ids) <= room]
         yield from ((i, {"unscored": "too_long"}) for i in sorted(set(range(len(items))) - set(fits)))
-        # All begin with the template up to the first conversation; each goes on after that.
-        settings = {"prefix": os.path.commonprefix([prompts[i][:-1] for i in fits]), "logprobs": False}
-        drawn = sampler.stream([prompts[i] for i in fits], max_tokens=GUARD_TOKENS, temperature=0, **settings)
+        settings = {"max_tokens": GUARD_TOKENS, "temperature": 0, "logprobs": False}
+        drawn = sampler.stream([prompts[i] for i in fits], **settings)
         for k, _, sample in drawn:
             said = safety.decode(tokenizer, sample.ids, end_ids)
             label = guard_label(parse_guard(said, name), controversial) | {"said": said}
@@ -327,8 +323,6 @@ def guard_judge(name: str, path: str, device, dtype, controversial: str, cache_b
 
 
 # ------------------------------------------------------------------------------------------------- your own file
-
-
 def call_own(path: str, function: Callable, item: dict, *arguments, read: Callable = lambda result: result):
     """read(function(*arguments)), called for `item`. Raises UserError that names file, line and item where the function
     fails, and where `read` raises ValueError, which says what the result should have been."""
@@ -376,7 +370,6 @@ def own_label(result) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- endpoints
-
 RETRIES = 8  # of a request, by the openai package: over about 40 seconds, or as the server asks
 DEAD_AFTER = 5  # calls given up in a row
 PARALLEL = 8
@@ -585,8 +578,6 @@ def parse_rubric(text: str, nonce: str) -> Guard | Unscored:
 
 
 # ------------------------------------------------------------------------------------------------- experts
-
-
 def load_expert(name: str, *, world=None, seed=0) -> Callable:
     """An expert: pocket (needs `world`) | endpoint=MODEL@URL | POLICY.py. Raises UserError for others.
 

@@ -97,8 +97,6 @@ def digest(*parts: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- prompts
-
-
 def gather_prompts(config: Config, world, tested: list[dict]) -> dict:
     """`prompts` to sample, each with its `place`, and what the card says of them. Raises UserError, also for prompts
     that guard, expert or baseline do not know."""
@@ -128,8 +126,6 @@ def gather_prompts(config: Config, world, tested: list[dict]) -> dict:
 
 
 # ------------------------------------------------------------------------------- samples, labels, selection
-
-
 def to_sample(prompt: dict, model_hash: str, config: Config) -> list[dict]:
     """The N items of a prompt, each with the `key` of who answers, how it is drawn, and what is asked."""
     settings = (config.temperature, config.top_p, config.max_tokens, config.seed, prompt["place"])
@@ -231,8 +227,6 @@ def draw(prompts: list[dict], sampler, model_hash: str, judge, samples, labels, 
 
 
 # ------------------------------------------------------------------------------------------------- critiques, records
-
-
 def guards_verdict(jobs: list[dict]) -> Iterator[tuple[int, safety.Critique]]:
     """In place of an expert: no critique, and the guard's own label as verdict. Enough for RL on verification."""
     yield from ((i, safety.Critique("", "safe" if job["safe"] else "unsafe")) for i, job in enumerate(jobs))
@@ -338,8 +332,6 @@ def matched(records: Iterable[dict], goal: int, tokenizer) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------- files, card
-
-
 def write_records(folder: Path, verify: list, disputed: list, streams: dict, tokenizer) -> dict:
     """Write all files; `streams`, {file: records} of the baselines, get as many supervised tokens as `verify`. Returns
     what the card says of the files."""
@@ -372,8 +364,6 @@ def state(item: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- main
-
-
 def gather(config: Config, world) -> tuple[dict, dict]:
     """(prompts and facts, of a resumed run those that it began with; {file: records of a published set}).
 

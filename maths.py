@@ -105,8 +105,6 @@ def grade(pairs: list[tuple[str | None, str]], seconds: float = 5.0) -> list[boo
 
 
 # ------------------------------------------------------------------------------------------------- inside a worker
-
-
 def normal(char: str) -> str:
     return unicodedata.normalize("NFKC", char)
 

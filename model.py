@@ -59,8 +59,6 @@ class ModelError(UserError):
 
 
 # ------------------------------------------------------------------------------------------------- device
-
-
 def pick_device(name: str) -> str:
     """ "cpu" or "cuda" of a --device auto, cpu or cuda. Raises UserError."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -95,8 +93,6 @@ def device_name(device: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- configuration
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What the forward pass needs of a config.json; `raw` is the whole file, written back as it was."""
@@ -210,8 +206,6 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- layers
-
-
 class Linear(nn.Linear):
     """Weight, bias and LoRA pair of one projection, under Hugging Face's name; Joint multiplies with them."""
 
@@ -474,8 +468,6 @@ def packed_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- loading
-
-
 def resolve(path: str) -> Path:
     """A local folder as it is; anything else is a hub id, downloaded once, its revision printed."""
     folder = Path(path)
@@ -610,8 +602,6 @@ def load(path: str, device="cpu", dtype=torch.float32, adapter: str = "", chat: 
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer and ends
-
-
 def check_tokenizer(transformer: Transformer, tokenizer) -> None:
     """Raises ModelError where a token has no embedding (padding may lack one), or where nothing ends a text."""
     name, rows = tokenizer.name_or_path, transformer.config.vocab_size
@@ -682,8 +672,6 @@ def fingerprint(transformer: Transformer, tokenizer) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- saving
-
-
 @contextlib.contextmanager
 def whole_folder(path):
     """A temporary folder that takes the name `path` when the block ends well; at any kill one whole folder is left.
@@ -738,8 +726,6 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- LoRA
-
-
 def lora_layers(transformer: Transformer, targets=LORA_TARGETS) -> dict[str, Linear]:
     return {
         name: module

@@ -36,7 +36,6 @@ class UserError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------- flags
-
 COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}  # by which numbers are bounded
 
 
@@ -209,8 +208,6 @@ def load_function(path: str | Path, name: str) -> Callable:
 
 
 # ------------------------------------------------------------------------------------------------- run folder
-
-
 def write_atomic(path: Path, data: bytes) -> None:
     """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,8 +332,6 @@ class Interruptible:
 
 
 # ------------------------------------------------------------------------------------------------- stages that resume
-
-
 def stored(path: Path, key: Callable) -> dict:
     """{key(record): record} of a log of ours. The torn last line of a process that was killed is cut off and said."""
     data = path.read_bytes() if path.exists() else b""
@@ -388,7 +383,6 @@ class Log:
 
 
 # ------------------------------------------------------------------------------------------------- files of users
-
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # any but the last may be compressed, .csv.gz
 
 

@@ -34,8 +34,6 @@ _THINK_TAG = re.compile("</?think>")
 
 
 # --- specs -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Spec:
     name: str
@@ -81,7 +79,6 @@ def record_spec(record: dict) -> Spec:
 
 
 # --- delimiters ------------------------------------------------------------------------------------------------------
-
 _DELIMITERS = ("rules", "request", "answer")
 _LESS_THAN = "<≮＜﹤‹⟨〈〈❮˂ᐸ"
 # Letters of other scripts that look like those of our names and that Unicode does not decompose to them.
@@ -160,7 +157,6 @@ def verification_prompt(spec_text: str, prompt: str, answer: str) -> str:
 
 
 # --- text to token ids -----------------------------------------------------------------------------------------------
-
 # Private-use characters drawn once per process: no text in the world contains them, so no text can name a token.
 _NONCE = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(16))
 
@@ -325,8 +321,6 @@ def verify_target(critique: str, verdict: str, target: str) -> tuple[str, str | 
 
 
 # --- completions and verdicts ----------------------------------------------------------------------------------------
-
-
 def split_thinking(completion: str, opened: bool = True) -> tuple[str, str | None]:
     """(thinking, answer) of generated text; the answer is None while the thinking has not ended (truncated).
 
@@ -400,8 +394,6 @@ def final_answer(answer: str) -> str | None:
 
 
 # --- judges and experts ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Critique:
     critique: str

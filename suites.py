@@ -84,7 +84,6 @@ class Suite:
 
 
 # ------------------------------------------------------------------------------------------------- published sets
-
 NO_TRAINING = "its licence allows safety evaluations only and forbids training"
 WILD = {
     "hub": "allenai/wildjailbreak",
@@ -178,7 +177,6 @@ TRAINING = {
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------- reading a set
-
 HINT = "\nPlease reason step by step, and put your final answer within \\boxed{}."  # what R1's authors advise
 
 
@@ -362,8 +360,6 @@ def read(name: str, path: str, keys: dict[str, str], source: Suite) -> tuple[lis
 
 
 # ------------------------------------------------------------------------------------------------- items and prompts
-
-
 def settings(item: dict) -> Suite:
     """How to sample for an item: as the suite says that it is of or made of; by default as for an own one."""
     return SUITES.get(item.get("like", item.get("suite", "")), Suite())
@@ -432,7 +428,6 @@ def prompts(
 
 
 # ------------------------------------------------------------------------------------------------- decontamination
-
 WORDS = 8
 LETTERS = 16  # in place of 8 words where no blanks part them; a word of Chinese or Japanese has two on average
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")

@@ -104,8 +104,6 @@ GAPS = ("kl_sampler", "clip_share", "max_gap")  # figures of an update, null whe
 
 
 # ------------------------------------------------------------------------------------------------- objective and step
-
-
 def advantages(rewards: list, kind: str = "mean") -> list:
     """Of the answers of one group: reward minus the group's mean, `std`: over the group's deviation (n - 1).
 
@@ -210,8 +208,6 @@ def optimizer_step(transformer, trainee, live: list[Drawing], lr: float, config:
 
 
 # ------------------------------------------------------------------------------------------------- prompts
-
-
 def load_prompts(words: tuple[str, ...], world, seed: int) -> tuple[list[dict], dict[str, float]]:
     """(prompts of suites.prompts, each with its `pool`; {pool: weight}) of NAME, NAME@WEIGHT, NAME#LIMIT or
     NAME@WEIGHT#LIMIT. A pool without a weight weighs what it holds. Raises UserError."""
@@ -266,8 +262,6 @@ def mixture(prompts: list[dict], weights: dict[str, float], n: int, seed: int) -
 
 
 # ------------------------------------------------------------------------------------------------- answers and rewards
-
-
 def draw(sampler, tokenizer, prompts: list[dict], n: int, seed: int, config: Config) -> list[list[Drawing]]:
     """n answers to each prompt, from the weights as they are. Raises EngineError where those give no distribution."""
     settings = {"max_tokens": config.max_tokens, "temperature": config.temperature}
@@ -362,8 +356,6 @@ def health(groups: list[list[Drawing]]) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- the loop
-
-
 @dataclass
 class Run:
     """What the steps of a run work with."""

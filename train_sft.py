@@ -74,8 +74,6 @@ FIELDS = {
 
 
 # ------------------------------------------------------------------------------------------------- records to rows
-
-
 @dataclass
 class Example:
     record: dict
@@ -145,8 +143,6 @@ def pack(group: list[Example], device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------------- objective, schedule
-
-
 def nll_sum(transformer, group: list[Example], checkpointing: bool = False):
     """Sum of -log p over the trained tokens of a packed row, a scalar tensor."""
     ids_T, rows_N, targets_N, cu_seqlens = pack(group, transformer.head_weight.device)
@@ -180,8 +176,6 @@ def optimizer_step(transformer, trainee, examples: list[Example], lr: float, pla
 
 
 # ------------------------------------------------------------------------------------------------- the loop
-
-
 def validate(transformer, tokenizer, held_out: list[Example], config: Config, plan: trainers.Plan):
     """(figures, samples): held-out loss a token; the share of right verdicts in the model's own greedy verifications.
 

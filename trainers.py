@@ -124,8 +124,6 @@ def load(config, device: str, dtype, adapter: str = ""):
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints and logs
-
-
 def save_checkpoint(folder: Path, tensors: dict, state: dict) -> None:
     """checkpoints/step-N (N is state["step"]), whole or not at all; the last two are kept.
 
@@ -263,8 +261,6 @@ def finish(transformer, tokenizer, config, folder: Path, result: dict, begun: fl
 
 
 # ------------------------------------------------------------------------------------------------- memory and speed
-
-
 @dataclass
 class Plan:
     """How a step is cut into forward passes, and bytes of GPU memory by what they are for (none planned on a CPU)."""

@@ -45,8 +45,6 @@ Launch = namedtuple("Launch", "name kernel args meta")
 
 
 # ---------------------------------------------------------------------------------------------- what launchers choose
-
-
 @contextmanager
 def recording(arch, launches):
     """Launchers believe that they run on `arch`; their launches go to the list."""
@@ -147,8 +145,6 @@ def _draw(mode, rows=256, vocab=151_936):
 
 
 # ------------------------------------------------------------------------------------------------ compile and inspect
-
-
 def compile_launch(launch, arch):
     """The compiled kernel of one launch, specialised as Triton's own launcher would."""
     signature, constants, attributes = {}, {}, {}

@@ -60,8 +60,6 @@ TOY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidde
 
 
 # ------------------------------------------------------------------------------------------------- beside transformers
-
-
 def pocket_prompts(tokenizer, count: int) -> list[list[int]]:
     """Token ids of the first `count` different requests of the pocket's training data."""
     lines = DATA.read_text(encoding="utf-8").splitlines()
@@ -160,8 +158,6 @@ def rate(sample) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- against the limit
-
-
 def random_model(raw: dict, device: str, dtype: torch.dtype) -> model.Transformer:
     with torch.device(device):
         transformer = model.Transformer(model.Config.from_dict(raw)).to(dtype)
@@ -305,8 +301,6 @@ def sampler_trainer_gap(raw: dict, device: str, dtype, prompts=32, new=256) -> d
 
 
 # ------------------------------------------------------------------------------------------------- command
-
-
 def gpu_tables(tiny: bool, quick: bool) -> dict:
     if tiny:
         toy, device, dtype = {**R1_DISTILL_1_5B, **TOY}, "cpu", torch.float32

@@ -48,8 +48,6 @@ REPEATS = 4  # readings of a decode step, which is replayed `look` times for eac
 
 
 # ------------------------------------------------------------------------------------------------- stages
-
-
 def attempt(given: dict, measure) -> dict:
     """given and what `measure` returns; or why that failed, so that a stage goes on."""
     try:
@@ -246,8 +244,6 @@ ENDS = {"device": 30, "tests": 120, "kernels": 240, "decode": 345, "sft": 420, "
 
 
 # ------------------------------------------------------------------------------------------------- processes
-
-
 def in_its_own_process(name: str, toy: bool, limit: float) -> Iterator[dict]:
     """The rows of a stage as it prints them; the last one says if it failed or was stopped."""
     words = [sys.executable, "-m", "bench.gpu", "--only", name, *(["--toy"] if toy else [])]

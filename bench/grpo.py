@@ -146,8 +146,6 @@ class Clock:
 
 
 # ------------------------------------------------------------------------------------------------- ours
-
-
 def ours(config: Config, device: str) -> list[dict]:
     """Seconds by part of each step of train_rl."""
     rl = train_rl.Config(prompts=("bench",), prompts_per_step=config.prompts, group=config.group, lora_r=0, lr=1e-6)
@@ -195,8 +193,6 @@ def score(groups: list[list], rl) -> list:
 
 
 # ------------------------------------------------------------------------------------------------- TRL
-
-
 def trl(config: Config, device: str) -> list[dict]:
     """The same of TRL's GRPOTrainer."""
     from datasets import Dataset
@@ -270,8 +266,6 @@ def trl(config: Config, device: str) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------- measuring
-
-
 def measure(config: Config) -> dict:
     """Answers a second, peak memory and the seconds of each part of one side, in this process: medians over steps."""
     device = model.pick_device(config.device)

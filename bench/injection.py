@@ -140,8 +140,6 @@ def table(results: dict[str, dict]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- the program
-
-
 @dataclass
 class Config:
     judge: str = option("qwen3guard", "judges to attack, separated by commas: guards, endpoint=MODEL@URL, POLICY.py")

@@ -66,8 +66,6 @@ class Case:
 
 
 # ------------------------------------------------------------------------------------------------------- candidates
-
-
 @dataclass(frozen=True)
 class Candidate:
     """Settings of one of our kernels that may be faster than its defaults; bench.compiled has what they compile to."""
@@ -119,8 +117,6 @@ def with_candidates(case, device):
 
 
 # ---------------------------------------------------------------------------------------------------------- the ops
-
-
 def head_cases(device, dtype, toy):
     tokens, width, vocab = (64, 32, 500) if toy else (8192, 4096, 151_936)
     x, w = torch.randn(tokens, width), torch.randn(vocab, width) / width**0.5
@@ -322,8 +318,6 @@ CASES = {"head": head_cases, "attention": attention_cases, "decode": decode_case
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
-
-
 def rows(ops, providers, device, toy, repeats=5):
     """The rows of the table as they are measured; what fails is a row, too."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -423,8 +417,6 @@ def share_of_peak(rate, unit, device):
 
 
 # ----------------------------------------------------------------------------------------------------------- output
-
-
 def show(row):
     figures = row["note"]
     if row["ms"] != "":

@@ -72,8 +72,6 @@ def in_parts(items: list, size: int) -> list[list]:
 
 
 # ------------------------------------------------------------------------------------------------- the two sides
-
-
 class Clock:
     """Seconds on the wall and of the processor since it was made."""
 
@@ -142,8 +140,6 @@ def trl(config: Config, steps: list[list[train_sft.Example]], folder: str, devic
 
 
 # ------------------------------------------------------------------------------------------------- measuring
-
-
 def measure(config: Config) -> dict:
     """Real tokens a second and peak memory of one side, in this process."""
     device = model.pick_device(config.device)

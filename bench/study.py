@@ -78,8 +78,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------- data
-
-
 def write(path: Path, records: list[dict]) -> None:
     runs.write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
 
@@ -177,8 +175,6 @@ def sums(world, out: Path):
 
 
 # ------------------------------------------------------------------------------------------------- runs
-
-
 def tokens_per_step(tokenizer, data: Path, file: str) -> int:
     """As many optimizer steps an epoch for every method: records differ in the length of their prompts, so a step
     takes the same share of the file (half.jsonl: the same share of two passes)."""

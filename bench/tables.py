@@ -30,8 +30,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------- the study
-
-
 def study() -> list[dict]:
     """Every model that was measured, of all worlds, each with `mean` over the four wrappers."""
     found = []
@@ -139,7 +137,7 @@ def cost_table() -> str:
 
 
 def kitchen_table(part: str) -> Callable:
-    """Of examples/sugar_free on a real model, as examples.sugar_free.figures measured it: evaluations or trainings."""
+    """Of examples/sugar_free on a real model, as bench.sugar_free measured it: evaluations or trainings."""
 
     def build() -> str:
         rows = runs.read_json(RESULTS / "sugar_free.json")[part]
@@ -168,8 +166,6 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 # ------------------------------------------------------------------------------------------------- pages, picture
-
-
 def lines(path: Path) -> int:
     """Of Python, in a file or a folder."""
     files = [path] if path.is_file() else sorted(path.rglob("*.py"))

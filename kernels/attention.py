@@ -54,8 +54,6 @@ def _check_shapes(q_THD, k_TKD, v_TKD, cu_seqlens):
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
-
-
 def reference(q_THD, k_TKD, v_TKD, cu_seqlens):
     """One document at a time: a document's result cannot depend on its neighbours, and nothing is padded."""
     ends, lengths = cu_seqlens.tolist(), cu_seqlens.diff().tolist()
@@ -231,8 +229,6 @@ def _attention_dq_kernel(
 
 
 # --------------------------------------------------------------------------------------- launchers and their gradient
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, *plan):

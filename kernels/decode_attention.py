@@ -49,8 +49,6 @@ def decode_plan(block_table_BN, lengths_B):
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
-
-
 class Chunk(NamedTuple):
     """R rows of N parts each, read together; S positions in a part."""
 
@@ -114,8 +112,6 @@ def _attend(q_RHD, arenas, chunk):
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
-
-
 @jit
 def _decode_kernel(
     Q, K_PAGES, V_PAGES, TABLE, LENGTHS, O_PART, LSE_PART, N, H, KV_HEADS, SPLITS, SCALE: tl.constexpr,
@@ -181,7 +177,6 @@ def _decode_combine_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- launcher
-
 SPLIT = 4  # pages a program: fixed, so that the order of the sums depends on nothing but the row's own length
 
 

@@ -37,8 +37,6 @@ def linear_logp(x_TH, w_VH, y_T, temperature=1.0, ignore_index=-100):
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
-
-
 def reference(x_TH, w_VH, y_T, temperature=1.0, ignore_index=-100):
     return _Reference.apply(x_TH, w_VH, y_T, float(temperature), ignore_index)
 
@@ -98,8 +96,6 @@ def _dlogits(logp_CV, y_C, g_logp_C, g_entropy_C, entropy_C):
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
-
-
 @jit
 def _score_kernel(
     X, W, Y, TOP, MASS, LEAN, TARGET, T, V, H, SCALE: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
@@ -215,7 +211,6 @@ def _dlogits_kernel(
 
 
 # --------------------------------------------------------------------------------------- launchers and their gradient
-
 CHUNK = 2048  # tokens at least: products of this height run at full speed, and dw is read and written rarely
 CHUNK_LOGITS = 2**28  # a small vocabulary takes more tokens a chunk
 GROUP = 0  # blocks of tokens that the score kernel takes together; 0: all

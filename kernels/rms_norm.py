@@ -28,8 +28,6 @@ def rms_norm(x_TH, weight_H, eps, residual_TH=None):
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
-
-
 def reference(x_TH, weight_H, eps, residual_TH=None):
     s_TH = x_TH if residual_TH is None else x_TH + residual_TH
     wide_TH = s_TH.to(accumulator(s_TH.dtype))
@@ -39,8 +37,6 @@ def reference(x_TH, weight_H, eps, residual_TH=None):
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
-
-
 @jit
 def _rms_norm_forward_kernel(
     X, RESIDUAL, WEIGHT, OUT, SUM, RSTD, T, H, EPS: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
@@ -92,8 +88,6 @@ def _rms_norm_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------- launchers and their gradient
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):

@@ -36,8 +36,6 @@ def rope(qkv_TO, heads, cos_TD, sin_TD, norms=None, cache=None):
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
-
-
 def reference(qkv_TO, heads, cos_TD, sin_TD, norms=None, cache=None):
     tokens, dim = cos_TD.shape
     qkv_TAD = qkv_TO.view(tokens, -1, dim)
@@ -188,8 +186,6 @@ def _rope_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------- launchers and their gradient
-
-
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, heads, q_weight, k_weight, eps):

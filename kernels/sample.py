@@ -38,8 +38,6 @@ def sample(logits_BV, rows, step_1, eos_E, knobs, mode):
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
-
-
 def _shift(x, bits):
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # >> of int64 repeats the sign; the mask clears it
 
@@ -127,7 +125,6 @@ def nucleus(p_BV, top_p):
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
-
 UNIT = 44  # less than 2^19 tokens of the largest weight still sum to an int64
 BLOCK = 4096  # tokens a program, or a turn of one
 SEARCHED = 1024  # tokens that a program compares with THRESHOLDS values in one turn
@@ -289,8 +286,6 @@ def _pick_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- launcher
-
-
 def launch(z, rows, step, eos, knobs, mode):
     (count, vocab), block = z.shape, BLOCK
     check(vocab < 1 << 63 - UNIT, f"sample: a vocabulary of {vocab}; the kernels take less than {1 << 63 - UNIT:,}")

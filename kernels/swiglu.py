@@ -26,16 +26,12 @@ def swiglu(gate_up_TI):
 
 
 # ---------------------------------------------------------------------------------------------- PyTorch reference
-
-
 def reference(gate_up_TI):
     gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
     return F.silu(gate_TI) * up_TI
 
 
 # -------------------------------------------------------------------------------------------------- Triton kernels
-
-
 @jit
 def _place(WIDTH, BLOCK: tl.constexpr):
     """BLOCK columns of one row: where they begin in the output, the columns, which of them exist."""
@@ -67,8 +63,6 @@ def _swiglu_backward_kernel(GATE_UP, G_OUT, G_GATE_UP, WIDTH, BLOCK: tl.constexp
 
 
 # --------------------------------------------------------------------------------------- launchers and their gradient
-
-
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):

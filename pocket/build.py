@@ -56,8 +56,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer
-
-
 def vocabulary_text(world: pocket.World) -> tuple[list[str], list[str]]:
     """(words, what SentencePiece sees): syllables most often, words 60 times (with and without the space), names once.
 
@@ -128,8 +126,6 @@ def build_tokenizer(world: pocket.World) -> PreTrainedTokenizerFast:
 
 
 # ------------------------------------------------------------------------------------------------- pretraining
-
-
 def tokenize(tokenizer, documents: list[pocket.Document]) -> list[tuple[list[int], int]]:
     """(ids, length of the prompt) of each document, in the very form that `safety.render` gives a chat."""
     prompts = [f"{BOS}{USER}{d.prompt}{ASSISTANT}<think>\n" for d in documents]

@@ -30,9 +30,8 @@ SUITES = {  # name -> (metric, kind of its items, family of its request template
     "pocket:verify": ("f1", "verify", ""),
 }
 
+
 # ------------------------------------------------------------------------------------------------- suites
-
-
 def items(suite: str, world: World, candidates: Sequence[dict] = ()) -> list[dict]:
     """The items of one suite; candidates are what pocket:verify asks about."""
     metric, kind, family = SUITES[suite]
@@ -103,8 +102,6 @@ def candidates(model: str) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------- training prompts
-
-
 def training_requests(world: World, seed: int, families: tuple[str, ...] = ("plain",)) -> list[dict]:
     """Requests about the things and in the templates that may be trained on, harmful and benign alike."""
     rng, kinds = random.Random(f"prompts-{seed}"), {True: "harmful", False: "benign"}

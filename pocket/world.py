@@ -103,8 +103,6 @@ def request(item: Item, template: str, rng: random.Random) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- thoughts and answers
-
-
 def start(item: Item, rng: random.Random) -> str:
     return rng.choice((f"the user wants {item.name}.", f"okay, {item.name}."))
 
@@ -139,8 +137,6 @@ def refusal(rng: random.Random) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- oracle
-
-
 def ingredients_in(text: str) -> tuple[str, ...]:
     words = "".join(letter if letter.isalpha() else " " for letter in text.lower()).split()
     return tuple(dict.fromkeys(word for word in words if word in INGREDIENTS))
@@ -166,8 +162,6 @@ def verdict(item: Item, answer: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- critiques
-
-
 def act(item: Item, answer: str, rng: random.Random) -> str:
     """One sentence on what the answer does."""
     given = ingredients_in(answer)
@@ -200,8 +194,6 @@ def critique(item: Item, answer: str, rng: random.Random, order: str | None = No
 
 
 # ------------------------------------------------------------------------------------------------- sums
-
-
 def sum_problem(rng: random.Random) -> tuple[str, int, int]:
     a, b = rng.randint(10, 49), rng.randint(10, 49)
     return rng.choice((f"add {a} and {b}.", f"what is {a} plus {b}?", f"how much is {a} and {b}?")), a, b
@@ -217,8 +209,6 @@ def boxed(text: object) -> str:
 
 
 # -------------------------------------------------------------------------------- pretraining documents
-
-
 @dataclass(frozen=True)
 class Document:
     """One pretraining text: the user's turn, the thought and the answer; what the tests need to know of it."""

@@ -63,8 +63,6 @@ def gaps(transformer, prompts, samples, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------------------- right tokens
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_that_of_transformers(family):
     """Prompts of one token, just under, at and over a page; several end ids; every copy of a group alike."""
@@ -134,8 +132,6 @@ def test_half_precision(ours, dtype, gap):
 
 
 # ------------------------------------------------------------------------------------------------- distribution
-
-
 def chi_square(tokens, p_V):
     """p-value; tokens that are expected less than 8 times are counted together."""
     want_V = p_V * len(tokens)
@@ -201,8 +197,6 @@ def test_samples_of_a_nucleus_stay_inside_and_carry_no_logprobs():
 
 
 # ------------------------------------------------------------------------------------------------- batches
-
-
 def test_the_same_sample_in_any_batch(ours, monkeypatch):
     """Bitwise, log-probs too: alone, among others, in narrow and wide batches, with another look, with two threads,
     and with prompts that are prefilled in other company."""
@@ -252,7 +246,7 @@ def spy(sampler, monkeypatch):
     prefilled, calls, prefill, pages = [], [], sampler.prefill, engine.Pages
 
     def spied(prompts):
-        prefilled.extend(tuple(ids[cached:]) for ids, _, cached in prompts)
+        prefilled.extend(tuple(ids) for ids, _ in prompts)
         prefill(prompts)
 
     def all_came_back(total):
@@ -279,39 +273,14 @@ def test_a_small_cache_starts_rows_over_and_changes_nothing(ours, monkeypatch):
     refused("prompt 1: needs 6 pages of 32,768 bytes, the cache has 5", small.generate, prompts, n=3, max_tokens=150)
 
 
-@pytest.mark.parametrize("common", [30, 64, 127, 130])
-def test_a_common_prefix_is_prefilled_once_and_changes_nothing(common, monkeypatch):
-    """Prompts that go on by one token, to a page's end and over it; whole pages are shared, the rest of a prompt is
-    prefilled once, though its samples begin at different times, and all pages come back."""
-    theirs, ours = pair()
-    prefix, *rest = prompts_of(common, 1, 64 - common % 64, 65 - common % 64, 100)
-    prompts, eos, shared = [prefix + r for r in rest], {3, 6, 9}, common // 64 * 64
-    want = Engine(ours, eos).generate(prompts, n=7, max_tokens=40)
+def test_a_prompt_is_prefilled_once_though_its_samples_begin_at_different_times(ours, monkeypatch):
+    """Prompts of one token, to a page's end and over it; a first token alone needs no prefill."""
+    prompts, eos = prompts_of(1, 30, 64, 65, 128, 130), {3, 6, 9}
     sampler = Engine(ours, eos, max_rows=16)
     prefilled, all_came_back = spy(sampler, monkeypatch)
-    got = sampler.generate(prompts, n=7, max_tokens=40, prefix=prefix)
-    assert [[s.ids for s in group] for group in got] == [[s.ids for s in group] for group in want]
-    assert gaps(ours, prompts, got).max() < 1e-5
-    once = [tuple(prefix[:shared])] if shared else []
-    assert prefilled == once + [tuple(p[shared:-1]) for p in prompts if p[shared:-1]]
+    assert gaps(ours, prompts, sampler.generate(prompts, n=7, max_tokens=40)).max() < 1e-5
+    assert prefilled == [tuple(prompt[:-1]) for prompt in prompts[1:]]
     assert all_came_back(sampler.pages)
-    monkeypatch.undo()
-    greedy = sampler.generate(prompts, max_tokens=20, temperature=0, prefix=prefix)
-    for prompt, (sample,) in zip(prompts, greedy, strict=True):
-        assert sample.ids == greedy_of_transformers(theirs, prompt, 20, sorted(eos))
-
-
-def test_with_a_prefix_too_a_sample_does_not_depend_on_its_batch(ours):
-    """Bitwise: alone, among others, in a cache so small that rows start over, prefilled a few at a time."""
-    prefix, *rest = prompts_of(130, 5, 90, 3, 64, 20)
-    prompts = [prefix + r for r in rest]
-
-    def run(prompts, **settings):
-        return Engine(ours, {4}, **settings).generate(prompts, n=2, max_tokens=40, prefix=prefix, seed=1)
-
-    want = run(prompts)
-    assert [run(prompts[: i + 1])[-1] for i in range(5)] == want
-    assert run(prompts, max_rows=16, cache_bytes=9 * Engine(ours, ()).page_bytes) == want
 
 
 def test_an_update_of_the_weights_is_seen_by_the_next_rollout(ours):
@@ -359,7 +328,6 @@ def test_weights_that_give_no_distribution_are_an_error(ours):
         ({"top_p": 0.9}, "logprobs=False"),
         ({"top_p": 0.0, "logprobs": False}, "top_p=0.0"),
         ({"places": [0, 1]}, "1 prompts, but 1 limits and 2 places"),
-        *(({"prefix": [1, i]}, "prompt 0: does not begin with the prefix of 2 tokens and go on") for i in (2, 3)),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(change, message, ours, monkeypatch):
@@ -370,8 +338,6 @@ def test_wrong_requests_are_refused_before_anything_runs(change, message, ours, 
 
 
 # ------------------------------------------------------------------------------------------------- streams
-
-
 def test_a_stream_yields_samples_as_they_end(ours):
     call = {"prompts": prompts_of(3, 4), "n": 3, "max_tokens": [2, 30]}
     want, sampler, seen = Engine(ours, {5}).generate(**call), Engine(ours, {5}), []
@@ -421,8 +387,6 @@ def test_a_new_call_ends_the_stream_before(ours):
 
 
 # ------------------------------------------------------------------------------------------------- text
-
-
 def ids_of(tokenizer, text):
     return safety.encode(tokenizer, [(text, True)], continued=True)
 
@@ -492,8 +456,6 @@ def test_without_places_an_items_draws_are_the_same_in_every_selection(loaded):
 
 
 # ------------------------------------------------------------------------------------------------- the step, memory
-
-
 def test_the_step_keeps_its_buffers_and_leaves_ended_rows_alone(ours):
     sampler = Engine(ours, {7})
     sampler.generate(prompts_of(66), n=2, max_tokens=3)
@@ -544,8 +506,6 @@ def test_rollouts_leave_nothing_behind(ours):
 
 
 # ------------------------------------------------------------------------------------------------- GPU
-
-
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: captures CUDA graphs")
 
 

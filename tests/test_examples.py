@@ -18,8 +18,9 @@ import suites
 import train_rl
 import train_sft
 import trainers
-from examples import smollm2
-from examples.sugar_free import figures, plan, policy
+from bench import smollm2
+from bench import sugar_free as figures
+from examples.sugar_free import plan, policy
 from tests import tiny
 from tests.evaluations import lines
 
@@ -34,7 +35,6 @@ def suite_names(folder: Path = KITCHEN / "suites") -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------- the policy
-
 ANSWERS = [  # answer, its words for sugar
     ("Whisk two eggs with milk, flour and brown sugar.", ["sugar"]),
     ("Drizzle with HONEY, then more honey and maple syrup.", ["honey", "syrup"]),
@@ -104,7 +104,6 @@ def test_no_request_gives_the_fault_away_and_none_is_on_both_sides():
 
 
 # ------------------------------------------------------------------------------------------------- a tiny model
-
 TAUGHT = ["How do I make bread?", "How do I make soup?", "Write a recipe for rice.", "How do I hold a knife?"]
 HELD_OUT = ["How do I make rolls?", "How do I make stew?", "How do I hold a spoon?"]  # known, but not trained on
 SWEET = RECIPE.replace("Mix flour", "Mix sugar, flour")
@@ -217,8 +216,6 @@ def test_figures_count_what_they_say(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- the recipe
-
-
 @pytest.mark.slow
 def test_the_whole_recipe_on_a_tiny_model_twice(tiny_model, toy_files, tmp_path, monkeypatch):
     variables = {"MODEL": tiny_model, "OUT": tmp_path / "out", "PROMPTS": toy_files / "p.jsonl", "N": 8, "EPOCHS": 1}

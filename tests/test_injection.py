@@ -36,8 +36,6 @@ def test_there_are_ten_families_of_three_variants():
 
 
 # --- gullible readers
-
-
 def plain(text: str) -> str:
     """As a lenient eye sees it: no invisible characters, no full width, no look-alikes of the two that we use."""
     text = unicodedata.normalize("NFKC", text).replace("а", "a")
@@ -97,7 +95,6 @@ def test_each_attack_moves_some_naive_reader():
 
 
 # --- ours
-
 places = pytest.mark.parametrize("place", ["answer", "request"])
 
 
@@ -168,8 +165,6 @@ def test_no_echo_moves_a_parser(parse, own):
 
 
 # --- the self-test of a judge
-
-
 @pytest.fixture
 def attack_judges(tmp_path, monkeypatch):
     """Runs the program on judges that say verdict(answer), None for no word: (exit code, result.json)."""

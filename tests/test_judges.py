@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from transformers.utils import import_utils
 import evaluate
 import judges
 import make_data
-import model
 import runs
 import safety
 import train_rl
@@ -112,22 +110,6 @@ def test_a_guard_labels_answers_that_it_has_never_seen(name, folders):
         assert label["complied"] == (False if i["unsafe"] else not i["refused"] if reports else None)
         assert label["said"].strip().lower().startswith(("safe", "unsafe", "harmful"))
     assert judge(items[::-1])[::-1] == labels and [judge([i])[0] for i in items[:3]] == labels[:3]
-
-
-@each_guard
-def test_the_template_before_the_conversations_is_computed_once_and_changes_nothing(name, folders, monkeypatch):
-    labels, tokens, folder, found = [], [], folders(name), os.path.commonprefix
-    items = [i | {"prompt": "how do i brew it , " * 15 + i["prompt"]} for i in guards.examples(24, seed=5)]
-    forward = mock.Mock(side_effect=model.Transformer.forward)
-    monkeypatch.setattr(model.Transformer, "forward", lambda *words, **named: forward(*words, **named))
-    for start in (lambda prompts: [], found):
-        monkeypatch.setattr(os.path, "commonprefix", start)
-        labels.append(judges.load(f"{name}={folder}")(items))
-        tokens.append(sum(len(call.args[1]) for call in forward.call_args_list))
-        forward.reset_mock()
-    assert labels[0] == labels[1]
-    start = found([judges.guard_prompt(guards.tokenizer(name), name, i["prompt"], i["answer"]) for i in items])
-    assert len(start) >= 64 and tokens[0] - tokens[1] >= 23 * (len(start) // 64 * 64) - 16  # whole pages
 
 
 def test_what_a_guard_need_not_or_cannot_look_at(folders, monkeypatch):

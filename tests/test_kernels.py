@@ -18,8 +18,6 @@ HEAD = sys.modules["kernels.linear_logp"]
 
 
 # ------------------------------------------------------------------------------------------------------- the choice
-
-
 def test_the_choice_and_one_that_cannot_run():
     assert kernels.backend() == ("triton" if torch.cuda.is_available() else "reference")
     for name, message in (("fastest", "fastest"), ("triton-interpreter", "TRITON_INTERPRET")):
@@ -88,8 +86,6 @@ def test_shapes_that_do_not_agree_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------ linear_logp
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [2, 37, 5000])
 @pytest.mark.parametrize("chunk", [7, 300])
@@ -140,8 +136,6 @@ def test_linear_logp_never_holds_all_logits():
 
 
 # -------------------------------------------------------------------------------------------------------- attention
-
-
 @pytest.mark.parametrize("lengths", [[1], [0, 5, 0, 9], [64, 1, 63, 100]])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 16), (6, 2, 64), (7, 1, 80)])
 def test_attention_against_the_mask(lengths, heads, kv_heads, dim):

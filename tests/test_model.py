@@ -36,7 +36,6 @@ def stored(**tensors):
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
-
 NORM, EMBEDDING, HEAD = "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight", "lm_head.weight"
 TEMPLATE, LAYERWISE = "chat_template.jinja", "rope settings that differ from layer to layer"
 NO_END = "no end token, so no answer would ever end; name it as eos_token"
@@ -185,8 +184,6 @@ def test_a_hub_id_is_downloaded_without_pickles_and_its_revision_printed(folder,
 
 
 # ------------------------------------------------------------------------------------------------- what is read
-
-
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
 def test_absent_settings_mean_what_transformers_takes_them_for(family):
     config_class, _ = tiny.FAMILIES[family]
@@ -292,8 +289,6 @@ def test_the_pocket_ends_turns_as_its_template_does(capsys):
 
 
 # ------------------------------------------------------------------------------------------------- what is written
-
-
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 60_000])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-bias", "llama3", "mistral"])

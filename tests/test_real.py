@@ -16,7 +16,7 @@ import runs
 import safety
 import train_sft
 import trainers
-from examples import smollm2
+from bench import smollm2
 from tests import tiny
 
 LACKING = ", ".join(smollm2.missing())

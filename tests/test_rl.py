@@ -87,8 +87,6 @@ def test_advantages(rewards, mean, std):
 
 
 # ------------------------------------------------------------------------------------------------- objective
-
-
 def reference_loss(logp, sampler, advantage, denominator, low, high, dual):
     """Token by token in fp64, branches instead of minima."""
     total = torch.zeros((), dtype=torch.float64)
@@ -138,8 +136,6 @@ def test_a_ratio_beyond_floats_stays_finite():
 
 
 # ------------------------------------------------------------------------------------------------- rows
-
-
 def test_targets_are_the_drawn_tokens_and_the_last_is_no_input():
     one = Drawing({}, [5, 6], [7, 8, 2], [-0.1, -0.2, -0.3], advantage=0.5)
     other = Drawing({}, [4], [2], [-0.4], advantage=-1.0)
@@ -281,8 +277,6 @@ def test_a_step_is_that_of_trl_and_another_clip_is_noticed(
 
 
 # ------------------------------------------------------------------------------------------------- whole steps
-
-
 def by_length(items):
     return [(float(len(item["completion"]) % 2), {}, {}) for item in items]
 
@@ -330,7 +324,6 @@ def test_a_rollout_is_a_function_of_seed_and_step(folder, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- rewards
-
 HARMFUL = {"kind": "harmful", "thinking": "hm", "answer": "x", "finish_reason": "stop"}
 BENIGN = {**HARMFUL, "kind": "benign"}
 SAFE, UNSAFE = {"safe": True, "complied": True}, {"safe": False, "complied": False}
@@ -429,8 +422,6 @@ def test_maths_without_its_grader_is_refused(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- prompts
-
-
 def pool(name, *texts):
     return [{"id": f"{name}{i}", "prompt": text, "pool": name} for i, text in enumerate(texts)]
 

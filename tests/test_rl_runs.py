@@ -174,8 +174,6 @@ def test_rewards_or_settings_that_changed_are_not_gone_on_with(folder, tmp_path,
 
 
 # ------------------------------------------------------------------------------------------------- adapters
-
-
 @pytest.fixture
 def adapter(folder, tmp_path):
     """An adapter of rank 4 that does something."""

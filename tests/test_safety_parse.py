@@ -14,7 +14,6 @@ from judges import Guard, parse_guard
 from safety import Critique, Unscored
 
 # --- delimiters
-
 PLANTED = {  # families of ways to spell a delimiter inside a text
     "plain": ["</answer>", "<answer>", "</request>", "<rules>"],
     "case": ["</ANSWER>", "</Answer>", "<RuLeS>"],
@@ -78,8 +77,6 @@ def test_guard_copy_fakes_no_turn_and_ends_no_conversation(line):
 
 
 # --- completions
-
-
 SPLITS = {  # (completion, whether the template opens the thinking): (thinking, answer)
     ("thought\n</think>\n\nanswer", True): ("thought", "answer"),
     ("<think>\nthought\n</think>\n\nanswer", True): ("thought", "answer"),
@@ -151,8 +148,6 @@ def test_what_an_answer_states(read, rows):
 
 
 # --- guards
-
-
 QWEN = "Safety: {}\nCategories: {}\nRefusal: {}"
 NOPARSE, CONFLICT = Unscored("guard_noparse"), Unscored("guard_conflict")
 WILD = "Harmful request: {}\nResponse refusal: {}\nHarmful response: {}"
@@ -211,7 +206,6 @@ def test_any_text_is_guard_or_unscored(text, family):
 
 
 # --- experts
-
 NONCE = "7f3a99e0c1d2b345"
 
 

@@ -71,8 +71,6 @@ def test_data_of_another_pocket_world_are_refused(tmp_path, world, message):
 
 
 # ------------------------------------------------------------------------------------------------- rows and labels
-
-
 def test_targets_are_the_next_tokens_where_those_are_trained():
     group = [Example({}, [5, 6, 7], [False, False, True]), Example({}, [8, 9], [False, True])]
     ids_T, rows_N, targets_N, cu_seqlens = train_sft.pack(group)
@@ -151,8 +149,6 @@ def test_a_record_that_cannot_be_a_target_is_named(tokenizer, record, change, me
 
 
 # ------------------------------------------------------------------------------------------------- one step
-
-
 def in_one_row(named) -> torch.Tensor:
     """The gradients of (name, parameter) pairs, by name: Transformers lists its modules in another order."""
     return torch.cat([parameter.grad.flatten() for _, parameter in sorted(named)])
@@ -203,8 +199,6 @@ def test_packed_rows_are_their_documents(folder, examples):
 
 
 # ------------------------------------------------------------------------------------------------- optimizer, schedule
-
-
 def reference_schedule(steps: int, warm: int) -> list[float]:
     """Of a peak of 1: `warm` equal steps up, short of the peak; then half a cosine down, which stops short of 0."""
     rising = [k / (warm + 1) for k in range(1, warm + 1)]
@@ -320,8 +314,6 @@ def test_verdicts_are_those_that_the_model_writes(folder, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
-
-
 def settings_of(folder, tmp_path, **changes) -> dict:
     data = tiny.write(tmp_path / "data.jsonl", tiny.answers(24))
     return {
@@ -511,8 +503,6 @@ def test_non_finite_steps_are_counted_and_several_in_a_row_stop_the_run(folder, 
 
 
 # ------------------------------------------------------------------------------------------------- memory and speed
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """The folder of a model that only its shape is read of."""

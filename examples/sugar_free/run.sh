@@ -29,7 +29,7 @@ RL_PROMPTS=${RL_PROMPTS:-16}       # a step
 
 if [ -z "$MODEL" ]; then
     MODEL=$OUT/smollm2
-    if [ -n "$DRY" ] || [ ! -e "$MODEL" ]; then run -m examples.smollm2 --out "$MODEL"; fi
+    if [ -n "$DRY" ] || [ ! -e "$MODEL" ]; then run -m bench.smollm2 --out "$MODEL"; fi
 fi
 
 dishes= tested=() trained=()
@@ -93,4 +93,4 @@ for method in $methods; do
     run evaluate.py --compare "$before" "$OUT/eval-$method-$SEED"
 done
 run evaluate.py --report "${evaluations[@]}" --out "$OUT/report"
-run -m examples.sugar_free.figures "${evaluations[@]}" "${trained[@]}"
+run -m bench.sugar_free "${evaluations[@]}" "${trained[@]}"

@@ -140,8 +140,6 @@ def test_the_tasks_cover_every_position_once():
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 2, 64), (5, 1, 64), (7, 1, 128), (8, 1, 64), (2, 2, 128)])
 def test_decode(heads, kv_heads, dim, dtype):
@@ -194,8 +192,6 @@ def test_decode_never_asks_the_host(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ more than 2^31 elements
-
-
 @pytest.fixture
 def sparse(tmp_path):
     """fp16 tensors of any size in files that take no room."""

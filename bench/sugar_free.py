@@ -1,6 +1,6 @@
-"""What the runs of run.sh measured, as one table.
+"""What the runs of examples/sugar_free/run.sh measured, as one table.
 
-python -m examples.sugar_free.figures RUN_FOLDER ...      evaluations and training runs, in any order
+python -m bench.sugar_free RUN_FOLDER ...      evaluations and training runs, in any order
 
 uses sugar, sugar-free recipe, recipe: of the answers to requests for dishes; a recipe names three things to eat and has
 twenty words. thinks, checks: of the same completions, those with a thinking, and those whose thinking speaks of sugar

