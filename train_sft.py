@@ -13,7 +13,9 @@ data order a pure function of (seed, epoch) - so a resumed run is the uninterrup
 import itertools
 import math
 import random
+import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,7 @@ class Config:
     lr: float = option(2e-4, "peak learning rate", pocket=1e-3, low=0)
     epochs: int = option(2, "passes over the data", low=1)
     warmup: float = option(0.05, "share of the run with rising learning rate; then a cosine to 0", low=0, below=1)
-    max_len: int = option(8192, "tokens of a record; longer ones are dropped and counted", pocket=256, low=2)
+    max_len: int = option(8192, "tokens of a record; longer ones are dropped and counted", pocket=512, low=2)
     tokens_per_step: int = option(65536, "tokens an optimizer step", pocket=3072)
     micro_tokens: int = option(16384, "most tokens a forward pass: speed and memory, not results", pocket=1536)
     held_out: float = option(0.05, "share of the prompts kept for validation", low=0, high=0.5)
@@ -96,18 +98,22 @@ def check_world(config: Config) -> None:
 
 
 def prepare(tokenizer, records: list[dict], config: Config, context: int) -> tuple[list[Example], dict]:
-    """(examples, accounting). Raises UserError for a record that cannot be trained on, and where all are too long."""
+    """(examples, accounting). Raises UserError for a record that cannot be trained on, and where all of a kind are too
+    long."""
     built = []
     for record in tqdm(records, desc="tokenizing", leave=False):
         try:
             built.append(build(tokenizer, record, config.target))
         except ValueError as error:
             raise UserError(f"{config.data}, record {record['id']}: {error}") from None
-    limit = min(config.max_len, context)
+    limit, whole = min(config.max_len, context), Counter(e.record["kind"] for e in built)
     examples = [e for e in built if len(e.ids) <= limit]
-    if not examples:
-        why = f"the least of --max-len and the model's context of {context}"
-        raise UserError(f"{config.data}: all {len(built)} records are longer than {limit} tokens, {why}")
+    for kind, left_out in (whole - Counter(e.record["kind"] for e in examples)).items():
+        longest = max(len(e.ids) for e in built if e.record["kind"] == kind)
+        why = f"over {limit} tokens, the least of --max-len and the model's context ({context}); the longest {longest}"
+        if left_out == whole[kind]:
+            raise UserError(f"{config.data}: all {left_out} records of kind {kind} have {why}")
+        print(f"left out: {left_out} of {whole[kind]} records of kind {kind} have {why}", file=sys.stderr)
     lengths, trained = [len(e.ids) for e in examples], sum(sum(e.trained) for e in examples)
     account = {"records": len(examples), "too_long": len(built) - len(examples), "limit": limit}
     return examples, account | {"tokens": sum(lengths), "supervised": trained, "longest": max(lengths)}

@@ -119,15 +119,17 @@ def test_the_target_alone_is_trained_with_its_end_token(tokenizer, target, endin
 
 
 @pytest.mark.parametrize(("max_len", "context"), [(6, 3), (3, 6)])
-def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, context):
+def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, context, capsys):
     records = tiny.answers(10)
     lengths = sorted(len(train_sft.build(tokenizer, r, "both").ids) for r in records)
     kept, account = train_sft.prepare(tokenizer, records, Config(max_len=lengths[max_len]), context=lengths[context])
     assert len(kept) == account["records"] == sum(n <= lengths[3] for n in lengths) == 10 - account["too_long"]
     assert account["longest"] == account["limit"] == lengths[3]
     assert account["tokens"] == sum(len(e.ids) for e in kept)
-    with pytest.raises(runs.UserError, match="all 10 records are longer than 2 tokens, the least of --max-len"):
-        train_sft.prepare(tokenizer, records, Config(max_len=2), context=512)
+    assert f"of 10 records of kind answer have over {lengths[3]} tokens, the least of --max" in capsys.readouterr().err
+    long, context = {**VERIFY, "answer": "brew " * 300}, 512
+    with pytest.raises(runs.UserError, match=r"all 1 records of kind verify have over 200 tokens, .* the longest \d{3}$"):
+        train_sft.prepare(tokenizer, [*records, long], Config(max_len=200), context)
 
 
 @pytest.mark.parametrize(
