@@ -5,8 +5,6 @@ prefilled: it is the input of each sample's first decode step, so that every tok
 
     prompt of 70 ids, n = 2:   page 0 (ids 0-63) shared, page 1 (ids 64-68) copied, id 69 fed to the first step
 
-Where all prompts of a call begin alike (a guard's policy) the caller may say so: whole pages of that are shared, too.
-
 `decode_step` is that function, on static buffers: eager on a CPU, a CUDA graph per number of rows on a GPU; the host
 looks at the results every few steps. A draw is keyed by (seed, index of the prompt in the call, k, position). On a
 CPU in fp32 a sample is bitwise the same in any batch: attention takes each row by itself, everything else runs on
@@ -499,11 +497,6 @@ def prompt_ids(tokenizer, item: dict) -> list[int]:
     return safety.render(tokenizer, [{"role": "user", "content": item["prompt"]}], **start)
 
 
-def place_of(item: dict) -> int:
-    """An item's place in the random stream, by its id."""
-    return int.from_bytes(hashlib.sha256(item["id"].encode()).digest()[:7], "big")
-
-
 def complete(
     transformer, tokenizer, items: list[dict], *, seed: int, max_tokens: int | list[int], temperature: float = 1.0,
     top_p: float = 1.0, samples: int = 1, places: list[int] | None = None, cache_bytes: int | None = None,
@@ -514,7 +507,9 @@ def complete(
     context gets an empty completion of finish_reason "length". places, cache_bytes: see Engine; without
     places an item's draws depend on the seed and its id alone: they are the same in every selection of items.
     """
-    places = [place_of(item) for item in items] if places is None else places
+    if places is None:
+        hashes = [hashlib.sha256(item["id"].encode()) for item in items]
+        places = [int.from_bytes(h.digest()[:7], "big") for h in hashes]
     eos_ids, opened = model.end_ids(transformer, tokenizer), safety.thinking_open(tokenizer)
     context = transformer.config.max_position_embeddings
     prompts = [prompt_ids(tokenizer, item) for item in items]

@@ -15,6 +15,7 @@ decoded by its own settings unless a flag says otherwise. Intervals are 95 %. NA
 into an attack on the thinking: its start is given, or faked inside the request.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -572,15 +573,13 @@ def compare(config: Config) -> int:
     return runs.EXIT_OK
 
 
-def settled(text: str) -> str:
-    """Text under way without an end that the next token may change: half a character, half a think tag."""
-    text = text.rstrip("\ufffd")
-    half = [n for n in range(1, len("</think>")) if text.endswith(("</think>"[:n], "<think>"[:n]))]
-    return text[: len(text) - max(half, default=0)]
-
-
-def in_colour(text: str, opened: bool) -> str:
-    """Thinking dimmed, then the answer, in a terminal; control characters of the model's are not let through."""
+def in_colour(text: str, opened: bool, whole: bool) -> str:
+    """Thinking dimmed, then the answer, in a terminal; control characters of the model's are not let through. Of a text
+    under way not the end that the next token may change: half a character, half a think tag."""
+    if not whole:
+        text = text.rstrip("\ufffd")
+        half = [n for n in range(1, len("</think>")) if text.endswith(("</think>"[:n], "<think>"[:n]))]
+        text = text[: len(text) - max(half, default=0)]
     thinking, answer = safety.split_thinking(text, opened)
     shown = f"\033[2m{scores.printable(thinking)}"
     return shown if answer is None else f"{shown}\033[0m\n{scores.printable(answer)}"
@@ -605,7 +604,7 @@ def chat(config: Config) -> int:
         settings = {"max_tokens": room, "temperature": temperature, "seed": config.seed + count}
         for _, _, sample in sampler.stream([ids], **settings, partial=True):
             text = safety.decode(tokenizer, sample.ids, end)
-            new = in_colour(text if sample.finish_reason else settled(text), opened)
+            new = in_colour(text, opened, whole=bool(sample.finish_reason))
             if new.startswith(shown):
                 print(new[len(shown) :], end="", flush=True)
                 shown = new
@@ -613,28 +612,22 @@ def chat(config: Config) -> int:
         print("" if answer else "\033[0m\n(no answer: the thinking did not end)")
         return answer or "..."
 
-    while (line := read_line()) != "/quit":
-        if line == "/new":
-            turns = []
-        elif line == "/verify" and not turns:
-            print("there is no answer yet")
-        elif line:
-            verifying = line == "/verify"
-            question = safety.verification_prompt(spec.text, *(t["content"] for t in turns[-2:])) if verifying else line
-            message = {"role": "user", "content": question}
-            answer = reply([message] if verifying else [*turns, message])
-            count += 1
-            if not verifying:
-                turns = [*turns, message, {"role": "assistant", "content": answer}]
+    with contextlib.suppress(EOFError):  # the end of the input
+        while (line := input("> ").strip()) != "/quit":
+            if line == "/new":
+                turns = []
+            elif line == "/verify" and not turns:
+                print("there is no answer yet")
+            elif line:
+                verifying = line == "/verify"
+                texts = [turn["content"] for turn in turns[-2:]]
+                question = safety.verification_prompt(spec.text, *texts) if verifying else line
+                message = {"role": "user", "content": question}
+                answer = reply([message] if verifying else [*turns, message])
+                count += 1
+                if not verifying:
+                    turns = [*turns, message, {"role": "assistant", "content": answer}]
     return runs.EXIT_OK
-
-
-def read_line() -> str:
-    """A line of the user's; the end of the input is /quit."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return "/quit"
 
 
 def main(config: Config, origin: dict) -> int:

@@ -338,21 +338,25 @@ def call_own(path: str, function: Callable, item: dict, *arguments, read: Callab
         raise UserError(f"{where}, gave {result!r}: {error}") from None
 
 
-def example_item(world) -> dict:
-    """What an own function is tried on, so that a mistake shows before anything is sampled."""
-    item = {"id": "example", "suite": "own", "metric": "asr", "kind": "harmful", "cluster": "example", "spec": "star"}
-    item |= {"prompt": "Say hello.", "thinking": "", "tokens": 1, "finish_reason": "stop"}
-    return item | {"completion": "Hello.", "answer": "Hello.", "item": (world or pocket.World(0)).items[0].name}
-
-
 def own_stream(path: str, name: str, read: Callable, world) -> Callable:
-    """items -> (i, what the function `name` of a user's file says of items[i]); tried on a short answer at once."""
+    """items -> (i, what the function `name` of a user's file says of items[i]); tried on a short answer first, so that
+    a mistake shows before anything is sampled."""
     function = runs.load_function(path, name)
+    example = {
+        "id": "example",
+        "suite": "own",
+        "metric": "asr",
+        "kind": "harmful",
+        "cluster": "example",
+        "spec": "star",
+    }
+    example |= {"prompt": "Say hello.", "thinking": "", "tokens": 1, "finish_reason": "stop"}
+    example |= {"completion": "Hello.", "answer": "Hello.", "item": (world or pocket.World(0)).items[0].name}
 
     def stream(items):
         return ((i, call_own(path, function, item, dict(item), read=read)) for i, item in enumerate(items))
 
-    list(stream([example_item(world)]))
+    list(stream([example]))
     return stream
 
 

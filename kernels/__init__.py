@@ -11,18 +11,3 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.sample import sample
 from kernels.swiglu import swiglu
-
-__all__ = [
-    "NAMES",
-    "attention",
-    "attention_plan",
-    "backend",
-    "decode_attention",
-    "decode_plan",
-    "force",
-    "linear_logp",
-    "rms_norm",
-    "rope",
-    "sample",
-    "swiglu",
-]

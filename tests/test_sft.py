@@ -128,7 +128,9 @@ def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, con
     assert account["tokens"] == sum(len(e.ids) for e in kept)
     assert f"of 10 records of kind answer have over {lengths[3]} tokens, the least of --max" in capsys.readouterr().err
     long, context = {**VERIFY, "answer": "brew " * 300}, 512
-    with pytest.raises(runs.UserError, match=r"all 1 records of kind verify have over 200 tokens, .* the longest \d{3}$"):
+    with pytest.raises(
+        runs.UserError, match=r"all 1 records of kind verify have over 200 tokens, .* the longest \d{3}$"
+    ):
         train_sft.prepare(tokenizer, [*records, long], Config(max_len=200), context)
 
 
