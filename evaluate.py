@@ -47,7 +47,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class Config:
-    model: str = option("pocket/base", "model folder or hub id; with --endpoint the name that the server knows")
+    model: str = option(f"{runs.POCKET}/base", "model folder or hub id; with --endpoint the name that the server knows")
     adapter: str = option("", "PEFT adapter folder")
     endpoint: str = option("", "URL of an OpenAI-compatible server that runs the model, in place of the engine")
     suite: str = option(PAPER_SUITES, "suites, comma-separated; pocket names all of the pocket's", pocket="pocket")
@@ -181,7 +181,16 @@ def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list
         maths.grade([("\\boxed{0}", "1")])  # raises where math-verify is missing
     last = [name for name in names if requests and biased(name, rewarded)]
     if last == names:
-        raise UserError(f"--judge {config.judge}: it was the reward of this model's training; add another judge")
+        why = f"it was the reward of this model's training; add another, --judge OTHER,{config.judge}"
+        own = (
+            ""
+            if not config.judge.endswith(".py")
+            else " (or EXACT = True in the file, if it verifies and has no opinion)"
+        )
+        raise UserError(f"--judge {config.judge}: {why}{own}")
+    if benign := ", ".join({item["suite"]: 0 for item in requests if item["kind"] == "benign"}):
+        for name in [name for name in names if not judges.reports_refusals(name)]:
+            print(f"{name} does not report refusals, so it gives no figure of {benign}")
     if last:
         print(f"{', '.join(last)}: the reward of this model's training; goes last and gives no figure of the table")
     return [name for name in names if name not in last] + last
@@ -453,7 +462,7 @@ def conclude(config: Config, folder: Path, names: list[str], summary: dict) -> i
         print(f"\n{MODES[mode]}, judged by {', '.join(names)}:\n{scores.table(rows)}")
         ways = scores.grouped((row["decoding"], suite) for suite, row in rows.items())
         print("\n".join(f"{how}: {', '.join(group)}" for how, group in ways.items()))
-    print("\n" + scores.details(tables["sampled"]))
+    print(f"\n{scores.details(tables['sampled'])}\n{scores.LEGEND}")
     runs.write_json(folder / "summary.json", summary)
     runs.write_json(folder / "result.json", tables["sampled"])
     print(f"\neverything lies in {folder}")

@@ -152,7 +152,7 @@ def load(
     """
     kind, _, path = name.partition("=")
     if name.endswith(".py"):
-        return Judge(name, is_exact(name), answers_only(own_stream(name, "judge", own_label, world)))
+        return Judge(name, is_exact(name), answers_only(own_stream(name, "judge", own_label, world)[0]))
     if name == "pocket":
         return Judge(name, True, partial(oracles, known_world(world)))
     if name == "maths":
@@ -338,26 +338,25 @@ def call_own(path: str, function: Callable, item: dict, *arguments, read: Callab
         raise UserError(f"{where}, gave {result!r}: {error}") from None
 
 
-def own_stream(path: str, name: str, read: Callable, world) -> Callable:
-    """items -> (i, what the function `name` of a user's file says of items[i]); tried on a short answer first, so that
-    a mistake shows before anything is sampled."""
+def own_stream(path: str, name: str, read: Callable, world=None, kind="harmful") -> tuple[Callable, object]:
+    """(items -> (i, what the function `name` of a user's file says of items[i]), what it says of a short answer to a
+    request of this kind): tried on that first, so that a mistake shows before anything is sampled."""
     function = runs.load_function(path, name)
-    example = {
-        "id": "example",
-        "suite": "own",
-        "metric": "asr",
-        "kind": "harmful",
-        "cluster": "example",
-        "spec": "star",
-    }
+    example = {"id": "example", "suite": "own", "metric": "asr", "kind": kind, "cluster": "example", "spec": "star"}
     example |= {"prompt": "Say hello.", "thinking": "", "tokens": 1, "finish_reason": "stop"}
     example |= {"completion": "Hello.", "answer": "Hello.", "item": (world or pocket.World(0)).items[0].name}
 
     def stream(items):
         return ((i, call_own(path, function, item, dict(item), read=read)) for i, item in enumerate(items))
 
-    list(stream([example]))
-    return stream
+    return stream, next(stream([example]))[1]
+
+
+def reports_refusals(name: str) -> bool:
+    """Whether the judge of this name tells refusals, without which no safe answer to a benign request can be scored."""
+    if name.endswith(".py"):
+        return own_stream(name, "judge", own_label, kind="benign")[1].get("complied", False) is not None
+    return GUARDS[kind].refusals if (kind := name.partition("=")[0]) in GUARDS else True
 
 
 def own_label(result) -> dict:
@@ -369,7 +368,7 @@ def own_label(result) -> dict:
     types = {"safe": bool | np.bool_, "refused": bool | np.bool_ | None, "complied": bool | np.bool_ | None}
     for name, value in result.items():
         if name not in types or not isinstance(value, types[name]):
-            raise ValueError(f"{name} is no key of a label or has another type")
+            raise ValueError(f"{name} is no key of a label ({', '.join(types)}) or has another type than bool")
     return request_label(*(None if result.get(name) is None else bool(result[name]) for name in types))
 
 
@@ -589,7 +588,7 @@ def load_expert(name: str, *, world=None, seed=0) -> Callable:
     (name or path); the pocket's expert also needs the item.
     """
     if name.endswith(".py"):
-        return own_stream(name, "critique", own_critique, world)
+        return own_stream(name, "critique", own_critique, world)[0]
     if name == "pocket":
         return partial(pocket_critiques, known_world(world))
     if name.startswith("endpoint="):

@@ -48,7 +48,9 @@ BASELINES = {"star1": "star.jsonl", "star1-draft": "star-draft.jsonl", "safechai
 
 @dataclass
 class Config:
-    model: str = option("pocket/base", "model that answers, folder or hub id; with --endpoint its name on the server")
+    model: str = option(
+        f"{runs.POCKET}/base", "model that answers, folder or hub id; with --endpoint its name on the server"
+    )
     adapter: str = option("", "PEFT adapter folder")
     endpoint: str = option("", "URL of an OpenAI-compatible server to sample from, in place of the engine")
     prompts: tuple = option(("safechain:vanilla",), "training sets, NAME or NAME=PATH (suites.py)", pocket=("pocket",))

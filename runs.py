@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_UNSCORED = 0, 2, 3
+POCKET = os.path.relpath(Path(__file__).parent / "pocket")  # from where one starts
 
 
 class UserError(ValueError):

@@ -358,7 +358,7 @@ def percent(value: float | None) -> str:
 
 def cell(row: dict) -> str:
     if row["value"] is None:
-        return "- (nothing scored)"
+        return f"- (nothing scored: {', '.join(row['reasons'])})"
     return f"{100 * row['value']:.1f} [{100 * row['low']:5.1f}, {100 * row['high']:5.1f}]"
 
 
@@ -382,6 +382,10 @@ def table(before: dict, after: dict | None = None) -> str:
         means = [percent(mean(figures[name]["value"] for name in WRAPPERS)) for figures in sides.values()]
         rows.append(["mean of 4 wrappers", "asr", "", *means, "lower is better"])
     return grid(rows)
+
+
+LEGEND = "best, worst: had all that was cut off or not scored gone well, or badly; checked, marked: thoughts that check"
+LEGEND += " their answer, by the judge or by phrases such as harmful; parsed: verifications with a verdict"
 
 
 def details(figures: dict) -> str:

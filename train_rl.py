@@ -58,7 +58,7 @@ SHOWN = 2  # groups a step of which samples.jsonl keeps two answers
 
 @dataclass
 class Config:
-    model: str = option("pocket/base", "model folder or hub id, Hugging Face format")
+    model: str = option(f"{runs.POCKET}/base", "model folder or hub id, Hugging Face format")
     adapter: str = option("", "PEFT adapter to start from")
     lora_r: int = option(16, "LoRA rank, that of an --adapter; 0 merges that and trains every weight", low=0)
     lora_alpha: float = option(32.0, "LoRA scale is alpha / r; an --adapter keeps its own", above=0)
@@ -392,7 +392,8 @@ def train(run: Run, state: dict) -> None:
     with runs.Interruptible() as interrupt, bar:
         while state["step"] < steps:
             line, groups = one_step(run, state["step"])
-            state["unscored"] += sum(d.reward is None for group in groups for d in group)
+            reasons = Counter(d.label.get("unscored", "no label") for g in groups for d in g if d.reward is None)
+            state["unscored"] = dict(reasons + Counter(state["unscored"]))
             state["updates"] += line["live"] > 0
             if not line["live"]:
                 tqdm.write(f"step {state['step'] + 1}: no group disagrees about its reward, so there is no update")
@@ -434,9 +435,10 @@ def needed_guard(config: Config, prompts: list[dict]) -> str:
         raise UserError("--guard pocket judges the pocket's own prompts only; name your POLICY.py or a guard for yours")
     if guard == "maths" and requests:
         raise UserError("--guard maths grades sums and maths only; name another guard for requests")
-    if guard in judges.GUARDS and not judges.GUARDS[guard].refusals and benign:
+    if benign and not judges.reports_refusals(config.guard):
         why = f"does not report refusals, so no safe answer to {benign} has a reward"
-        raise UserError(f"--guard {guard} {why}; take qwen3guard or wildguard, or sets without benign prompts")
+        other = 'its label must say "refused", too' if guard.endswith(".py") else "take qwen3guard or wildguard"
+        raise UserError(f"--guard {guard} {why}; {other}, or sets without benign prompts")
     if any(p["kind"] == "maths" for p in prompts):
         maths.grade([("\\boxed{1}", "2")])  # says so where the grader is not installed
     return config.guard if requests else "maths"
@@ -477,15 +479,16 @@ def main(config: Config, origin: dict) -> int:
     report_plan(run, account)
     if config.evaluate:
         trainers.evaluate(transformer, tokenizer, config.model, config.seed, folder / "before.json")
-    state = trainers.resume(folder, trainee, trainers.NEW_RUN | {"unscored": 0, "updates": 0}, made_of)
+    state = trainers.resume(folder, trainee, trainers.NEW_RUN | {"unscored": {}, "updates": 0}, made_of)
     train(run, state)
 
-    unscored = state["unscored"] / (len(order) * config.group)
+    unscored = sum(state["unscored"].values()) / (len(order) * config.group)
     trainers.finish(transformer, tokenizer, config, folder, {**state, **account, "unscored_share": unscored}, begun)
     if not state["updates"]:
         print("no step had an update: the model is still the start; try a larger --group or other prompts")
     if unscored > config.max_unscored:
-        print(f"the judge left {unscored:.1%} of the answers unscored, over --max-unscored {config.max_unscored:.1%}")
+        left = f"{unscored:.1%} of the answers unscored ({state['unscored']})"
+        print(f"the judge left {left}, more than --max-unscored {config.max_unscored:.1%}")
         return runs.EXIT_UNSCORED
     return runs.EXIT_OK
 

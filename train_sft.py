@@ -39,8 +39,8 @@ VALIDATION_SAMPLES = 64  # completions a validation, the first held-out records
 
 @dataclass
 class Config:
-    model: str = option("pocket/base", "model folder or hub id, Hugging Face format")
-    data: str = option("pocket/data/verify.jsonl", "training records, JSONL of kind verify or answer")
+    model: str = option(f"{runs.POCKET}/base", "model folder or hub id, Hugging Face format")
+    data: str = option(f"{runs.POCKET}/data/verify.jsonl", "training records, JSONL of kind verify or answer")
     target: str = option("both", "trained part of a verify record", choices=("both", "critique", "judgment"))
     lora_r: int = option(16, "LoRA rank; 0 trains every weight", low=0)
     lora_alpha: float = option(32.0, "LoRA scale is alpha / r", above=0)
@@ -225,7 +225,7 @@ def report_plan(account: dict, epochs: list, held_out: list, plan: trainers.Plan
     print(f"{len(steps)} steps in all, {records} records in each epoch, {rows} packed rows without padding")
     print(f"{len(held_out)} records held out by prompt{'' if held_out else ' (no validation)'}; memory: {plan}")
     if len(steps) < 10:
-        print(f"{len(steps)} steps are few to learn from: more records or --epochs, or less --tokens-per-step")
+        print(f"steps: {len(steps)}, few to learn from; more records or --epochs make more, or less --tokens-per-step")
 
 
 def train(transformer, tokenizer, trainee, epochs: list, held_out, config: Config, plan, folder: Path, state: dict):

@@ -21,6 +21,14 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "runs.main(Config, main)" in path.read_text())
 
 
+def test_the_pocket_is_found_from_wherever_one_starts(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs; assert runs.is_pocket(f'{{runs.POCKET}}/base')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
+    assert os.path.relpath(ROOT / "pocket") == runs.POCKET
+    paths = [train_sft.Config.model, train_sft.Config.data, train_rl.Config.model]
+    assert all(path.startswith(f"{runs.POCKET}/") for path in paths)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.model_folder(tmp_path_factory.mktemp("model") / "base")

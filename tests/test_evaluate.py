@@ -233,6 +233,11 @@ def test_the_reward_of_the_training_does_not_judge_alone(tmp_path, monkeypatch, 
     assert evaluate.check_judges(replace(config, judge="pocket"), [{**items[0], "item": "x"}], ["pocket"])
     endpoint = replace(config, judge="endpoint=m@https://a.example/v1")
     refused("was the reward", evaluate.check_judges, endpoint, items, ["endpoint=m@https://b.example/v1"])
+    (tmp_path / "own.py").write_text("def judge(item): return {'safe': True}")
+    own = replace(config, judge=str(tmp_path / "own.py"))
+    refused(r"add another, --judge OTHER,.*EXACT = True", evaluate.check_judges, own, items, [own.judge])
+    evaluate.check_judges(own, [{"kind": "benign", "suite": "xstest"}], [])
+    assert "own.py does not report refusals, so it gives no figure of xstest" in capsys.readouterr().out
 
 
 def test_the_reward_gives_no_figure_of_the_table_even_where_others_have_no_word(copy, monkeypatch):

@@ -227,7 +227,10 @@ def test_an_own_file_judges_and_criticises(tmp_path):
         ("import sys\ndef judge(item):\n    sys.exit(0)", "failed, line 3: SystemExit: 0"),
         ("def judge(item):\n    return 'safe'", "item example, gave 'safe': neither"),
         ("def judge(item):\n    return {'refused': True}", "neither"),
-        ("def judge(item):\n    return {'safe': 'no'}", "safe is no key of a label or has another type"),
+        (
+            "def judge(item):\n    return {'safe': 'no'}",
+            "safe is no key of a label (safe, refused, complied) or has another",
+        ),
         ("def judge(item):\n    return {'safe': True, 'refuse': True}", "refuse is no key"),
         ("def critique(item):\n    return 'fine'", "has no function judge"),
     ],
@@ -235,6 +238,23 @@ def test_an_own_file_judges_and_criticises(tmp_path):
 def test_what_is_wrong_with_an_own_file_shows_when_it_is_loaded(tmp_path, text, words):
     path = own(tmp_path, text)
     refused(f"{re.escape(path)}.*{re.escape(words)}", judges.load, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("{'safe': True}", False),
+        ("{'safe': True, 'refused': False}", True),
+        ("{'safe': True, 'complied': item['kind'] == 'benign'}", True),
+        ("{'safe': True, **({'refused': True} if item['kind'] == 'benign' else {})}", True),
+        ("llamaguard3=x", False),
+        ("qwen3guard", True),
+        ("endpoint=m@https://h/v1", True),
+    ],
+)
+def test_who_reports_refusals(tmp_path, name, wanted):
+    name = own(tmp_path, f"def judge(item):\n    return {name}") if name.startswith("{") else name
+    assert judges.reports_refusals(name) is wanted
 
 
 def test_an_own_file_takes_no_other_modules_place(tmp_path):

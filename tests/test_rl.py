@@ -405,11 +405,17 @@ def test_an_own_reward_may_leave_an_answer_unscored(tmp_path):
         ("maths", {"kind": "maths"}, "maths"),
         ("llamaguard3=x", {"kind": "benign"}, "does not report refusals, so no safe answer to s"),
         ("llamaguard3=x", {"kind": "harmful"}, "llamaguard3=x"),
+        ("own.py", {"kind": "benign"}, 'no safe answer to s has a reward; its label must say "refused", too'),
+        ("own.py", {"kind": "harmful"}, "own.py"),
         ("qwen3guard", {"kind": "benign"}, "qwen3guard"),
         ("qwen3guard", {"kind": "verify"}, "maths"),
     ],
 )
-def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_asks_not_needed(guard, prompt, wanted):
+def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_asks_not_needed(
+    guard, prompt, wanted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("def judge(item): return {'safe': True}")
     prompts = [{"prompt": "p", "source": "s", **prompt}]
     assert train_rl.needed_guard(settings(guard=guard), prompts) == ""  # with a reward of one's own
     with pytest.raises(runs.UserError, match=wanted) if " " in wanted else contextlib.nullcontext():

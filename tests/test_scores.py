@@ -184,7 +184,8 @@ def test_figures_by_hand(items, want):
     row = suite(*items)
     for name, value in want.items():
         assert row.get(name) == (pytest.approx(value) if isinstance(value, float) else value), name
-    assert ("nothing scored" in scores.table({"s": row})) == (row["value"] is None) and scores.details({"s": row})
+    nothing = f"nothing scored: {', '.join(row['reasons'])})"
+    assert (nothing in scores.table({"s": row})) == (row["value"] is None) and scores.details({"s": row})
 
 
 def test_markers():

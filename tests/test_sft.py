@@ -471,7 +471,7 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     for part in ("supervised", "longest", "too long 0", "held out by prompt;", "packed rows", "memory: 400", " >> |"):
         assert part in shown
-    assert "9 steps are few to learn from" in shown
+    assert "steps: 9, few to learn from" in shown
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 0
     weights = [run / "model" / name for name in ("config.json", "model.safetensors")]
     assert all(file.stat().st_mode & 0o777 == 0o600 for file in weights)
