@@ -45,7 +45,7 @@ import trainers
 from pocket.world import world_of
 from runs import UserError, option
 from safety import REQUESTS, answered
-from scores import mean
+from scores import NO_REFUSAL_LABEL, mean
 
 # Settings that one edits here
 BETA1 = 0.9  # of AdamW
@@ -392,7 +392,7 @@ def train(run: Run, state: dict) -> None:
     with runs.Interruptible() as interrupt, bar:
         while state["step"] < steps:
             line, groups = one_step(run, state["step"])
-            reasons = Counter(d.label.get("unscored", "no label") for g in groups for d in g if d.reward is None)
+            reasons = Counter(d.label.get("unscored", NO_REFUSAL_LABEL) for g in groups for d in g if d.reward is None)
             state["unscored"] = dict(reasons + Counter(state["unscored"]))
             state["updates"] += line["live"] > 0
             if not line["live"]:
