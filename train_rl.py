@@ -419,6 +419,8 @@ def report_plan(run: Run, account: dict) -> None:
         print(f"{name.replace('_', ' ')}: {value or 'none'}")
     drawn, c = Counter((prompt["pool"], prompt["kind"]) for prompt in run.prompts), run.config
     print("drawn in all steps together: " + ", ".join(f"{n} {kind} of {pool}" for (pool, kind), n in drawn.items()))
+    if len(run.prompts) > 2 * (distinct := len({prompt["id"] for prompt in run.prompts})):
+        print(f"the {distinct} prompts come {len(run.prompts) / distinct:.0f} times each: fewer --prompts-per-step?")
     print(f"{c.steps} steps of {c.prompts_per_step} prompts x {c.group} answers; memory: {run.plan}")
 
 

@@ -101,11 +101,11 @@ def prepare(tokenizer, records: list[dict], config: Config, context: int) -> tup
     """(examples, accounting). Raises UserError for a record that cannot be trained on, and where all of a kind are too
     long."""
     built = []
-    for record in tqdm(records, desc="tokenizing", leave=False):
+    for number, record in enumerate(tqdm(records, desc="tokenizing", leave=False), 1):
         try:
             built.append(build(tokenizer, record, config.target))
         except ValueError as error:
-            raise UserError(f"{config.data}, record {record['id']}: {error}") from None
+            raise UserError(f"{config.data}, record {number}, id {record['id']}: {error}") from None
     limit, whole = min(config.max_len, context), Counter(e.record["kind"] for e in built)
     examples = [e for e in built if len(e.ids) <= limit]
     for kind, left_out in (whole - Counter(e.record["kind"] for e in examples)).items():

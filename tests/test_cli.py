@@ -93,7 +93,7 @@ def flags(folder, tmp_path, **changes) -> dict:
         ("base/config.json", lambda f: edit_json(f, architectures=["BertModel"]), "BertModel is not supported"),
         ("d.jsonl", lambda f: os.truncate(f, 0), "d.jsonl holds no record"),
         ("d.jsonl", lambda f: os.truncate(f, f.stat().st_size - 9), "d.jsonl, line 8, column "),
-        ("d.jsonl", lambda f: tiny.write(f, [RECORD | {"verdict": "dunno"}]), "record v0: verdict is 'dunno'"),
+        ("d.jsonl", lambda f: tiny.write(f, [RECORD | {"verdict": "dunno"}]), "id v0: verdict is 'dunno'"),
     ],
 )
 def test_a_model_or_data_that_cannot_be_used_is_named(script, folder, tmp_path, file, spoil, message):

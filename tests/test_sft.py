@@ -147,7 +147,7 @@ def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, con
     ],
 )
 def test_a_record_that_cannot_be_a_target_is_named(tokenizer, record, change, message):
-    with pytest.raises(runs.UserError, match=f"record {record['id']}: .*{message}"):
+    with pytest.raises(runs.UserError, match=f"record 1, id {record['id']}: .*{message}"):
         train_sft.prepare(tokenizer, [record | change], Config(target="critique"), context=512)
     train_sft.prepare(tokenizer, [VERIFY | {"critique": ""}], Config(), context=512)  # the verdict alone, no expert
 
