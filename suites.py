@@ -209,7 +209,7 @@ def find(text: str, training: bool) -> tuple[str, str, dict[str, str], Suite]:
     may not be trained on."""
     name, path, keys = parse_name(text)
     if name == "own" and path:
-        return name, path, keys, own_set(keys, training)
+        return name, path, keys, own_set(text, keys, training)
     if training and name in SUITES and name not in TRAINING:
         raise UserError(f"{name} may not be trained on: {SUITES[name].only or 'one measures with it'}")
     sets = TRAINING if training else {name: suite for name, suite in SUITES.items() if name not in POCKET}
@@ -219,9 +219,9 @@ def find(text: str, training: bool) -> tuple[str, str, dict[str, str], Suite]:
     return name, path, keys, sets[name]
 
 
-def own_set(keys: dict[str, str], training: bool) -> Suite:
-    """What `own=PATH:key=column:...` names. A suite has one kind, by `kind=harmful` or `metric=asr` alike; training
-    prompts have a column of kinds, or `kind=harmful` says one for all."""
+def own_set(text: str, keys: dict[str, str], training: bool) -> Suite:
+    """What `own=PATH:key=column:...`, a text with these keys, names. A suite has one kind, by `kind=harmful` or
+    `metric=asr` alike; training prompts have a column of kinds, or `kind=harmful` says one for all."""
     kind, metric = keys.get("kind"), keys.get("metric")
     if training and kind in KINDS.values():
         columns = {"prompt": "prompt", "target": "target"}
@@ -231,8 +231,7 @@ def own_set(keys: dict[str, str], training: bool) -> Suite:
     fitting = [(m, k) for m, k in KINDS.items() if metric in (None, m) and kind in (None, k)]
     if len(fitting) != 1:
         ways = ", ".join(f"kind={k} (metric {m})" for m, k in KINDS.items())
-        given = ", ".join(f"{key}={value}" for key, value in keys.items()) or "no kind"
-        raise UserError(f"{given}: an own suite is scored in one way, own=PATH:kind=harmful; the ways are {ways}")
+        raise UserError(f"{text}: an own suite is scored in one way, own=PATH:kind=harmful; the ways are {ways}")
     columns = {key: key for key in ("prompt", "target", "goal", "cluster", "prefill")}
     directives = ("count", "kind", "metric")
     return Suite(fitting[0][0], columns=columns, kind=fitting[0][1], optional=tuple(columns)[1:], directives=directives)

@@ -237,6 +237,7 @@ def prepare(loaded: list[dict], weights: dict, tested: list[dict], tokenizer, co
         limits = f"--max-prompt {config.max_prompt}; context of {context} tokens less --max-tokens {config.max_tokens}"
         why = f"of all {len(loaded)} prompts {held} are held by a suite ({hits}), {long} are too long ({limits})"
         raise UserError(f"--prompts {empty}: none is left; {why}")
+    hits = {suite: counts for suite, counts in hits.items() if any(counts.values())}
     return prompts, {"held_by_a_suite": held, "decontamination": hits, "too_long": long}
 
 
