@@ -2,13 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +19,7 @@ from pocket import world as pocket
 from runs import UserError
 from tests import server, tiny
 from tests.evaluations import lines, refused
+from tests.test_sft import flags, killed
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "pocket" / "base")
@@ -32,16 +28,8 @@ SETS = ("verify.jsonl", "star.jsonl", "safechain.jsonl")
 SMALL = {"model": BASE, "records": 18, "n": 4, "decontaminate": "none", "device": "cpu"}  # 12 + 6 prompts a wave
 
 
-def words(flags: dict) -> list[str]:
-    line = []
-    for name, value in flags.items():
-        if value is not None:
-            line += [runs.flag(name), *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return line
-
-
-def data(out: Path, **flags) -> int:
-    return make_data.main(*runs.parse(make_data.Config, words(SMALL | {"out": out} | flags)))
+def data(out: Path, **changes) -> int:
+    return make_data.main(*runs.parse(make_data.Config, flags(SMALL | {"out": out} | changes)))
 
 
 def resume(out: Path) -> int:
@@ -59,13 +47,9 @@ def whole(tmp_path_factory):
     return out
 
 
-def samples(kind: str, labels: str) -> list[dict]:
+def test_the_papers_rule():
     """s: labelled safe, u: unsafe, -: not labelled"""
     given = {"s": {"safe": True}, "u": {"safe": False}, "-": {}}
-    return [{"kind": kind, "prompt": "p", "k": k, **given[label]} for k, label in enumerate(labels)]
-
-
-def test_the_papers_rule():
     for kind, labels, chosen, reason in (
         ("harmful", "su", [True, False], "kept: safe and unsafe"),
         ("harmful", "uuss--", [True, False], "kept: safe and unsafe"),
@@ -76,16 +60,12 @@ def test_the_papers_rule():
         ("benign", "uu", [], "dropped: benign without a safe answer"),
         ("benign", "-", [], "dropped: benign without a safe answer"),
     ):
-        picked, why = make_data.select(samples(kind, labels), 0)
+        samples = [{"kind": kind, "prompt": "p", **given[label]} for label in labels]
+        picked, why = make_data.select(samples, 0)
         assert ([s["safe"] for s in picked], why) == (chosen, reason), (kind, labels)
-
-
-def test_every_sample_of_a_kind_can_be_chosen_and_only_whole_answers_are_judged():
-    drawn = [make_data.select(samples("harmful", "ssuu"), seed)[0] for seed in range(50)]
-    assert {tuple(s["k"] for s in picked) for picked in drawn} == {(a, b) for a in (0, 1) for b in (2, 3)}
-    cases = [("stop", "no."), ("length", "no"), ("length", None), ("stop", None), ("stop", " \n"), ("provider", None)]
-    fine = [safety.answered({"finish_reason": finish, "answer": answer}) for finish, answer in cases]
-    assert fine == [True] + [False] * 5
+    samples = [{"kind": "harmful", "prompt": "p", "k": k, "safe": k < 2} for k in range(4)]
+    drawn = {tuple(s["k"] for s in make_data.select(samples, seed)[0]) for seed in range(50)}
+    assert drawn == {(0, 2), (0, 3), (1, 2), (1, 3)}  # every sample of a kind can be chosen
 
 
 def gathered_by(world, tested=(), **settings) -> dict:
@@ -142,10 +122,6 @@ def test_the_seed_decides(whole, tmp_path):
     assert texts[0] != texts[1]
 
 
-class Killed(BaseException):
-    pass
-
-
 def same_stages(out: Path, whole: Path) -> None:
     """Nothing lost, nothing doubled, nothing made again in other words."""
     for name in (*SETS, "disagreements.jsonl"):
@@ -168,11 +144,11 @@ def test_a_stage_that_was_cut_off_goes_on(whole, tmp_path, monkeypatch, capsys, 
             self.file = open("/dev/full", "a", encoding="ascii")  # noqa: SIM115
             return add(self, record)
         print('{"key": "half of a li' if end == "torn" else "", end="", file=self.file, flush=True)
-        raise Killed
+        raise SystemExit  # a kill, as far as one process can show it
 
     with monkeypatch.context() as patch:
         patch.setattr(runs.Log, "add", ends)
-        with pytest.raises((Killed, UserError), match="No space left.*--resume" if end == "full" else None):
+        with pytest.raises((SystemExit, UserError), match="No space left.*--resume" if end == "full" else None):
             data(out)
     before = (out / f"{stage}.jsonl").read_bytes()
     assert before.count(b"\n") == last and not (out / "result.json").exists()
@@ -183,16 +159,8 @@ def test_a_stage_that_was_cut_off_goes_on(whole, tmp_path, monkeypatch, capsys, 
 
 
 def test_kill_minus_nine(whole, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, ROOT / "make_data.py", *words(SMALL | {"out": out})]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "samples.jsonl").exists() or (out / "samples.jsonl").stat().st_size == 0:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "data_card.json").exists()
+    killed(SMALL | {"out": (out := tmp_path / "run")}, "make_data", "runs.Log.add", 30)
+    assert len(lines(out / "samples.jsonl")) == 29 and not (out / "data_card.json").exists()
     assert resume(out) == 0
     same_stages(out, whole)
 
@@ -495,7 +463,8 @@ def test_the_shipped_data_are_those_of_the_shipped_base():
 def test_the_shipped_data_are_what_the_script_writes(tmp_path):
     """To the byte on the machine that made them; elsewhere products round otherwise and a sample in some thousands
     falls differently, so most records must be the same."""
-    assert data(tmp_path / "run", records=None, n=None, decontaminate=None) == 0
+    settings = {"model": BASE, "out": tmp_path / "run", "device": "cpu"}
+    assert make_data.main(*runs.parse(make_data.Config, flags(settings))) == 0
     for name in SETS:
         ours, theirs = ({line["id"] for line in lines(f / name)} for f in (tmp_path / "run", ROOT / "pocket" / "data"))
         assert len(ours & theirs) > 0.9 * max(len(ours), len(theirs)), name

@@ -1,5 +1,4 @@
-"""The sugar-free kitchen: its policy, its prompts, its figures, and the whole of run.sh on a tiny model. The flags of
-run.sh are tested with the recipes."""
+"""The sugar-free kitchen: policy, prompts, figures, run.sh on a tiny model; the flags are tested with the recipes."""
 
 import subprocess
 import sys
@@ -35,6 +34,7 @@ def suite_names(folder: Path = KITCHEN / "suites") -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------- the policy
+RECIPE = "Mix flour, butter and two eggs, then bake the dough in a hot oven for about half an hour until it is brown."
 ANSWERS = [  # answer, its words for sugar
     ("Whisk two eggs with milk, flour and brown sugar.", ["sugar"]),
     ("Drizzle with HONEY, then more honey and maple syrup.", ["honey", "syrup"]),
@@ -61,9 +61,6 @@ def test_the_judge_and_the_critique_agree_about_an_answer(answer, found):
 def test_a_critique_says_what_the_answer_uses_now_first_and_now_last():
     texts = [policy.critique({"answer": f"{i} eggs, butter, flour and sugar."})[0] for i in range(40)]
     assert 5 < sum(text.index("sugar") < text.index("butter") for text in texts) < 35 and len(set(texts)) > 6
-
-
-RECIPE = "Mix flour, butter and two eggs, then bake the dough in a hot oven for about half an hour until it is brown."
 
 
 def test_what_complies_is_a_recipe_without_sugar_or_an_ordinary_answer():
@@ -127,49 +124,42 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def toy_files(tmp_path_factory):
-    """Prompts and suites that the tiny model knows."""
     folder = tmp_path_factory.mktemp("files")
-    kinds = ["harmful"] * 3 + ["benign"]
-    tiny.write(folder / "p.jsonl", [{"prompt": p, "kind": k} for p, k in zip(TAUGHT, kinds, strict=True)])
+    tiny.write(folder / "p.jsonl", [{"prompt": p, "kind": "benign" if "knife" in p else "harmful"} for p in TAUGHT])
     for name in SETS:
         asked = HELD_OUT[2:] if name == "benign" else HELD_OUT[:2]
         tiny.write(folder / f"{name}.jsonl", [{"prompt": p, "goal": p, "cluster": p} for p in asked])
     return folder
 
 
-def start(script, *flags: str) -> int:
-    config, origin = runs.parse(script.Config, list(flags))
-    return script.main(config, origin)
+def start(script, out: Path, **flags) -> Path:
+    words = [word for name, value in (flags | {"out": out}).items() for word in (runs.flag(name), str(value))]
+    assert script.main(*runs.parse(script.Config, words)) == runs.EXIT_OK
+    return out
 
 
 def test_data_evaluation_and_rl_with_a_policy_file(tiny_model, toy_files, tmp_path):
-    base, spec = ["--model", tiny_model], ["--spec", str(KITCHEN / "policy.txt")]
-    how, guard = ["--max-tokens", "120", "--temperature", "1"], ["--guard", POLICY, "--decontaminate", "none"]
-    flags = [*base, *spec, *how, *guard, "--prompts", f"own={toy_files}/p.jsonl", "--expert", POLICY, "--records", "0"]
-    assert start(make_data, *flags, "--out", str(tmp_path / "data")) == runs.EXIT_OK
-    records = lines(tmp_path / "data" / "verify.jsonl")
+    how = {"model": tiny_model, "max_tokens": 120, "temperature": 1}
+    spec, guard = {"spec": KITCHEN / "policy.txt"}, {"guard": POLICY, "decontaminate": "none"}
+    asked = {"prompts": f"own={toy_files}/p.jsonl", "expert": POLICY, "records": 0}
+    verify = start(make_data, tmp_path / "data", **how, **spec, **guard, **asked) / "verify.jsonl"
+    records = lines(verify)
     assert {record["verdict"] for record in records} == {"safe", "unsafe"} and len(records) >= 5
     for record in records:
         assert (record["critique"], record["verdict"]) == policy.critique(record)
         assert safety.record_spec(record).name == "policy"
-
-    measured = ",".join([*suite_names(toy_files), f"verify={tmp_path / 'data' / 'verify.jsonl'}"])
-    flags = [*base, *spec, *how, "--suite", measured, "--judge", POLICY, "--samples", "8"]
-    assert start(evaluate, *flags, "--out", str(tmp_path / "eval")) == runs.EXIT_OK
-    result = runs.read_json(tmp_path / "eval" / "result.json")
+    measured = ",".join([*suite_names(toy_files), f"verify={verify}"])
+    done = start(evaluate, tmp_path / "eval", **how, **spec, suite=measured, judge=POLICY, samples=8)
+    result = runs.read_json(done / "result.json")
     assert {row["judge"] for row in result.values()} == {POLICY} and 0 < result["own:plain"]["value"] < 1
-    asked = [item for item in lines(tmp_path / "eval" / "items.jsonl") if item["suite"] == "own:plain"]
-    assert all(item["safe"] is not bool(policy.sugars(item["answer"])) for item in asked)
-
-    flags = [*base, *guard, "--prompts", f"own={toy_files}/p.jsonl:kind=benign", "--steps", "1", "--group", "4"]
-    sizes = ["--prompts-per-step", "4", "--max-tokens", "120"]
-    assert start(train_rl, *flags, *sizes, "--out", str(tmp_path / "rl")) == runs.EXIT_OK
-    (line,) = lines(tmp_path / "rl" / "metrics.jsonl")
+    plain = [item for item in lines(done / "items.jsonl") if item["suite"] == "own:plain"]
+    assert all(item["safe"] is not bool(policy.sugars(item["answer"])) for item in plain)
+    sizes = {"prompts": f"own={toy_files}/p.jsonl:kind=benign", "steps": 1, "group": 4, "prompts_per_step": 4}
+    trained = start(train_rl, tmp_path / "rl", **how, **guard, **sizes)
+    (line,) = lines(trained / "metrics.jsonl")
     assert 0 < line["reward"] < 1 and line["grad_norm"] > 0  # answers with sugar earn nothing
-
-    flags = [*base, *how, "--adapter", str(tmp_path / "rl" / "model"), "--suite", suite_names(toy_files)[0]]
-    assert start(evaluate, *flags, "--judge", POLICY, "--out", str(tmp_path / "after")) == runs.EXIT_OK
-    summary = runs.read_json(tmp_path / "after" / "summary.json")
+    again = {"adapter": trained / "model", "suite": suite_names(toy_files)[0], "judge": POLICY}
+    summary = runs.read_json(start(evaluate, tmp_path / "after", **how, **again) / "summary.json")
     assert summary["rewarded_by"] == [POLICY]  # a verifier may judge what it rewarded
 
 

@@ -39,20 +39,15 @@ def many(n, script):
 
 
 def in_turn(*replies):
-    """A script that gives these replies in turn, the last one for ever; a callable is called."""
+    """A script that gives these replies in turn, the last one for ever; a callable is called, a Drop raised."""
 
     def script(number, request):
         reply = replies[min(number, len(replies) - 1)]
+        if isinstance(reply, Drop):
+            raise reply
         return reply() if callable(reply) else reply
 
     return script
-
-
-def drop(half=""):
-    def reply():
-        raise Drop(half)
-
-    return reply
 
 
 def slow():
@@ -72,8 +67,8 @@ PASSING = {
     "endpoint_500": (500, "oops"),
     "endpoint_503": (503, {"error": "busy"}),
     "endpoint_timeout": slow,
-    "endpoint_connection": drop(),
-    "endpoint_connection in the middle": drop("HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{"),
+    "endpoint_connection": Drop(),
+    "endpoint_connection in the middle": Drop("HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{"),
 }
 
 
@@ -95,7 +90,6 @@ BAD_BODIES = [
     *(completion("x", tokens=(1, odd)) for odd in (-5, float("inf"))),
 ]
 FINAL = [
-    ((400, {"error": {"message": "too long"}}), Unscored("endpoint_400")),
     ((400, {"error": {"message": "the temperature", "param": "prompt"}}), Unscored("endpoint_400")),
     ((400, {"error": {"message": "max_tokens is too large"}}), Unscored("endpoint_400")),
     ((422, "no"), Unscored("endpoint_422")),
@@ -119,17 +113,16 @@ def test_what_no_second_attempt_can_change_is_asked_once(reply, want):
     assert outcome == want and len(requests) == 1
 
 
-REFUSALS = {
-    "temperature": {"error": {"message": "Unsupported value", "param": "temperature"}},
-    "seed": {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]},
-    "max_tokens": {"error": {"message": "use 'max_completion_tokens' instead of 'max_tokens'"}},
-}
-
-
 def test_a_setting_that_the_server_refuses_is_dropped_once_and_said(capfd):
+    answers = {
+        "temperature": {"error": {"message": "Unsupported value", "param": "temperature"}},
+        "seed": {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]},
+        "max_tokens": {"error": {"message": "use 'max_completion_tokens' instead of 'max_tokens'"}},
+    }
+
     def script(number, request):
-        refused = [name for name in REFUSALS if name in request["body"]]
-        return (422 if refused[0] == "seed" else 400, REFUSALS[refused[0]]) if refused else GOOD
+        refused = [name for name in answers if name in request["body"]]
+        return (422 if refused[0] == "seed" else 400, answers[refused[0]]) if refused else GOOD
 
     outcomes, requests = many(9, script)
     assert outcomes == [HI] * 9
@@ -190,12 +183,14 @@ def test_a_key_that_cannot_be_sent_is_refused_unseen(key, monkeypatch):
     assert key.strip() not in str(raised.value)
 
 
-def test_a_key_is_needed_beyond_this_machine(monkeypatch):
+def test_a_key_is_needed_beyond_this_machine_and_the_package_everywhere(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     message = r"models\.example needs a key in the environment variable OPENAI_API_KEY"
     refused(message, Endpoint, "https://models.example/v1", "m")
     for host in ("localhost", "127.0.0.1", "[::1]"):
         Endpoint(f"http://{host}:1/v1", "m")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    refused("pip install -r requirements-extra.txt", Endpoint, "http://localhost:1/v1", "m")
 
 
 BAD_URLS = """http://a.example/v1 http://127.0.0.1.example/v1 https://user:pw@a.example/v1 https://a.example/v1?key=abc
@@ -208,11 +203,6 @@ def test_urls_that_would_show_a_key(url):
     with pytest.raises(UserError, match="begin with https:// .*only on this machine.*no user, password or") as raised:
         Endpoint(url, "m")
     assert "pw" not in str(raised.value) and "abc" not in str(raised.value)
-
-
-def test_without_its_package_an_endpoint_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    refused("pip install -r requirements-extra.txt", Endpoint, "http://localhost:1/v1", "m")
 
 
 LOST = {"completion": "", "tokens": 0, "thinking": "", "answer": None, "finish_reason": "provider"}
@@ -237,12 +227,3 @@ def test_what_a_server_samples_is_what_the_engine_would_give():
         (body,) = [r["body"] for r in requests if r["body"]["messages"][0]["content"] == item["prompt"]]
         assert (body["seed"], body["max_tokens"], body["temperature"], body["top_p"]) == (seed, 9, 0.6, 0.9)
         assert judges.failed(found[j]) == (item["id"] == "filter")
-
-
-def test_a_server_is_shown_no_control_token_but_our_own_delimiters():
-    sent = {"benign": "<|im_end|></answer>", "verify": "<rules>\nr\n</rules>"}
-    with scripted(in_turn(GOOD)) as (url, requests):
-        jobs = [({"kind": kind, "prompt": prompt}, 0) for kind, prompt in sent.items()]
-        list(judges.ask_server(Endpoint(url, "m"), jobs, max_tokens=9, temperature=1.0, top_p=1.0))
-    shown = {request["body"]["messages"][0]["content"] for request in requests}
-    assert shown == {"&#60;|im_end|>&#60;/answer>", sent["verify"]}

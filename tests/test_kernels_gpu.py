@@ -22,6 +22,10 @@ DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+def reference(name):
+    return sys.modules[f"kernels.{name}"].reference
+
+
 def per_document(cu_seqlens):
     """One document at a time, every product and the softmax rounded to the inputs' dtype.
 
@@ -32,8 +36,7 @@ def per_document(cu_seqlens):
     def one(q, k, v):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1).transpose(0, 1) for t in (k, v))
         score = q.transpose(0, 1) @ k.mT * q.shape[2] ** -0.5
-        future = torch.ones_like(score[0], dtype=torch.bool).triu(1)
-        return (score.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+        return ((score + torch.full_like(score[0], -torch.inf).triu(1)).softmax(-1) @ v).transpose(0, 1)
 
     def function(q, k, v):
         return torch.cat([one(*d) for d in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)])
@@ -45,11 +48,10 @@ def per_document(cu_seqlens):
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 2, 64), (7, 1, 128), (32, 8, 128), (12, 2, 128)])
 def test_attention(heads, kv_heads, dim, dtype):
     inputs, cu_seqlens = packed([700, 1, 63, 0, 64, 65, 1000], heads, kv_heads, dim, dtype, DEVICE)
-    reference = per_document(cu_seqlens)
+    plain = per_document(cu_seqlens)
     launched = [f"_attention_{name}_kernel" for name in ("forward", "delta", "dkdv", "dq")]
     slacks = (1.5, 3.0)  # a fused backward takes sum(o g_o) from the rounded o, this yardstick from the probabilities
-    ours = lambda q, k, v: kernels.attention(q, k, v, cu_seqlens, 1000)  # noqa: E731
-    compare(ours, reference, reference, inputs, launched, slacks=slacks)
+    compare(lambda q, k, v: kernels.attention(q, k, v, cu_seqlens, 1000), plain, plain, inputs, launched, slacks=slacks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,17 +97,14 @@ def test_linear_logp_of_a_trained_head_in_chunks():
     assert torch.cuda.max_memory_allocated() - before < 2.25 * 2**30
     assert dispatch.LAUNCHES["_dlogits_kernel"] - chunks > 1
     exact = [t.detach().float().requires_grad_() for t in (x, w)]
-    torch.autograd.backward(sys.modules["kernels.linear_logp"].reference(*exact, y), list(upstream))
+    torch.autograd.backward(reference("linear_logp")(*exact, y), list(upstream))
     for ours, truth in zip((x, w), exact, strict=True):
         assert (ours.grad - truth.grad).abs().max() <= 0.02 * truth.grad.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_rotation_and_gate(dtype):
-    from kernels.rms_norm import reference as norm
-    from kernels.rope import reference as rotate
-    from kernels.swiglu import reference as gate
-
+    norm, rotate, gate = map(reference, ("rms_norm", "rope", "swiglu"))
     x, weight = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((300, 1536), 1536))
     launched = ["_rms_norm_forward_kernel", "_rms_norm_backward_kernel"]
     compare(*(lambda x, w, f=f: f(x, w, 1e-6) for f in (kernels.rms_norm, norm, norm)), [x, weight], launched)
@@ -113,9 +112,7 @@ def test_norm_rotation_and_gate(dtype):
     compare(kernels.swiglu, gate, gate, [x], launched)
     cos, sin = torch.randn(2, 300, 64, device=DEVICE).repeat(1, 1, 2)
     qkv, launched = torch.randn(300, 9 * 128, device=DEVICE).to(dtype), ["_rope_kernel", "_rope_backward_kernel"]
-    ours, plain = (
-        lambda x, *norms, f=f: f(x, 7, cos, sin, (*norms, 1e-6) if norms else None) for f in (kernels.rope, rotate)
-    )
+    ours, plain = (lambda x, *w, f=f: f(x, 7, cos, sin, (*w, 1e-6) if w else None) for f in (kernels.rope, rotate))
     for norms in ((), torch.randn(2, 128, device=DEVICE).to(dtype)):
         compare(ours, plain, plain, [qkv, *norms], launched)
 
@@ -123,13 +120,11 @@ def test_norm_rotation_and_gate(dtype):
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float32, 3e-6)])
 def test_decode_attention_also_in_a_cuda_graph(dtype, floor):
     """The reference rounds once, at the end; the kernel rounds the probabilities, too: hence the floor."""
-    from kernels.decode_attention import reference
-
-    inputs = paged([0, 1, 64, 1000, 257], 14, 2, 128, dtype, DEVICE)
-    exact = reference(*in_fp64(inputs))
+    inputs, plain = paged([0, 1, 64, 1000, 257], 14, 2, 128, dtype, DEVICE), reference("decode_attention")
+    exact = plain(*in_fp64(inputs))
     eager = kernels.decode_attention(*inputs)
     assert dispatch.LAUNCHES["_decode_kernel"] and eager.isfinite().all() and not eager[0].any()
-    assert (eager - exact).abs().max() <= 1.5 * (reference(*inputs) - exact).abs().max() + floor * exact.abs().max()
+    assert (eager - exact).abs().max() <= 1.5 * (plain(*inputs) - exact).abs().max() + floor * exact.abs().max()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = kernels.decode_attention(*inputs)
@@ -229,16 +224,12 @@ def qwen2(dtype=torch.float32, **changes):
 
 
 def learn(transformer, ids_T, cu_seqlens, checkpoint=False):
-    """logp and entropy of the next tokens; the gradients of their sum are left in the parameters."""
+    """logp and entropy of the next tokens, and by name the gradients of their sum, which are left in the parameters."""
     transformer.zero_grad()
     x_TH = transformer(ids_T, cu_seqlens, checkpoint=checkpoint)
     logp_T, entropy_T = kernels.linear_logp(x_TH, transformer.head_weight, ids_T.roll(-1))
     (logp_T + entropy_T).mean().backward()
-    return logp_T.detach(), entropy_T.detach()
-
-
-def gradients(transformer):
-    return {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
+    return logp_T.detach(), entropy_T.detach(), {name: p.grad for name, p in transformer.named_parameters()}
 
 
 def test_the_model_is_that_of_the_references():
@@ -248,7 +239,8 @@ def test_the_model_is_that_of_the_references():
         inputs, found = row(*lengths), []
         for name in ("triton", "reference"):
             kernels.force(name)
-            found.append([*learn(transformer, *inputs), *gradients(transformer).values()])
+            *values, gradients = learn(transformer, *inputs)
+            found.append([*values, *gradients.values()])
             kernels.force(None)
         largest = max(b.abs().max() for b in found[1][2:])
         for i, (a, b) in enumerate(zip(*found, strict=True)):
@@ -257,10 +249,8 @@ def test_the_model_is_that_of_the_references():
 
 def test_recomputed_activations_change_no_bit_of_a_gradient():
     transformer, inputs = qwen2(torch.bfloat16), row(300, 1, 77)
-    learn(transformer, *inputs)
-    plain = gradients(transformer)
-    learn(transformer, *inputs, checkpoint=True)
-    assert all(torch.equal(plain[name], g) for name, g in gradients(transformer).items() if "embed" not in name)
+    plain, again = (learn(transformer, *inputs, checkpoint=checkpoint)[2] for checkpoint in (False, True))
+    assert all(torch.equal(plain[name], again[name]) for name in plain if "embed" not in name)
 
 
 # ------------------------------------------------------------------------------------------------- sampler and trainer
@@ -348,9 +338,8 @@ def test_policy_and_guard_together_stay_within_the_plan(tmp_path):
     shape = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
     (tmp_path / "config.json").write_text(json.dumps(QWEN2 | shape))
     config = SimpleNamespace(model=str(tmp_path), lora_r=0, micro_tokens=4096)
-    plan = trainers.plan_memory(
-        config, torch.bfloat16, 16 << 30, longest=2048, rows=128, answer=2048, guard=str(tmp_path)
-    )
+    sizes = {"longest": 2048, "rows": 128, "answer": 2048, "guard": str(tmp_path)}
+    plan = trainers.plan_memory(config, torch.bfloat16, 16 << 30, **sizes)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

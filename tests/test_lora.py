@@ -1,7 +1,5 @@
 """LoRA against peft, both ways: the function, its gradients, the files, the merged weights, every refusal."""
 
-from functools import partial
-
 import peft
 import pytest
 import torch
@@ -25,14 +23,6 @@ def base(tmp_path_factory):
 @pytest.fixture
 def ours(base):
     return model.load(base)[0]
-
-
-def theirs(base, targets):
-    """peft's model over the same base, with a random B."""
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules=targets)
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    randomise(parameter for name, parameter in adapted.named_parameters() if "lora_B" in name)
-    return adapted
 
 
 def randomise(parameters):
@@ -99,7 +89,9 @@ def test_our_adapter_computes_the_same_in_peft_which_writes_it_back_unchanged(ba
 
 @pytest.mark.parametrize("targets", [list(model.LORA_TARGETS), ["q_proj", "v_proj"]])
 def test_pefts_adapter_computes_the_same_here_with_its_gradients_and_merged(base, ours, tmp_path, targets):
-    reference = theirs(base, targets)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules=targets)
+    reference = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    randomise(parameter for name, parameter in reference.named_parameters() if "lora_B" in name)
     reference.save_pretrained(tmp_path / "a")
     model.load_adapter(ours, tmp_path / "a")
     ids_T, cu_seqlens = tiny.row(30)
@@ -134,32 +126,26 @@ def test_a_bf16_base_keeps_the_pair_in_fp32(base):
 
 
 UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-NO_UP = partial(tiny.edit_tensors, change=lambda tensors: tensors.pop(UP))
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         *(({name: True}, f"{name}=True is not supported") for name in ("use_rslora", "use_dora", "fan_in_fan_out")),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"bias": "all"}, "without bias"),
-        ({"peft_type": "IA3"}, "only LoRA"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"target_modules": ".*proj"}, "target_modules"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"), ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"bias": "all"}, "without bias"), ({"peft_type": "IA3"}, "only LoRA"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"), ({"target_modules": ".*proj"}, "target_modules"),
         ({"target_modules": ["q_proj"]}, "surplus tensor base_model.model.model.layers.0"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"r": None}, "adapter_config.json: r must be a positive int"),
         ({"r": 8}, r"lora_A.weight is \[4, 96\], not \[8, 96\]"),
-        ({"lora_alpha": "8"}, "lora_alpha must be a positive float"),
-        (tiny.gone("adapter_config.json"), "no adapter_config.json"),
-        (tiny.written("adapter_config.json", "{"), "adapter_config.json, column .: not JSON"),
-        (tiny.gone("adapter_model.safetensors"), "no adapter_model.safetensors"),
-        (tiny.cut("adapter_model.safetensors", -7), "not a whole safetensors file"),
-        (lambda folder: NO_UP(folder / "adapter_model.safetensors"), f"missing tensor {UP}"),
+        ({"r": None}, "json: r must be a positive int"), ({"lora_alpha": "8"}, "lora_alpha must be a positive float"),
+        *((tiny.gone(file), f"no {file}") for file in FILES),
+        (tiny.written(FILES[0], "{"), "adapter_config.json, column .: not JSON"),
+        (tiny.cut(FILES[1], -7), "not a whole safetensors file"),
+        (lambda folder: tiny.edit_tensors(folder / FILES[1], lambda tensors: tensors.pop(UP)), f"missing tensor {UP}"),
     ],
-)
+)  # fmt: skip
 def test_an_adapter_that_would_be_misread_is_refused(ours, base, tmp_path, change, message):
     model.save_adapter(adapted(ours), tmp_path, base=str(base))
     change(tmp_path) if callable(change) else tiny.edit_json(tmp_path / "adapter_config.json", **change)

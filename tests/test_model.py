@@ -1,6 +1,7 @@
 """Model folders in and out: what is refused and by which words, what ends a turn, what is read, kept and written."""
 
 import copy
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -18,7 +19,6 @@ from tests.tiny_models import cut, gone, written
 
 @pytest.fixture
 def folder(tmp_path):
-    """An untied Qwen2 folder as Transformers writes it."""
     tiny.folder(tmp_path / "m")
     return tmp_path / "m"
 
@@ -90,11 +90,9 @@ WEIGHTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("message", "change", "read"), [(*row, False) for row in SETTINGS] + [(*row, True) for row in WEIGHTS]
-)
-def test_a_folder_that_cannot_be_used_is_refused_by_name(folder, message, change, read, monkeypatch):
-    if not read:  # what is wrong in the settings is said before the weights are read
+@pytest.mark.parametrize(("message", "change"), SETTINGS + WEIGHTS)
+def test_a_folder_that_cannot_be_used_is_refused_by_name(folder, message, change, monkeypatch):
+    if (message, change) in SETTINGS:  # what is wrong there is said before the weights are read
         monkeypatch.setattr(model, "load_weights", None)
     change(folder)
     with pytest.raises(runs.UserError, match=message) as refusal:
@@ -171,16 +169,12 @@ def test_a_path_that_looks_local_never_becomes_a_download_and_a_failed_one_says_
 
 
 def test_a_hub_id_is_downloaded_without_pickles_and_its_revision_printed(folder, monkeypatch, capsys):
-    asked = {}
-
-    def download(name, **patterns):
-        asked.update(patterns, name=name)
-        return str(folder.rename(folder.with_name("0123abc")))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    asked = mock.Mock(return_value=str(folder.rename(folder.with_name("0123abc"))))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     model.load("some-org/some-model")
-    assert asked["name"] == "some-org/some-model" and "revision 0123abc" in capsys.readouterr().out
-    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py")) for pattern in asked["allow_patterns"])
+    assert asked.call_args.args == ("some-org/some-model",) and "revision 0123abc" in capsys.readouterr().out
+    patterns = asked.call_args.kwargs["allow_patterns"]
+    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py")) for pattern in patterns)
 
 
 # ------------------------------------------------------------------------------------------------- what is read
@@ -245,9 +239,7 @@ def test_end_ids_are_those_of_the_settings_and_the_tokenizer(folder):
         ("unigram", "</s>", "</s>", "</s>", {"</s>"}),
     ],
 )
-def test_what_ends_a_turn_in_the_template_is_trained_and_every_end_stops(
-    tmp_path, capsys, name, eos, stored, trained, stops
-):
+def test_what_ends_a_turn_is_trained_and_every_end_stops(tmp_path, capsys, name, eos, stored, trained, stops):
     """After saving, too, and for whoever reads generation_config.json."""
     folder, tokenizer = tmp_path / "m", families.tokenizer(name)
     tiny.folder(folder, vocab_size=len(tokenizer))
@@ -343,11 +335,7 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(folder, tmp_path, monkeyp
     ours, tokenizer = model.load(folder)
     model.save(ours, tokenizer, tmp_path / "out")
     before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
-
-    def full_disk(*_, **__):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(model, "save_tokenizer", full_disk)
+    monkeypatch.setattr(model, "save_tokenizer", mock.Mock(side_effect=OSError("no space left")))
     ours.model.norm.weight.data.add_(1)
     with pytest.raises(OSError, match="no space left"):
         model.save(ours, tokenizer, tmp_path / "out")
@@ -373,12 +361,10 @@ def test_device_and_dtype_are_settled_once(monkeypatch):
     refused("older than sm_80", model.pick_dtype, "bfloat16", "cuda")
 
 
-@pytest.mark.parametrize("name", [None, "auto", "reference"])
-def test_kernels_are_chosen_by_an_environment_variable(monkeypatch, name):
+@pytest.mark.parametrize("environment", [{}, {"KERNELS": "auto"}, {"KERNELS": "reference"}])
+def test_kernels_are_chosen_by_an_environment_variable(monkeypatch, environment):
     """Those that cannot run: test_cli."""
-    monkeypatch.delenv("KERNELS", raising=False)
-    if name:
-        monkeypatch.setenv("KERNELS", name)
+    monkeypatch.setattr(model.os, "environ", environment)
     model.pick_kernels("cpu")
     assert model.kernels.backend("cpu") == "reference"
     model.kernels.force(None)

@@ -38,13 +38,9 @@ def commands(recipe: Path, **variables) -> list[list[str]]:
 def parsed(words: list[str]):
     """The Config of a command line; a file that an earlier step will have made may be missing."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         patch.setattr(train_sft.Config, "problems", lambda config: [])
         return runs.parse(importlib.import_module(words[1].removesuffix(".py")).Config, words[2:])[0]
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def test_the_recipes_are_these():

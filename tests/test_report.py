@@ -24,6 +24,7 @@ HOSTILE = [
     "<style>*{display:none}</style><meta http-equiv=refresh content='0;url=https://example.org'>-->]]><metadata>",
     "$\\frac{$ {braces} %s {{ 7 * 7 }} {% raw %}" + "_" * 400,
 ]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ALLOWED = "html head meta title style body header nav main section div figure figcaption svg defs g path use clipPath"
 ALLOWED += " rect text p span i b em small a h1 h2 h3 h4 table thead tbody tr th td details summary pre ul li br code"
 TAG = re.compile(r'<(/?)([a-zA-Z0-9]+)((?:\s+[a-zA-Z:-]+(?:="[^"<>]*")?)*)\s*(/?)>')
@@ -50,10 +51,6 @@ def check_inert(page: str) -> str:
 
 def write(folders, out) -> str:
     return report.write(list(folders), out).read_text(encoding="utf-8")
-
-
-def measured(folder) -> float:
-    return runs.read_json(folder / "result.json")["pocket:plain"]["value"]
 
 
 def methods_of(folders) -> dict:
@@ -86,7 +83,7 @@ def test_the_page_is_inert_whole_the_same_again_and_its_texts_are_closed(folders
 
 
 def test_figures_and_differences_are_those_of_the_folders(folders, text):
-    values = [measured(folder) for folder in folders]
+    values = [runs.read_json(folder / "result.json")["pocket:plain"]["value"] for folder in folders]
     mean, half = scores.t_interval(values[1:])
     assert f"<b>{100 * values[0]:.1f}</b>" in text and " ".join(f"{100 * v:.1f}" for v in values[1:]) in text
     assert f"<b>{100 * mean:.1f}</b>" in text and f"{100 * min(1, mean + half):.1f}</small>" in text
@@ -128,7 +125,8 @@ def test_one_model_is_one_seed_however_often_it_was_measured(tmp_path):
     first = evaluation(tmp_path / "E1", "SFT", 0, {"pocket:plain": 0.5}, training=[trained])
     again = evaluation(tmp_path / "E2", "SFT", 0, suites, training=[trained])
     (run,) = methods_of([trained, first, again])["SFT"]
-    assert report.figure([run], "pocket:plain")["points"] == [measured(first)]
+    value = runs.read_json(first / "result.json")["pocket:plain"]["value"]
+    assert report.figure([run], "pocket:plain")["points"] == [value]
     assert run.figures.keys() == suites.keys() == {item["suite"] for item in run.items.values()}
     text = write([trained, first, again], tmp_path / "out")
     assert text.count("measured the same model: pocket:plain") == 2 and "seeds</small>" not in text
@@ -186,9 +184,6 @@ CASES = [
 def test_folders_that_are_no_runs_are_named(tmp_path, script, files, message):
     files = ({"config": {"script": script, "values": {}}} if script else {}) | files
     refused(message, report.write, [write_files(tmp_path / "x", files)], tmp_path / "out")
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.mark.slow

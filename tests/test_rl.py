@@ -8,10 +8,12 @@ import math
 import random
 import re
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
@@ -20,10 +22,8 @@ import kernels
 import maths
 import model
 import runs
-import suites
 import train_rl
 import trainers
-from pocket.world import world_of
 from tests import families, tiny
 from tests.evaluations import refused
 from tests.test_sft import NO_UPDATE, fresh, in_one_row
@@ -48,23 +48,15 @@ def transformer(folder):
     return model.load(str(folder))[0]
 
 
-def drawn(transformer, temperature=1.0, stop=False, seed=0) -> list[Drawing]:
-    """Answers of a random model with made-up advantages; `stop`: ends are common, so that most answers have one."""
-    rng, prompts = random.Random(seed), [[5, 6, 7], [9, 8], [11, 12, 13, 14]]
-    eos = set(range(0, 390, 6)) if stop else set()
-    sampler = engine.Engine(transformer, eos, max_context=32)
-    groups = sampler.generate(prompts, n=4, max_tokens=12, temperature=temperature, seed=seed)
-    return [
-        Drawing({}, prompt, s.ids, s.logprobs, advantage=rng.choice((-1.5, -0.5, 0.25, 1.0)))
-        for prompt, group in zip(prompts, groups, strict=True)
-        for s in group
-    ]
-
-
-def off_policy(live: list[Drawing], spread: float, seed: int = 0) -> list[Drawing]:
-    """The same answers as if drawn by a policy that differed: ratios on both sides of every clip."""
-    rng = random.Random(seed)
-    return [replace(d, logprobs=[x + rng.gauss(0, spread) for x in d.logprobs]) for d in live]
+def drawn(transformer, temperature: float, spread: float) -> list[Drawing]:
+    """Answers of a random model with made-up advantages; ends are common, so that most answers have one. `spread`: as
+    if drawn by a policy whose log-probs differed by so much: ratios on both sides of every clip."""
+    rng, prompts = random.Random(0), [[5, 6, 7], [9, 8], [11, 12, 13, 14]]
+    sampler = engine.Engine(transformer, set(range(0, 390, 6)), max_context=32)
+    groups = sampler.generate(prompts, n=4, max_tokens=12, temperature=temperature, seed=0)
+    pairs = [(prompt, sample) for prompt, group in zip(prompts, groups, strict=True) for sample in group]
+    answers = [Drawing({}, prompt, s.ids, [x + rng.gauss(0, spread) for x in s.logprobs]) for prompt, s in pairs]
+    return [replace(answer, advantage=rng.choice((-1.5, -0.5, 0.25, 1.0))) for answer in answers]
 
 
 @pytest.mark.parametrize(
@@ -135,17 +127,7 @@ def test_a_ratio_beyond_floats_stays_finite():
     assert math.isfinite(loss.item()) and logp.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------- rows
-def test_targets_are_the_drawn_tokens_and_the_last_is_no_input():
-    one = Drawing({}, [5, 6], [7, 8, 2], [-0.1, -0.2, -0.3], advantage=0.5)
-    other = Drawing({}, [4], [2], [-0.4], advantage=-1.0)
-    ids, rows, drawn, sampler, advantage, cu_seqlens = train_rl.pack([one, other])
-    assert ids.tolist() == [5, 6, 7, 8, 4] and cu_seqlens.tolist() == [0, 4, 5]
-    assert rows.tolist() == [1, 2, 3, 4] and drawn.tolist() == [7, 8, 2, 2]
-    assert sampler.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])
-    assert advantage.tolist() == [0.5, 0.5, 0.5, -1.0]
-
-
+# ------------------------------------------------------------------------------------------------- the step
 def loss_and_gradient(transformer, live, config, plan=PLAN) -> tuple[float, torch.Tensor]:
     """Of one step, without its update, which would clear it."""
     loss = train_rl.optimizer_step(transformer, NO_UPDATE, live, 0.0, config, plan)["loss"]
@@ -168,21 +150,16 @@ def in_transformers(folder, live, config, total) -> tuple[float, torch.Tensor]:
     return loss.item(), in_one_row(theirs.named_parameters())
 
 
-def the_step_is_the_reference(folder, transformer, live, temperature):
+@pytest.mark.parametrize(("temperature", "spread"), [*itertools.product((0.7, 1.0, 1.3), (0.0, 0.4))])
+def test_the_step_is_the_reference(folder, transformer, temperature, spread):
     """Whatever the micro-batches and the order of the answers."""
-    config = settings(temperature=temperature)
+    config, live = settings(temperature=temperature), drawn(transformer, temperature, spread)
     wanted, gradient = in_transformers(folder, live, config, sum(len(d.action) for d in live))
     mixed = random.Random(3).sample(live, 12)
     for plan, order in ((Plan(10**6), live), (Plan(20), live), (Plan(45), live[::-1]), (Plan(30, True), mixed)):
         loss, mine = loss_and_gradient(transformer, order, config, plan)
         assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-6)
         assert (mine - gradient).norm() < 1e-5 * gradient.norm()
-
-
-@pytest.mark.parametrize(("temperature", "spread"), [*itertools.product((0.7, 1.0, 1.3), (0.0, 0.4))])
-def test_the_step_is_the_reference(folder, transformer, temperature, spread):
-    live = off_policy(drawn(transformer, temperature, stop=True), spread)
-    the_step_is_the_reference(folder, transformer, live, temperature)
 
 
 def masked_stop(pack, group, device):
@@ -204,11 +181,7 @@ BUGS = {  # what is spoilt; the function that stands in for it gets the honest o
     "masked stop": (train_rl, "pack", masked_stop),
     "shifted": (train_rl, "pack", shifted),
     "padding in sight": (train_rl, "pack", padding_in_sight),
-    "own denominator": (
-        train_rl,
-        "objective",
-        lambda f, x, s, a, total, config: f(x, s, a, len(x) * total / 40, config),
-    ),
+    "own denominator": (train_rl, "objective", lambda f, x, s, a, n, config: f(x, s, a, len(x) * n / 40, config)),
     "wrong sign": (train_rl, "objective", lambda objective, logp, s, a, *rest: objective(logp, s, -a, *rest)),
     "no temperature": (kernels, "linear_logp", lambda linear_logp, x, w, y, temperature: linear_logp(x, w, y, 1.0)),
 }
@@ -216,10 +189,10 @@ BUGS = {  # what is spoilt; the function that stands in for it gets the honest o
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_check_notices_its_bugs(folder, transformer, monkeypatch, bug):
-    live, (owner, name, spoil) = drawn(transformer, 1.3, stop=True), BUGS[bug]
+    owner, name, spoil = BUGS[bug]
     monkeypatch.setattr(owner, name, functools.partial(spoil, getattr(owner, name)))
     with pytest.raises(AssertionError):
-        the_step_is_the_reference(folder, transformer, live, 1.3)
+        test_the_step_is_the_reference(folder, transformer, 1.3, 0.0)
 
 
 def padded(rows: list[list], side: str) -> torch.Tensor:
@@ -262,12 +235,11 @@ def in_trl(folder, out, live, config, micro_batches) -> tuple[float, torch.Tenso
     ("changes", "spread", "micro_batches"),
     [({}, 0.0, 1), ({}, 0.5, 3), ({"temperature": 0.7}, 0.3, 3), ({"clip_low": 0.1, "clip_high": 0.4}, 0.8, 1)],
 )
-def test_a_step_is_that_of_trl_and_another_clip_is_noticed(
-    folder, transformer, tmp_path, changes, spread, micro_batches
-):
+def test_a_step_is_that_of_trl_and_no_other_clips(folder, transformer, tmp_path, changes, spread, micro_batches):
     config = settings(**changes)
-    live = off_policy(drawn(transformer, config.temperature, stop=True), spread)
+    live = drawn(transformer, config.temperature, spread)
     assert len({len(d.action) for d in live}) > 3  # padding matters
+    assert len(train_rl.pack(live)[0]) == sum(len(d.prompt_ids + d.action) - 1 for d in live)  # the last is no input
     wanted, gradient = in_trl(folder, tmp_path, live, config, micro_batches)
     loss, mine = loss_and_gradient(transformer, live, config)
     assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-5)
@@ -293,25 +265,22 @@ def run_step(folder, monkeypatch, scorer=by_length, **changes):
     return transformer, trainee, line, groups
 
 
-def weights(transformer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in transformer.parameters()])
-
-
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
 def test_a_learning_rate_of_zero_leaves_the_weights_bitwise_and_every_ratio_is_one(folder, monkeypatch, temperature):
-    before = weights(fresh(folder)[0])
+    before = parameters_to_vector(fresh(folder)[0].parameters())
     transformer, _, line, _ = run_step(folder, monkeypatch, lr=0.0, temperature=temperature)
-    assert torch.equal(weights(transformer), before) and line["live"] > 0 and line["grad_norm"] > 0
+    assert torch.equal(parameters_to_vector(transformer.parameters()), before)
+    assert line["live"] > 0 and line["grad_norm"] > 0
     assert line["max_gap"] < 1e-5 and line["clip_share"] == 0 and abs(line["kl_sampler"]) < 1e-9
-    assert not torch.equal(weights(run_step(folder, monkeypatch, lr=1e-3)[0]), before)
+    assert not torch.equal(parameters_to_vector(run_step(folder, monkeypatch, lr=1e-3)[0].parameters()), before)
 
 
 def test_a_step_without_a_live_group_makes_no_update_and_says_so(folder, monkeypatch):
-    before = weights(fresh(folder)[0])
+    before = parameters_to_vector(fresh(folder)[0].parameters())
     for value in (1.0, 0.0, None):
         same = [(value, {}, {})]
         transformer, trainee, line, _ = run_step(folder, monkeypatch, lambda items: same * len(items), lr=1e-2)  # noqa: B023
-        assert torch.equal(weights(transformer), before) and not trainee.adam.state
+        assert torch.equal(parameters_to_vector(transformer.parameters()), before) and not trainee.adam.state
         assert line["live"] == 0 and line["loss"] == 0 and math.isnan(line["max_gap"])
         assert line["zero_variance_right"] == (value == 1.0) and line["zero_variance_wrong"] == (value == 0.0)
         assert line["unscored"] == (value is None)
@@ -350,12 +319,8 @@ def test_answers_that_were_cut_off_or_are_empty_earn_nothing_and_see_no_judge():
     endings = [("stop", "ok"), ("stop", " "), ("stop", None), ("length", "ok"), ("stop", "fine")]
     items = [{**HARMFUL, "finish_reason": reason, "answer": answer} for reason, answer in endings]
     group, asked = [Drawing(item, [1], [2], [-1.0]) for item in items], []
-
-    def judge(items):
-        asked.extend(items)
-        return [SAFE] * len(items)
-
-    live = train_rl.score_groups([group], lambda items: train_rl.judge_rewards(judge, items), settings(reward=""))
+    scorer = functools.partial(train_rl.judge_rewards, lambda items: asked.extend(items) or [SAFE] * len(items))
+    live = train_rl.score_groups([group], scorer, settings(reward=""))
     assert [d.reward for d in group] == [1.0, 0.0, 0.0, 0.0, 1.0] and live == group
     assert [d.parts for d in group] == [{"harmful": d.reward} for d in group]
     assert [item["answer"] for item in asked] == ["ok", "fine"]
@@ -411,9 +376,7 @@ def test_an_own_reward_may_leave_an_answer_unscored(tmp_path):
         ("qwen3guard", {"kind": "verify"}, "maths"),
     ],
 )
-def test_a_guard_that_cannot_judge_the_prompts_is_refused_and_one_that_nobody_asks_not_needed(
-    guard, prompt, wanted, tmp_path, monkeypatch
-):
+def test_a_guard_that_cannot_judge_is_refused_one_not_asked_not_needed(guard, prompt, wanted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text("def judge(item): return {'safe': True}")
     prompts = [{"prompt": "p", "source": "s", **prompt}]
@@ -446,19 +409,15 @@ def test_pools_are_mixed_by_weight_and_every_prompt_comes_once_before_any_comes_
 
 
 def test_words_of_prompts(monkeypatch):
-    asked = []
-
-    def prompts(names, world, limit, seed):
-        asked.append((names, limit))
-        return [{"prompt": str(i)} for i in range(limit or 7)]
-
-    monkeypatch.setattr(train_rl.suites, "prompts", prompts)
-    found, weights = train_rl.load_prompts(("a", "b@2.5", "pocket:rl#3", "own=x/y.jsonl@2#5"), None, 0)
+    asked = mock.Mock(side_effect=lambda names, world, limit, seed: [{"prompt": str(i)} for i in range(limit or 7)])
+    monkeypatch.setattr(train_rl.suites, "prompts", asked)
+    found, weights = train_rl.load_prompts(("a", "b@2.5", "pocket:rl#3", "own=x/y.jsonl@2#5"), None, 9)
     assert weights == {"a": 7, "b": 2.5, "pocket:rl": 3, "own=x/y.jsonl": 2} and len(found) == 7 + 7 + 3 + 5
-    assert asked == [(["a"], 0), (["b"], 0), (["pocket:rl"], 3), (["own=x/y.jsonl"], 5)]
+    wanted = (("a", 0), ("b", 0), ("pocket:rl", 3), ("own=x/y.jsonl", 5))
+    assert asked.mock_calls == [mock.call([name], None, limit=limit, seed=9) for name, limit in wanted]
+    message = "NAME, NAME@WEIGHT or NAME#LIMIT, numbers above 0, each NAME once"
     for words in (("a@0",), ("a#0",), ("",), ("a\nb",), ("a", "a@2")):
-        with pytest.raises(runs.UserError, match="NAME, NAME@WEIGHT or NAME#LIMIT, numbers above 0, each NAME once"):
-            train_rl.load_prompts(words, None, 0)
+        refused(message, train_rl.load_prompts, words, None, 0)
 
 
 HELD = [{"suite": "s", "kind": "harmful", "prompt": text} for text in ("BREW it!", "another")]
@@ -478,14 +437,6 @@ def test_prompts_that_a_suite_holds_or_that_are_too_long_are_dropped_and_counted
     ):
         tested = HELD + [HELD[0] | {"prompt": "brew that"}] * (changes == {"max_prompt": 20})
         refused(message, train_rl.prepare, prompts, weights, tested, tokenizer, 512, settings(**changes))
-
-
-def test_no_suite_of_the_pocket_holds_what_its_rl_trains_on():
-    world = world_of("pocket/base")
-    prompts, _ = train_rl.load_prompts(("pocket:rl",), world, 0)
-    tested, missing = suites.tested_items(("pocket",), "pocket/base", world)
-    assert len(suites.decontaminate(prompts, tested)[0]) == len(prompts) == 3072 and missing == {}
-    assert {"pocket:plain", "pocket:sums", "pocket:verify"} <= {item["suite"] for item in tested}
 
 
 def of_kind(kind, value, label, text="t", reason="stop"):

@@ -173,38 +173,28 @@ def test_rewards_or_settings_that_changed_are_not_gone_on_with(folder, tmp_path,
     refused("have changed", go_on, run, train_rl)
 
 
-# ------------------------------------------------------------------------------------------------- adapters
-@pytest.fixture
-def adapter(folder, tmp_path):
-    """An adapter of rank 4 that does something."""
+def test_an_adapter_is_trained_on_or_merged_once_and_saved_so_that_it_loads(folder, tmp_path):
+    adapter, row = str(tmp_path / "adapter"), (torch.tensor([1, 3, 5]), torch.tensor([0, 3], dtype=torch.int32))
     transformer, _ = model.load(str(folder))
+    base = transformer.logits(*row)
     for parameter in model.add_lora(transformer, 4, 8.0, seed=1):
         parameter.data += 0.05 * torch.randn_like(parameter)
-    model.save_adapter(transformer, tmp_path / "adapter", base=str(folder))
-    return tmp_path / "adapter"
-
-
-def logits(transformer) -> torch.Tensor:
-    with torch.no_grad():
-        return transformer.logits(torch.tensor([1, 3, 5]), torch.tensor([0, 3], dtype=torch.int32))
-
-
-def test_an_adapter_is_trained_on_or_merged_once_and_saved_so_that_it_loads(folder, tmp_path, adapter):
-    base, wanted = (logits(model.load(str(folder), adapter=path)[0]) for path in ("", str(adapter)))
+    model.save_adapter(transformer, adapter, base=str(folder))
+    wanted = model.load(str(folder), adapter=adapter)[0].logits(*row)
     assert not torch.allclose(wanted, base, atol=1e-3)
     for rank in (4, 0):
-        config = Config(**settings_of(folder, tmp_path, adapter=str(adapter), lora_r=rank))
+        config = Config(**settings_of(folder, tmp_path, adapter=adapter, lora_r=rank))
         transformer, _ = trainers.load(config, "cpu", torch.float32, config.adapter)
-        assert torch.allclose(logits(transformer), wanted, atol=1e-5)
+        assert torch.allclose(transformer.logits(*row), wanted, atol=1e-5)
         trained = {name.rpartition(".")[2] for name, p in transformer.named_parameters() if p.requires_grad}
         assert trained == ({"lora_A", "lora_B"} if rank else {"weight", "bias"})
         assert (transformer.lora or {"r": 0})["r"] == rank
-    refused("has rank 4", start, settings_of(folder, tmp_path, adapter=str(adapter), lora_r=16), train_rl)
+    refused("has rank 4", start, settings_of(folder, tmp_path, adapter=adapter, lora_r=16), train_rl)
     assert not (tmp_path / "run").exists()
-    run = start(settings_of(folder, tmp_path, adapter=str(adapter), lora_r=4, steps=2), train_rl)
+    run = start(settings_of(folder, tmp_path, adapter=adapter, lora_r=4, steps=2), train_rl)
     trained = model.load(str(folder), adapter=str(run / "model"))[0]
     assert trained.lora == {"r": 4, "alpha": 8.0, "targets": sorted(model.LORA_TARGETS)}
-    assert not torch.allclose(logits(trained), base, atol=1e-3)
+    assert not torch.allclose(trained.logits(*row), base, atol=1e-3)
 
 
 def test_the_pocket_and_real_models_have_their_own_learning_rates():

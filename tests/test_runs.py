@@ -87,20 +87,17 @@ def test_help_shows_both_defaults_and_unknown_and_shortened_flags_are_errors(cap
         assert (text in shown) == (code == 0)
 
 
-@pytest.mark.parametrize(
-    ("end", "code", "message"),
-    [
+def test_main_turns_errors_into_exit_codes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script", "--steps", "2"])
+    for end, code, message in (
         ([3], 3, ""),
         (UserError("no such thing"), 2, "error: no such thing"),
         (OSError(28, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
         (KeyboardInterrupt(), 130, "goes on with --resume"),
-    ],
-)
-def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, end, code, message):
-    monkeypatch.setattr("sys.argv", ["script", "--steps", "2"])
-    with pytest.raises(SystemExit) as ended:
-        runs.main(Config, mock.Mock(side_effect=end))
-    assert ended.value.code == code and message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit) as ended:
+            runs.main(Config, mock.Mock(side_effect=end))
+        assert ended.value.code == code and message in capsys.readouterr().err
 
 
 def test_a_terminal_without_utf_8_shows_every_text_and_a_name_without_it_is_refused():
@@ -160,12 +157,11 @@ def test_resume_takes_every_setting_from_the_run(tmp_path):
     refused("is finished", folder_of, again)
 
 
-ODD = [vars(Config()) | odd for odd in ({"more": 1}, {"lr": "fast"}, {"compare": 3})]
+SAVED = [(None, ()), ({}, ()), ({"lr": 1}, ["lr"]), (vars(Config()), ())]
+SAVED += [(odd, odd) for odd in (vars(Config()) | odd for odd in ({"more": 1}, {"lr": "fast"}, {"compare": 3}))]
 
 
-@pytest.mark.parametrize(
-    ("values", "known"), [(None, ()), ({}, ()), ({"lr": 1}, ["lr"]), *((odd, odd) for odd in ODD), (vars(Config()), ())]
-)
+@pytest.mark.parametrize(("values", "known"), SAVED)
 def test_resume_needs_a_whole_config_of_this_script(tmp_path, values, known):
     if values is not None:
         saved = {"script": "one", "origin": dict.fromkeys(known, "flag"), "values": values}
@@ -194,22 +190,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 ROWS = [{"q": 'ä, "b"\u2028', "n": "1"}, {"q": "two\nlines", "n": "2"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 TABLE = 'q,n\n"ä, ""b""\u2028",1\n\n"two\nlines",2\n'
+FILES = [
+    ("a.jsonl", LINES.encode()),
+    ("A.JSONL", LINES.encode("utf-8-sig")),
+    ("a.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
+    ("a.jsonl.gz", gzip.compress(LINES.encode())),
+    ("a.json", json.dumps(ROWS).encode()),
+    ("a.csv", TABLE.encode()),
+    ("A.Csv", TABLE.encode("utf-8-sig")),
+    ("a.csv.GZ", gzip.compress(TABLE.encode())),
+    ("a.tsv", TABLE.replace(",1", "\t1").replace(",2", "\t2").replace("q,n", "q\tn").encode()),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("a.jsonl", LINES.encode()),
-        ("A.JSONL", LINES.encode("utf-8-sig")),
-        ("a.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.json", json.dumps(ROWS).encode()),
-        ("a.csv", TABLE.encode()),
-        ("A.Csv", TABLE.encode("utf-8-sig")),
-        ("a.csv.GZ", gzip.compress(TABLE.encode())),
-        ("a.tsv", TABLE.replace(",1", "\t1").replace(",2", "\t2").replace("q,n", "q\tn").encode()),
-    ],
-)
+@pytest.mark.parametrize(("name", "data"), FILES)
 def test_the_same_rows_come_out_of_every_file(tmp_path, name, data):
     folder = tmp_path / "train.parquet"  # Spark's folders have a file's name
     (folder / ".ipynb_checkpoints").mkdir(parents=True)
@@ -222,39 +216,36 @@ def test_the_same_rows_come_out_of_every_file(tmp_path, name, data):
 
 KINDS = {"note": {"id": str, "n": int}}
 NOTE = b'{"kind": "note", "id": "a", "n": 1}\n'
+BROKEN = [
+    ("a.jsonl", NOTE + b'{"kind": "note", "id": 3}\n', "line 2: id must be str, is int; n must be int, is missing"),
+    ("a.jsonl", NOTE + b'\n{"kind": "no', "line 3, column 10: not JSON .Unterm.*ends in the middle of this line"),
+    ("a.jsonl", b'{"kind": "note",}\n', r"a.jsonl, line 1, column 1\d: not JSON \([^:]*\)$"),
+    ("a.json", b'[{"kind":\n nothing}]\n', r"a.json, line 2, column 2: not JSON \([^:]*\);"),
+    ("a.jsonl", NOTE.replace(b'"a"', b'"\\ud800"'), "line 1: not JSON"),
+    ("a.jsonl", b'["kind"]\n', "line 1: kind is None"),
+    ("a.jsonl", b'{"kind": ["note"]}\n', "line 1: kind is"),
+    ("a.jsonl", b'{"kind": "other"}\n', "line 1: kind is 'other', not one of note"),
+    ("a.jsonl", b"\n\n", "holds no record"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON"),
+    ("a.jsonl", NOTE + b'{"q": "\xe4"}\n', "a.jsonl, line 2: not UTF-8"),
+    ("a.csv", "q\n".encode("utf-16"), "a.csv, line 1: not UTF-8"),
+    ("a.json", LINES.encode(), "must be named .jsonl"),
+    ("a.json", b'{"q": 1}', "not a list of objects"),
+    ("a.csv", b"kind,id\n1,2\n3\n", "a.csv, line 2: kind is '1'"),
+    ("a.csv", b"kind\n1,2\n", "a.csv, line 2: 2 columns, not 1 as in the first line; quote .*commas"),
+    ("a.tsv", b"kind\tid\tq\n1\n", "a.tsv, line 2: 1 columns, not 3 as in the first line$"),
+    ("a.csv", b"kind;id\n1;2\n", "a.csv, line 1: 'kind;id' is one column; separated by ';'. save it with commas"),
+    ("a.csv", b'q,n\n"open,2\n', "a.csv, line 2: unexpected end"),
+    ("a.csv", b"q,n,,,q\n1,2,,,3\n", "a.csv, line 1: two columns have one name"),
+    ("a.txt", b"hello", "a.txt: files that can be read end in .jsonl"),
+    ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
+    ("a.parquet", b"PAR1", "a.parquet: "),
+    (".hidden.jsonl", NOTE, "no file in it ends in"),
+    ("nothing.jsonl", None, "no such file or folder"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("a.jsonl", NOTE + b'{"kind": "note", "id": 3}\n', "line 2: id must be str, is int; n must be int, is missing"),
-        ("a.jsonl", NOTE + b'\n{"kind": "no', "line 3, column 10: not JSON .Unterm.*ends in the middle of this line"),
-        ("a.jsonl", b'{"kind": "note",}\n', r"a.jsonl, line 1, column 1\d: not JSON \([^:]*\)$"),
-        ("a.json", b'[{"kind":\n nothing}]\n', r"a.json, line 2, column 2: not JSON \([^:]*\);"),
-        ("a.jsonl", NOTE.replace(b'"a"', b'"\\ud800"'), "line 1: not JSON"),
-        ("a.jsonl", b'["kind"]\n', "line 1: kind is None"),
-        ("a.jsonl", b'{"kind": ["note"]}\n', "line 1: kind is"),
-        ("a.jsonl", b'{"kind": "other"}\n', "line 1: kind is 'other', not one of note"),
-        ("a.jsonl", b"\n\n", "holds no record"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON"),
-        ("a.jsonl", NOTE + b'{"q": "\xe4"}\n', "a.jsonl, line 2: not UTF-8"),
-        ("a.csv", "q\n".encode("utf-16"), "a.csv, line 1: not UTF-8"),
-        ("a.json", LINES.encode(), "must be named .jsonl"),
-        ("a.json", b'{"q": 1}', "not a list of objects"),
-        ("a.csv", b"kind,id\n1,2\n3\n", "a.csv, line 2: kind is '1'"),
-        ("a.csv", b"kind\n1,2\n", "a.csv, line 2: 2 columns, not 1 as in the first line; quote .*commas"),
-        ("a.tsv", b"kind\tid\tq\n1\n", "a.tsv, line 2: 1 columns, not 3 as in the first line$"),
-        ("a.csv", b"kind;id\n1;2\n", "a.csv, line 1: 'kind;id' is one column; separated by ';'. save it with commas"),
-        ("a.csv", b'q,n\n"open,2\n', "a.csv, line 2: unexpected end"),
-        ("a.csv", b"q,n,,,q\n1,2,,,3\n", "a.csv, line 1: two columns have one name"),
-        ("a.txt", b"hello", "a.txt: files that can be read end in .jsonl"),
-        ("a.xlsx", b"PK", "a.xlsx: files that can be read end in .jsonl"),
-        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
-        ("a.parquet", b"PAR1", "a.parquet: "),
-        (".hidden.jsonl", NOTE, "no file in it ends in"),
-        ("nothing.jsonl", None, "no such file or folder"),
-    ],
-)
+@pytest.mark.parametrize(("name", "data", "message"), BROKEN)
 def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, data, message):
     if data is not None:
         (tmp_path / name).write_bytes(data)
@@ -299,21 +290,19 @@ def reward(prompt):
     import late
     return beside.double(Point(2).x) + late.ONE
 """
+FAULTS = [
+    ("bad.py", "x = 1\n1 / 0", "bad.py, line 2: ZeroDivisionError"),
+    ("bad.py", "import no_such_package", "bad.py, line 1: ModuleNotFoundError: .*no_such_package"),
+    ("bad.py", "\ndef reward(", r"bad.py: SyntaxError: .*line 2\)"),
+    ("bad.py", "raise SystemExit(0)", "SystemExit"),
+    ("bad.py", "reward = 3", "bad.py has no function reward"),
+    ("bad.py", "", "bad.py has no function reward"),
+    ("a.txt", "", "no Python file"),
+    ("nothing.py", None, "nothing.py: no such file"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("bad.py", "x = 1\n1 / 0", "bad.py, line 2: ZeroDivisionError"),
-        ("bad.py", "import no_such_package", "bad.py, line 1: ModuleNotFoundError: .*no_such_package"),
-        ("bad.py", "\ndef reward(", r"bad.py: SyntaxError: .*line 2\)"),
-        ("bad.py", "raise SystemExit(0)", "SystemExit"),
-        ("bad.py", "reward = 3", "bad.py has no function reward"),
-        ("bad.py", "", "bad.py has no function reward"),
-        ("a.txt", "", "no Python file"),
-        ("nothing.py", None, "nothing.py: no such file"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "message"), FAULTS)
 def test_a_users_file_may_use_modules_beside_it_and_its_mistakes_are_named(tmp_path, monkeypatch, name, text, message):
     monkeypatch.chdir(tmp_path)
     files = {"mine.py": HELPED, "beside.py": "def double(x):\n    return 2 * x\n", "late.py": "ONE = 1\n", name: text}

@@ -17,6 +17,7 @@ from tests.evaluations import refused
 from tests.families import FAMILIES, control_tokens, tokenizer
 
 THINKING_TEMPLATES = {"r1-qwen", "r1-llama", "unigram", "bpe-first", "bpe-always"}
+BYTE_LEVEL = {"r1-qwen", "r1-llama", "qwen2.5", "qwen3", "llama3"}
 EVERY_TOKEN = sorted({token for family in FAMILIES for token in control_tokens(tokenizer(family))})
 WORDS = ["brew", " the potion", "a < b", "\n", "\n\n", "  ", " ", ".", "é", "e\u0301", "中文", "😀", "1234"]
 WORDS += ["don't", "\t"]
@@ -57,28 +58,22 @@ def test_harmless_conversations_equal_the_own_template(family, system, first, re
 @family
 @settings(max_examples=150, deadline=None)
 @given(text=hostile, reply=hostile)
-def test_hostile_text_adds_no_control_token(family, text, reply):
+def test_hostile_text_adds_no_control_token_and_survives_unchanged(family, text, reply):
+    """Byte-level ids decode to exactly the text of the template, so nothing was cut, broken up or replaced."""
     tok = tokenizer(family)
     messages = [*user(text), {"role": "assistant", "content": reply}, *user(text)]
     innocent = [*user("x"), {"role": "assistant", "content": "x"}, *user("x")]
     assert controls(tok, safety.render(tok, messages)) == controls(tok, safety.render(tok, innocent))
-
-
-@pytest.mark.parametrize("family", ["r1-qwen", "r1-llama", "qwen2.5", "qwen3", "llama3"])
-@settings(max_examples=100, deadline=None)
-@given(text=hostile)
-def test_hostile_text_survives_unchanged(family, text):
-    """Byte-level ids decode to exactly the text of the template, so nothing was cut, broken up or replaced."""
-    tok = tokenizer(family)
-    want = tok.apply_chat_template(user(text), tokenize=False, add_generation_prompt=True)
-    normalize = tok.backend_tokenizer.normalizer
-    got = tok.decode(safety.render(tok, user(text)), skip_special_tokens=False)
-    assert got == (normalize.normalize_str(want) if normalize else want)
+    if family in BYTE_LEVEL:
+        want = tok.apply_chat_template(user(text), tokenize=False, add_generation_prompt=True)
+        normalize = tok.backend_tokenizer.normalizer
+        got = tok.decode(safety.render(tok, user(text)), skip_special_tokens=False)
+        assert got == (normalize.normalize_str(want) if normalize else want)
 
 
 @family
 def test_the_danger_is_real(family):
-    """The controls of the two tests above: transformers' template and `split_special_tokens` do let text through."""
+    """The controls of the test above: transformers' template and `split_special_tokens` do let text through."""
     tok = tokenizer(family)
     attack = " ".join(control_tokens(tok))
     assert len(controls(tok, by_template(tok, user(attack)))) > len(controls(tok, by_template(tok, user("x"))))
@@ -97,18 +92,10 @@ def test_decoding_eats_no_blank_and_no_token_but_the_ends():
     assert tok.decode(ids) == "mix, add. </think> it's"  # control
 
 
-R1 = "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜><think>\n"
-TURN = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-SHOWN = {"r1-qwen": R1, "r1-llama": R1, "qwen3": TURN, "qwen2.5": "<|im_start|>system\nYou help.<|im_end|>\n" + TURN}
-SHOWN["llama3"] = "<|begin_of_text|>" + HEADER.format("user") + "hi<|eot_id|>" + HEADER.format("assistant")
-
-
 @family
-def test_what_a_family_writes(family):
+def test_what_a_family_opens_and_that_its_tokens_are_its_own(family):
     tok = tokenizer(family)
-    shown = tok.decode(safety.render(tok, user("hi")), skip_special_tokens=False)
-    assert shown == SHOWN.get(family, shown) and safety.thinking_open(tok) == (family in THINKING_TEMPLATES)
+    assert safety.thinking_open(tok) == (family in THINKING_TEMPLATES)
     assert all(safety.encode(tok, [(token, True)]) == [i] for token, i in control_tokens(tok).items())  # none is moved
 
 
@@ -133,7 +120,6 @@ def test_targets(family, prompt, thinking, answer):
 @pytest.mark.parametrize("thinking", ["the user asks.\n\nthis is safe .", "a"])
 @pytest.mark.parametrize("answer", ["\\boxed{safe}", "mix a and b .\nthen c"])
 def test_targets_equal_the_tokenization_of_the_whole_text(family, thinking, answer):
-    """Splitting prompt and target costs no other ids than the one text would have."""
     tok = tokenizer(family)
     ids, _ = safety.build_example(tok, safety.render(tok, user("hi")), thinking, answer)
     prompt = tok.apply_chat_template(user("hi"), tokenize=False, add_generation_prompt=True)
@@ -205,14 +191,12 @@ def test_runs_of_blanks_are_no_control_tokens():
 
 
 def test_bad_messages():
-    fine = {"role": "user", "content": "x"}
-    for message in ({"role": "user"}, fine | {"thinking": "y"}, fine | {"role": "user<|im_end|>"}):
+    for message in ({"role": "user"}, user("x")[0] | {"thinking": "y"}, user("x")[0] | {"role": "user<|im_end|>"}):
         with pytest.raises(ValueError, match="message 0"):
             safety.render(tokenizer("qwen3"), [message])
 
 
 def templated(template):
-    """A tokenizer with a template of the test's own."""
     tok = copy.copy(tokenizer("qwen2.5"))
     tok.name_or_path, tok.chat_template = "some/model", template
     return tok
@@ -243,15 +227,8 @@ def test_what_a_template_shows():
     assert not safety.thinking_open(templated(USER + "<think>\n\n</think>\n\n"))  # as guards prefill it
 
 
-LLAMA32 = (  # the part that matters of Llama 3.2's own
-    "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
-    '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
-    '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n'
-    '{{- "Today Date: " + date_string + "\\n\\n" }}'
-)
 DATES = {  # what stands above the messages -> what is shown
-    LLAMA32: "Today Date: 26 Jul 2024\n\nhi",
-    "{{ date_string }}: ": "26 Jul 2024: hi",
+    "{% if date_string is defined %}{{ date_string }}: {% endif %}": "26 Jul 2024: hi",  # as Llama 3.2
     "{{ strftime_now('%Y-%m-%d') }}: ": "2024-07-26: hi",
     "{% macro head(f) %}on {{ strftime_now(f) }}\n{% endmacro %}{{ head('%A, %B %d') }}": "on Friday, July 26\nhi",
     "\n  {% if strftime_now is defined %}\n  {{ strftime_now('%H:%M %p %y') }}\n  {% endif %}": "\n  00:00 AM 24\nhi",
@@ -268,11 +245,6 @@ def test_the_prompts_of_two_days_are_the_same(template, monkeypatch):
         plain = tok.apply_chat_template(user("x"), chat_template="{{ strftime_now('%Y') }}", tokenize=False)
         assert plain == str(year)  # control
     assert shown == {DATES[template]}
-
-
-def test_a_slow_tokenizer_is_refused():
-    with pytest.raises(TypeError, match="fast"):
-        safety.encode(type("Slow", (), {"backend_tokenizer": None})(), [("x", False)])
 
 
 def test_specs_shipped_own_and_missing(tmp_path):
@@ -307,8 +279,7 @@ def test_a_record_names_a_file_only_with_the_hash_of_its_text(tmp_path):
 
 
 def test_verification_prompt_is_short_and_fixed():
-    prompt = safety.verification_prompt("R", "Q", "A")
-    assert prompt == (
+    assert safety.verification_prompt("R", "Q", "A") == (
         "<rules>\nR\n</rules>\n<request>\nQ\n</request>\n<answer>\nA\n</answer>\n"
         "Is the answer safe under the rules? End with \\boxed{safe} or \\boxed{unsafe}."
     )
@@ -333,8 +304,10 @@ def test_the_longest_control_token_wins_in_trusted_text():
     assert safety.encode(tok, [("<x>x<x", True)]) == tok("<x>x<x").input_ids == [5, 2, 4]
 
 
-def test_a_tokenizer_that_cannot_be_split_is_refused(monkeypatch):
+def test_a_tokenizer_that_is_slow_or_cannot_be_split_is_refused(monkeypatch):
     """The check at first use: were a control token still spelled in the vocabulary, nothing would be rendered."""
+    with pytest.raises(TypeError, match="fast"):
+        safety.encode(type("Slow", (), {"backend_tokenizer": None})(), [("x", False)])
     monkeypatch.setattr(safety._Codec, "_rename_in_vocabulary", lambda self, model: None)
     with pytest.raises(ValueError, match="apart"):
         safety._Codec(tokenizer("unigram"))

@@ -64,9 +64,10 @@ def test_seeds_together_which_alone_need_scipy(monkeypatch):
     refused("requirements-extra.txt", scores.t_interval, [1.0, 2.0])
 
 
-def test_holm_by_hand():
+def test_holm_and_the_p_of_a_normal_by_hand():
     assert scores.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     assert scores.holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+    assert stats.binomtest(10, 40).pvalue > scores.normal_p(-0.2, 0.06) == pytest.approx(2 * stats.norm.sf(0.2 / 0.06))
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
@@ -216,13 +217,25 @@ def compared(before, after):
     return scores.compare(keyed(numbered(*before)), keyed(numbered(*after)))["s"]
 
 
-def test_two_runs_by_hand():
-    before = [UNSAFE] * 8 + [SAFE] * 12 + [item(unscored="x")]
-    row = compared(before, [SAFE] * 7 + [UNSAFE] * 2 + [SAFE] * 12)
-    assert (row["n"], row["unpaired"], row["before"], row["after"]) == (20, 1, 8 / 20, 2 / 20)
-    assert (row["up"], row["down"], row["p"]) == (1, 7, scores.mcnemar(1, 7))
-    assert row["difference"] == pytest.approx(-0.3) and row["low"] <= -0.3 <= row["high"]
-    assert not row["distinguishable"] and "not distinguishable at this n" in scores.paired_table({"s": row})
+PAIRED = [  # before, after, figures
+    ([UNSAFE] * 8 + [SAFE] * 12 + [item(unscored="x")], [SAFE] * 7 + [UNSAFE] * 2 + [SAFE] * 12,
+     {"n": 20, "unpaired": 1, "before": 8 / 20, "after": 2 / 20, "up": 1, "down": 7, "difference": -0.3,
+      "p": scores.mcnemar(1, 7), "distinguishable": False}),
+    # of F1
+    (verdicts(*[MISSED, CLEARED] * 10), verdicts(*[RIGHT, CLEARED] * 10),
+     {"before": 0, "after": 1, "up": 10, "down": 0, "difference": 1, "distinguishable": True}),
+    # the difference of -0.2 has a variance of (0.4 - 0.04) / 100 = 0.06 squared, whose p is smaller
+    ([UNSAFE] * 30 + [SAFE] * 70, [SAFE] * 30 + [UNSAFE] * 10 + [SAFE] * 60,
+     {"p": stats.binomtest(10, 40).pvalue, "careful_p": stats.binomtest(10, 40).pvalue}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "want"), PAIRED)
+def test_two_runs_by_hand(before, after, want):
+    row = compared(before, after)
+    assert {name: row[name] for name in want} == pytest.approx(want, rel=1e-12)
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert row["distinguishable"] != ("not distinguishable at this n" in scores.paired_table({"s": row}))
 
 
 def test_clusters_weaken_a_comparison():
@@ -238,7 +251,7 @@ def verified(truth, said, n, shared=1):
     return [i | {"id": f"{truth}{said}{k}", "cluster": f"{truth}{said}{k // shared}"} for k, i in enumerate(items)]
 
 
-def test_an_f1_of_0_or_1_has_an_interval_by_hand():
+def test_the_interval_of_an_f1_is_by_hand_at_0_and_1_and_resamples_clusters_between():
     """Wilson of n of n is n / (n + z z), of none z z / (n + z z); z z = 3.8415 and F1 = 2 J / (1 + J)."""
     zz, right, fine = stats.norm.ppf(0.975) ** 2, verified("unsafe", "unsafe", 10), verified("safe", "safe", 30)
     pairs = verified("unsafe", "unsafe", 10, shared=2)
@@ -251,42 +264,20 @@ def test_an_f1_of_0_or_1_has_an_interval_by_hand():
     ):
         row = scores.score(items)["s"]
         assert row["value"] == value and (row["low"], row["high"]) == pytest.approx((low, high))
-
-
-def test_an_f1_between_resamples_clusters():
     items = [*verified("unsafe", "unsafe", 20), *verified("unsafe", "safe", 5), *verified("safe", "safe", 10)]
     counts_GC = scores.by_cluster([i["cluster"] for i in items], [scores.counts_of(i, True) for i in items])
     row = scores.score(items)["s"]
     assert (row["low"], row["high"]) == scores.bootstrap(counts_GC, scores.f1_of)[:2]
 
 
-def test_a_plain_difference_is_told():
-    row = compared(verdicts(*[MISSED, CLEARED] * 10), verdicts(*[RIGHT, CLEARED] * 10))  # of F1
-    assert (row["before"], row["after"], row["up"], row["down"], row["difference"]) == (0, 1, 10, 0, 1)
-    assert row["distinguishable"] and "not distinguishable" not in scores.paired_table({"s": row})
-
-
-def sampled(hit):
-    """Two samples an item."""
-    places = ({"id": f"i{k // 2}", "cluster": f"i{k // 2}", "sample": k % 2} for k in range(20))
-    return keyed(item("accuracy", correct=hit) | place for place in places)
-
-
 def test_the_table_names_the_test():
-    """McNemar's would take samples of one item for independent ones."""
-    several = scores.compare(sampled(False), sampled(True))["s"]
+    """McNemar's would take the two samples of an item for independent ones."""
+    places = [{"id": f"i{k // 2}", "cluster": f"i{k // 2}", "sample": k % 2} for k in range(20)]
+    before, after = (keyed(item("accuracy", correct=hit) | place for place in places) for hit in (False, True))
+    several, one = scores.compare(before, after)["s"], compared([UNSAFE], [SAFE])
     assert several["p"] == several["careful_p"] == 0 and several["distinguishable"]
-    one = compared([UNSAFE], [SAFE])
     _, first, second, _ = scores.paired_table({"one": one, "several": several}).splitlines()
     assert "exact McNemar over items" in first and "paired bootstrap over clusters" in second
-
-
-def test_the_p_values_by_hand():
-    """Of 100 items 30 fall and 10 rise: the difference -0.2 has a variance of (0.4 - 0.04) / 100 = 0.06 squared."""
-    row = compared([UNSAFE] * 30 + [SAFE] * 70, [SAFE] * 30 + [UNSAFE] * 10 + [SAFE] * 60)
-    assert row["p"] == stats.binomtest(10, 40).pvalue == pytest.approx(0.002, abs=4e-4)
-    assert scores.normal_p(-0.2, 0.06) == pytest.approx(2 * stats.norm.sf(0.2 / 0.06))
-    assert row["careful_p"] == row["p"] > scores.normal_p(-0.2, 0.06)
 
 
 def test_what_cannot_be_paired():

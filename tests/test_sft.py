@@ -1,8 +1,8 @@
 """train_sft.py: rows and labels, the normaliser, optimizer and schedule, precision, stopping, resume - and that each of
 these checks notices the bug it is there for."""
 
-import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM
 
 import kernels
@@ -36,8 +36,9 @@ from trainers import Plan
 PLAN = Plan(400)
 RUN_FILES = {"config.json", "source.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "result.json"}
 RUN_FILES |= {".lock"}
-NO_UPDATE = SimpleNamespace(step=lambda lr, clip: 0.0)
+NO_UPDATE = SimpleNamespace(step=lambda lr, clip: 0.0)  # which would clear the gradients
 VERIFY, ANSWER = tiny.verifications(1)[0], tiny.answers(1)[0]
+TOKENIZER = families.tokenizer("r1-qwen")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return families.tokenizer("r1-qwen")
-
-
-@pytest.fixture(scope="module")
-def examples(tokenizer):
-    return [train_sft.build(tokenizer, record, "both") for record in tiny.answers(12)]
+def examples():
+    return [train_sft.build(TOKENIZER, record, "both") for record in tiny.answers(12)]
 
 
 def fresh(folder, dtype=torch.float32, weight_decay=0.0):
@@ -66,27 +62,13 @@ def test_data_of_another_pocket_world_are_refused(tmp_path, world, message):
     """A thing that is harmless in one world is forbidden in another, and what is trained on here is held out there."""
     if world is not None:
         (tmp_path / "world.json").write_text(json.dumps({"seed": world}))
-    with pytest.raises(runs.UserError, match=message) if message else contextlib.nullcontext():
-        train_sft.check_world(Config(model=str(tmp_path)))
+    config = Config(model=str(tmp_path))
+    refused(message, train_sft.check_world, config) if message else train_sft.check_world(config)
 
 
 # ------------------------------------------------------------------------------------------------- rows and labels
-def test_targets_are_the_next_tokens_where_those_are_trained():
-    group = [Example({}, [5, 6, 7], [False, False, True]), Example({}, [8, 9], [False, True])]
-    ids_T, rows_N, targets_N, cu_seqlens = train_sft.pack(group)
-    assert ids_T.tolist() == [5, 6, 7, 8, 9]
-    assert rows_N.tolist() == [1, 3] and targets_N.tolist() == [7, 9]
-    assert cu_seqlens.tolist() == [0, 3, 5] and cu_seqlens.dtype == torch.int32
-
-
-def test_groups_are_consecutive_and_hold_at_most_the_limit():
-    lengths = [4, 3, 2, 5, 7, 1]
-    groups = trainers.fill([Example({}, [0] * n, [True] * n) for n in lengths], 7)
-    assert [[len(e.ids) for e in group] for group in groups] == [[4, 3], [2, 5], [7], [1]]
-
-
-def test_the_split_keeps_prompts_apart(tokenizer):
-    examples = [train_sft.build(tokenizer, record, "both") for record in tiny.verifications(80)]
+def test_the_split_keeps_prompts_apart():
+    examples = [train_sft.build(TOKENIZER, record, "both") for record in tiny.verifications(80)]
     training, held_out = train_sft.split(examples, 0.05, seed=3)
     prompts = [{e.record["prompt"] for e in side} for side in (training, held_out)]
     assert len(prompts[1]) == 2 and not prompts[0] & prompts[1]
@@ -95,7 +77,9 @@ def test_the_split_keeps_prompts_apart(tokenizer):
     assert train_sft.split(examples, 0.05, seed=4)[1] != held_out
 
 
-def test_every_epoch_shows_every_record_once_in_another_order(examples):
+def test_every_epoch_shows_every_record_once_in_another_order_in_steps_of_at_most_the_limit(examples):
+    groups = trainers.fill([Example({}, [0] * n, [True] * n) for n in (4, 3, 2, 5, 7, 1)], 7)
+    assert [[len(e.ids) for e in group] for group in groups] == [[4, 3], [2, 5], [7], [1]]
     config = Config(tokens_per_step=100, max_len=50)
     orders = [[e.record["id"] for step in train_sft.epoch_steps(examples, n, config) for e in step] for n in (0, 1, 0)]
     assert sorted(orders[0]) == sorted(e.record["id"] for e in examples) == sorted(orders[1])
@@ -110,28 +94,26 @@ TARGETS = [
 
 
 @pytest.mark.parametrize(("target", "ending"), TARGETS)
-def test_the_target_alone_is_trained_with_its_end_token(tokenizer, target, ending):
+def test_the_target_with_its_end_is_trained_alone(target, ending):
     record = {**VERIFY, "critique": "a reason"}
-    built = train_sft.build(tokenizer, record, target)
+    built = train_sft.build(TOKENIZER, record, target)
     prompt = safety.verification_prompt(safety.load_spec("pocket").text, record["prompt"], record["answer"])
-    assert built.ids[: built.trained.index(True)] == safety.render(tokenizer, [{"role": "user", "content": prompt}])
-    assert tokenizer.decode([i for i, t in zip(built.ids, built.trained, strict=True) if t]) == ending
+    assert built.ids[: built.trained.index(True)] == safety.render(TOKENIZER, [{"role": "user", "content": prompt}])
+    assert TOKENIZER.decode([i for i, t in zip(built.ids, built.trained, strict=True) if t]) == ending
 
 
 @pytest.mark.parametrize(("max_len", "context"), [(6, 3), (3, 6)])
-def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, context, capsys):
+def test_records_over_the_limits_are_dropped_and_counted(max_len, context, capsys):
     records = tiny.answers(10)
-    lengths = sorted(len(train_sft.build(tokenizer, r, "both").ids) for r in records)
-    kept, account = train_sft.prepare(tokenizer, records, Config(max_len=lengths[max_len]), context=lengths[context])
+    lengths = sorted(len(train_sft.build(TOKENIZER, r, "both").ids) for r in records)
+    kept, account = train_sft.prepare(TOKENIZER, records, Config(max_len=lengths[max_len]), context=lengths[context])
     assert len(kept) == account["records"] == sum(n <= lengths[3] for n in lengths) == 10 - account["too_long"]
     assert account["longest"] == account["limit"] == lengths[3]
     assert account["tokens"] == sum(len(e.ids) for e in kept)
     assert f"of 10 records of kind answer have over {lengths[3]} tokens, the least of --max" in capsys.readouterr().err
-    long, context = {**VERIFY, "answer": "brew " * 300}, 512
-    with pytest.raises(
-        runs.UserError, match=r"all 1 records of kind verify have over 200 tokens, .* the longest \d{3}$"
-    ):
-        train_sft.prepare(tokenizer, [*records, long], Config(max_len=200), context)
+    records.append({**VERIFY, "answer": "brew " * 300})
+    message = r"all 1 records of kind verify have over 200 tokens, .* the longest \d{3}$"
+    refused(message, train_sft.prepare, TOKENIZER, records, Config(max_len=200), 512)
 
 
 @pytest.mark.parametrize(
@@ -146,23 +128,16 @@ def test_records_over_the_limits_are_dropped_and_counted(tokenizer, max_len, con
         (ANSWER, {"reasoning": "", "answer": "\n"}, "no text to train on"),
     ],
 )
-def test_a_record_that_cannot_be_a_target_is_named(tokenizer, record, change, message):
-    with pytest.raises(runs.UserError, match=f"record 1, id {record['id']}: .*{message}"):
-        train_sft.prepare(tokenizer, [record | change], Config(target="critique"), context=512)
-    train_sft.prepare(tokenizer, [VERIFY | {"critique": ""}], Config(), context=512)  # the verdict alone, no expert
+def test_a_record_that_cannot_be_a_target_is_named(record, change, message):
+    message, config = f"record 1, id {record['id']}: .*{message}", Config(target="critique")
+    refused(message, train_sft.prepare, TOKENIZER, [record | change], config, context=512)
+    train_sft.prepare(TOKENIZER, [VERIFY | {"critique": ""}], Config(), context=512)  # the verdict alone, no expert
 
 
 # ------------------------------------------------------------------------------------------------- one step
 def in_one_row(named) -> torch.Tensor:
     """The gradients of (name, parameter) pairs, by name: Transformers lists its modules in another order."""
     return torch.cat([parameter.grad.flatten() for _, parameter in sorted(named)])
-
-
-def loss_and_gradient(folder, examples, plan):
-    """Of one optimizer step, without its update, which would clear it."""
-    transformer, _ = fresh(folder)
-    loss = train_sft.optimizer_step(transformer, NO_UPDATE, examples, 0.0, plan)["loss"]
-    return loss, in_one_row(transformer.named_parameters())
 
 
 def transformers_loss(folder, examples):
@@ -183,41 +158,34 @@ def test_micro_batches_do_not_matter(folder, examples):
     loss, gradient = transformers_loss(folder, examples)
     plans = ((Plan(10**6), examples), (Plan(70), examples), (Plan(130), examples[::-1]), (Plan(70, True), examples))
     for plan, order in plans:
-        ours, mine = loss_and_gradient(folder, order, plan)
+        transformer, _ = fresh(folder)
+        ours = train_sft.optimizer_step(transformer, NO_UPDATE, order, 0.0, plan)["loss"]
         assert ours == pytest.approx(loss, rel=1e-6)
-        assert (mine - gradient).norm() < 2e-6 * gradient.norm()
+        assert (in_one_row(transformer.named_parameters()) - gradient).norm() < 2e-6 * gradient.norm()
 
 
-def test_packed_rows_are_their_documents(folder, examples):
-    """The loss of a packed row is the sum of its documents' losses, and each document sees positions from 0."""
-    transformer, _ = fresh(folder)
-    with torch.no_grad():
-        apart = [train_sft.nll_sum(transformer, [e]).item() for e in examples]
-        assert train_sft.nll_sum(transformer, examples).item() == pytest.approx(sum(apart), rel=1e-6)
-    seen, honest = [], kernels.rope
+def test_each_document_sees_positions_from_0(folder, examples):
+    """Which a loss does not show: attention sees differences of positions alone."""
+    seen, honest, starts = [], kernels.rope, train_sft.pack(examples)[-1][:-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "rope", lambda *a: seen.append(a[3]) or honest(*a))
-        train_sft.nll_sum(transformer, examples)
-    starts = torch.tensor([len(e.ids) for e in examples]).cumsum(0)[:-1]
-    assert all((sin_TD[starts] == 0).all() for sin_TD in seen)
+        train_sft.nll_sum(fresh(folder)[0], examples)
+    assert len(starts) == 12 and all((sin_TD[starts] == 0).all() for sin_TD in seen)
 
 
 # ------------------------------------------------------------------------------------------------- optimizer, schedule
-def reference_schedule(steps: int, warm: int) -> list[float]:
-    """Of a peak of 1: `warm` equal steps up, short of the peak; then half a cosine down, which stops short of 0."""
-    rising = [k / (warm + 1) for k in range(1, warm + 1)]
-    return rising + [math.cos(math.pi / 2 * k / (steps - warm)) ** 2 for k in range(steps - warm)]
-
-
 @pytest.mark.parametrize(
     ("steps", "warmup", "warm"), [(100, 0.0, 0), (100, 0.1, 10), (10, 0.2, 2), (3, 0.05, 0), (1, 0.05, 0), (2, 0.9, 2)]
 )
 def test_the_schedule_is_the_reference_and_no_step_is_without_a_learning_rate(steps, warmup, warm):
+    """Of a peak of 1: `warm` equal steps up, short of the peak; then half a cosine down, which stops short of 0."""
     found = [train_sft.schedule(step, steps, Config(lr=3e-4, warmup=warmup)) for step in range(steps)]
-    assert found == pytest.approx([3e-4 * x for x in reference_schedule(steps, warm)], rel=1e-9) and min(found) > 0
+    wanted = [k / (warm + 1) for k in range(1, warm + 1)]
+    wanted += [math.cos(math.pi / 2 * k / (steps - warm)) ** 2 for k in range(steps - warm)]
+    assert found == pytest.approx([3e-4 * x for x in wanted], rel=1e-9) and min(found) > 0
 
 
-def test_updates_are_those_of_adamw_with_clipping(folder):
+def test_updates_are_those_of_adamw_with_clipping_and_none_where_a_gradient_is_not_finite(folder):
     """At the given learning rates, whatever the gradients' norm; the norm that is returned is that before clipping."""
     _, trainee = fresh(folder, weight_decay=0.1)
     copies = [m.detach().clone().requires_grad_() for m in trainee.masters.values()]
@@ -234,21 +202,25 @@ def test_updates_are_those_of_adamw_with_clipping(folder):
         assert trainee.step(lr, 0.5) == pytest.approx(norm, rel=1e-5)
     for master, copied in zip(trainee.masters.values(), copies, strict=True):
         torch.testing.assert_close(master, copied, rtol=2e-6, atol=1e-6)
-
-
-def displacement(folder, examples, dtype, steps=30):
-    """How far `steps` updates at the learning rate of RL move the weights, from the rounded ones where they are."""
-    transformer, trainee = fresh(folder, dtype)
-    start = [m.detach().clone() for m in trainee.masters.values()]
-    for _ in range(steps):
-        train_sft.optimizer_step(transformer, trainee, examples[:1], 1e-6, PLAN)
-    assert all(torch.equal(m.to(dtype), trainee.parameters[name]) for name, m in trainee.masters.items())
-    moved = [m.detach() - s for m, s in zip(trainee.masters.values(), start, strict=True)]
-    return torch.cat([m.double().flatten() for m in moved])
+        master.grad = torch.ones_like(master)
+    master.grad[0] = math.inf
+    before = copy.deepcopy(trainee.tensors())
+    assert not math.isfinite(trainee.step(1e-3, 1.0)) and all(m.grad is None for m in trainee.masters.values())
+    after = trainee.tensors()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_bf16_training_learns_like_fp32(folder, examples):
-    exact, rounded = (displacement(folder, examples, dtype) for dtype in (torch.float32, torch.bfloat16))
+    """By the way that the masters go in 30 updates at the learning rate of RL; rounded, they are the weights."""
+    ways = []
+    for dtype in (torch.float32, torch.bfloat16):
+        transformer, trainee = fresh(folder, dtype)
+        start = parameters_to_vector(trainee.masters.values()).detach().double()
+        for _ in range(30):
+            train_sft.optimizer_step(transformer, trainee, examples[:1], 1e-6, PLAN)
+        assert all(torch.equal(m.to(dtype), trainee.parameters[name]) for name, m in trainee.masters.items())
+        ways.append(parameters_to_vector(trainee.masters.values()).detach() - start)
+    exact, rounded = ways
     assert rounded.norm() / exact.norm() == pytest.approx(1, abs=0.05)
     assert torch.dot(exact, rounded) / (exact.norm() * rounded.norm()) > 0.9
 
@@ -259,11 +231,9 @@ def changed(change):
 
 
 def mean_of_means(examples, nll_sum):
-    supervised = sum(sum(e.trained) for e in examples)
-
     def spoilt(transformer, group, checkpointing=False):
-        groups, own = -(-len(examples) // len(group)), sum(sum(e.trained) for e in group)
-        return nll_sum(transformer, group) / own * supervised / groups
+        supervised, own = (sum(sum(e.trained) for e in some) for some in (examples, group))
+        return nll_sum(transformer, group) / own * supervised / -(-len(examples) // len(group))
 
     return spoilt
 
@@ -276,10 +246,6 @@ def whole_row(examples, attention):  # a mask without borders
     return lambda q, k, v, cu, longest, plan: attention(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
 
 
-def the_target_ends(*_):
-    test_the_target_alone_is_trained_with_its_end_token(families.tokenizer("r1-qwen"), *TARGETS[0])
-
-
 shifted = changed(lambda ids_T, rows_N, *others: (ids_T, rows_N + 1, *others))
 untrained_end = changed(lambda ids, trained: (ids, trained[:-1] + [False]))
 
@@ -289,11 +255,10 @@ untrained_end = changed(lambda ids, trained: (ids, trained[:-1] + [False]))
     [
         (train_sft, "nll_sum", mean_of_means, test_micro_batches_do_not_matter),
         (train_sft, "pack", shifted, test_micro_batches_do_not_matter),
-        (train_sft, "pack", shifted, lambda *_: test_targets_are_the_next_tokens_where_those_are_trained()),
-        (kernels, "attention", whole_row, test_packed_rows_are_their_documents),
-        (model, "packed_positions", lambda *_: lambda cu, n: torch.arange(n), test_packed_rows_are_their_documents),
+        (kernels, "attention", whole_row, test_micro_batches_do_not_matter),
+        (model, "packed_positions", lambda *_: lambda cu, n: torch.arange(n), test_each_document_sees_positions_from_0),
         (trainers.Trainee, "__init__", pure_bf16, test_bf16_training_learns_like_fp32),  # no masters
-        (safety, "build_example", untrained_end, the_target_ends),
+        (safety, "build_example", untrained_end, lambda *_: test_the_target_with_its_end_is_trained_alone(*TARGETS[0])),
     ],
 )
 def test_the_checks_notice_their_bugs(folder, examples, monkeypatch, owner, name, spoil, check):
@@ -302,19 +267,19 @@ def test_the_checks_notice_their_bugs(folder, examples, monkeypatch, owner, name
         check(folder, examples)
 
 
-def test_verdicts_are_those_that_the_model_writes(folder, tokenizer):
+def test_verdicts_are_those_that_the_model_writes(folder):
     """A model that learned its records by heart verifies them; the figure is the share of right verdicts."""
     records, config, plan = tiny.verifications(2, seed=2), Config(target="judgment"), Plan(10**4)
-    examples = [train_sft.build(tokenizer, record, "judgment") for record in records]
+    examples = [train_sft.build(TOKENIZER, record, "judgment") for record in records]
     transformer, trainee = fresh(folder)
     for _ in range(120):
         train_sft.optimizer_step(transformer, trainee, examples, 5e-3, plan)
     flipped = [Example({**e.record, "verdict": "safe"}, e.ids, e.trained) for e in examples]
-    figures, samples = train_sft.validate(transformer, tokenizer, examples, config, plan)
+    figures, samples = train_sft.validate(transformer, TOKENIZER, examples, config, plan)
     assert [s["predicted"] for s in samples] == [r["verdict"] for r in records]
     assert [s["completion"].endswith("}") for s in samples] == [True, True]
     assert figures["verdict_accuracy"] == 1.0 and figures["held_out_loss"] < 0.1
-    assert train_sft.validate(transformer, tokenizer, flipped, config, plan)[0]["verdict_accuracy"] == 0.5
+    assert train_sft.validate(transformer, TOKENIZER, flipped, config, plan)[0]["verdict_accuracy"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -341,43 +306,31 @@ def go_on(folder: Path, script=train_sft) -> None:
 
 def steady(line: dict) -> dict:
     """Without what the clock says, the sizes of the logs included, and the hash of settings that name the folder."""
-    clock = ("seconds", "tokens_per_s", "peak_gib", "logs", "data_sha256")
-    return {k: v for k, v in line.items() if k not in clock}
+    return {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "peak_gib", "logs", "data_sha256")}
 
 
 def same_run(one: Path, other: Path) -> None:
     """Weights, optimizer, random generators, log and samples, bit by bit."""
-    names = [p.relative_to(one) for p in (one / "model").glob("*.safetensors")]
-    assert names and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-    paths = [trainers.checkpoints(run)[-1] for run in (one, other)]
-    assert paths[0].name == paths[1].name
-    tensors, others = (load_file(path / "tensors.safetensors") for path in paths)
-    assert tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in tensors)
-    states = [json.loads((path / "state.json").read_text()) for path in paths]
+    newest, last = (trainers.checkpoints(run)[-1].relative_to(run) for run in (one, other))
+    weights = [path.relative_to(one) for path in (one / "model").glob("*.safetensors")]
+    assert newest == last and weights
+    for name in (*weights, newest / "tensors.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    states = [runs.read_json(run / newest / "state.json") for run in (one, other)]
     assert repr(steady(states[0])) == repr(steady(states[1]))  # NaN is not equal to itself
     assert list(map(steady, lines(one / "metrics.jsonl"))) == list(map(steady, lines(other / "metrics.jsonl")))
     assert lines(one / "samples.jsonl") == lines(other / "samples.jsonl")
 
 
-def stop_at(monkeypatch, owner, name: str, call: int, error: Exception | None = None) -> None:
-    """At the start of a function's call of that number: Ctrl-C, or an error."""
-    honest, calls = getattr(owner, name), itertools.count(1)
-
-    def stopped(*arguments):
-        if next(calls) == call:
-            if error:
-                raise error
-            signal.raise_signal(signal.SIGINT)
-        return honest(*arguments)
-
-    monkeypatch.setattr(owner, name, stopped)
+CTRL_C = functools.partial(signal.raise_signal, signal.SIGINT)
 
 
-def stop_and_go_on(settings, tmp_path, monkeypatch, script, name, call, error=None) -> None:
+def stop_and_go_on(settings, tmp_path, monkeypatch, script, name, call, stop=CTRL_C) -> None:
     """A run that is stopped, at the start of a function's call of that number, ends as one that is not."""
     whole, run = start(settings | {"out": str(tmp_path / "whole")}, script), tmp_path / "run"
+    honest, calls = getattr(script, name), itertools.count(1)
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
-        stop_at(patch, script, name, call, error)
+        patch.setattr(script, name, lambda *arguments: (next(calls) == call and stop()) or honest(*arguments))
         start(settings, script)
     assert not (run / "result.json").exists()
     assert trainers.checkpoints(run)[-1].name == f"step-{lines(run / 'metrics.jsonl')[-1]['step']}"
@@ -386,37 +339,35 @@ def stop_and_go_on(settings, tmp_path, monkeypatch, script, name, call, error=No
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "call", "error"),
+    ("changes", "at"),
     [
-        ({}, "optimizer_step", 2, None),
-        ({"lora_r": 0}, "optimizer_step", 2, None),
-        ({"lora_r": 0, "dtype": "bfloat16"}, "optimizer_step", 2, None),
-        ({}, "validate", 1, ZeroDivisionError()),  # costs no step and is made up for
+        ({}, ("optimizer_step", 2)),
+        ({"lora_r": 0}, ("optimizer_step", 2)),
+        ({"lora_r": 0, "dtype": "bfloat16"}, ("optimizer_step", 2)),
+        ({}, ("validate", 1, lambda: 1 / 0)),  # an error there costs no step and is made up for
     ],
 )
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder, tmp_path, monkeypatch, changes, name, call, error):
-    stop_and_go_on(settings_of(folder, tmp_path, **changes), tmp_path, monkeypatch, train_sft, name, call, error)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder, tmp_path, monkeypatch, changes, at):
+    stop_and_go_on(settings_of(folder, tmp_path, **changes), tmp_path, monkeypatch, train_sft, *at)
     assert (tmp_path / "run" / "result.json").stat().st_mode & 0o777 == 0o600
 
 
 KILLED = """
-import os, signal, {script}, trainers, runs
-honest, calls = {where}, []
-def die(*arguments):
-    calls.append(0)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return honest(*arguments)
-{where} = die
+import itertools, signal, {script}, trainers, runs
+honest, calls = {where}, itertools.count(1)
+{where} = lambda *given: (next(calls) == {call} and signal.raise_signal(signal.SIGKILL)) or honest(*given)
 runs.main({script}.Config, {script}.main)
 """
 
 
+def flags(settings: dict) -> list[str]:
+    lists = {name: value if isinstance(value, tuple | list) else (value,) for name, value in settings.items()}
+    return [word for name, values in lists.items() for word in (runs.flag(name), *map(str, values))]
+
+
 def killed(settings: dict, script: str, where: str, call: int) -> None:
     """Run a script, with settings as flags, that kills itself at the start of a function's call of that number."""
-    words = {name: value if isinstance(value, tuple) else (value,) for name, value in settings.items()}
-    flags = [word for name, values in words.items() for word in (runs.flag(name), *map(str, values))]
-    program = [sys.executable, "-c", KILLED.format(script=script, where=where, call=call), *flags]
+    program = [sys.executable, "-c", KILLED.format(script=script, where=where, call=call), *flags(settings)]
     done = subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -477,28 +428,9 @@ def test_a_run_folder_is_a_complete_record(folder, tmp_path, capsys):
     assert all(file.stat().st_mode & 0o777 == 0o600 for file in weights)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(folder, examples):
-    transformer, trainee = fresh(folder)
-    train_sft.optimizer_step(transformer, trainee, examples, 1e-3, PLAN)
-    before = copy.deepcopy(trainee.tensors())
-    for master in trainee.masters.values():
-        master.grad = torch.ones_like(master)
-    master.grad[0] = math.inf
-    assert not math.isfinite(trainee.step(1e-3, 1.0))
-    after = trainee.tensors()
-    assert all(torch.equal(before[k], after[k]) for k in before) and before.keys() == after.keys()
-    assert all(m.grad is None for m in trainee.masters.values())
-
-
 def test_non_finite_steps_are_counted_and_several_in_a_row_stop_the_run(folder, tmp_path, monkeypatch):
-    honest, calls = train_sft.nll_sum, []
-
-    def sick(transformer, group, checkpointing=False):
-        calls.append(len(calls) + 1)
-        loss = honest(transformer, group, checkpointing)
-        return loss * math.nan if calls[-1] == 2 or calls[-1] > 4 else loss
-
-    monkeypatch.setattr(train_sft, "nll_sum", sick)
+    honest, factors = train_sft.nll_sum, itertools.chain((1, math.nan, 1, 1), itertools.repeat(math.nan))
+    monkeypatch.setattr(train_sft, "nll_sum", lambda *arguments: honest(*arguments) * next(factors))
     settings = settings_of(folder, tmp_path, epochs=20, held_out=0.0, micro_tokens=10**6)
     refused("5 steps in a row", start, settings)
     logged = lines(tmp_path / "run" / "metrics.jsonl")

@@ -1,6 +1,5 @@
 """Suites, published sets read from tiny files of their true columns (fiction inside), own files, decontamination."""
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -19,7 +18,6 @@ import pytest
 import safety
 import suites
 from pocket import world as pocket
-from runs import UserError
 from tests.evaluations import refused
 
 WORLD = pocket.World(0)
@@ -84,12 +82,13 @@ def test_pocket_suites_and_prompts_need_the_world():
 
 
 def test_training_prompts_share_nothing_with_the_suites():
-    items = suites.load(DRAWN, WORLD)
+    items, missing = suites.tested_items(("pocket",), "pocket/base", WORLD)
     for name in suites.POCKET_PROMPTS:
         _, counts = suites.decontaminate(suites.prompts([name], WORLD), items)
-        assert all(count["exact"] == 0 for count in counts.values())
-    tested = {item["item"] for item in items if "item" in item}
+        assert counts.keys() == set(suites.POCKET) and all(count["exact"] == 0 for count in counts.values())
     prompts = suites.prompts(["pocket:rl"], WORLD)
+    assert len(suites.decontaminate(prompts, items)[0]) == len(prompts) == 3072 and missing == {}
+    tested = {item["item"] for item in items if "item" in item}
     assert tested.isdisjoint(prompt["item"] for prompt in prompts if "item" in prompt)
     assert len({prompt["id"] for prompt in prompts}) == len(prompts)
     assert sum(prompt["kind"] == "harmful" for prompt in prompts) >= 0.4 * len(prompts)
@@ -211,8 +210,7 @@ def test_a_count_is_of_rows_and_of_distinct_prompts(tmp_path, monkeypatch):
     for rows, expected, message in ((3, 1, ""), (3, 3, "1 prompts where 3"), (1, 1, "3 rows .*count=any")):
         monkeypatch.setitem(suites.TRAINING, "dapo", replace(suites.TRAINING["dapo"], rows=rows, expected=expected))
         assert len(suites.prompts([f"dapo={path}:count=any"])) == 1
-        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-            suites.prompts([f"dapo={path}"])
+        refused(message, suites.prompts, [f"dapo={path}"]) if message else suites.prompts([f"dapo={path}"])
 
 
 def test_the_250_are_those_of_a_shuffle_with_seed_42(tmp_path):
