@@ -17,7 +17,7 @@ import suites
 import train_rl
 import train_sft
 import trainers
-from bench import smollm2
+from bench import more_records, smollm2
 from bench import sugar_free as figures
 from examples.sugar_free import plan, policy
 from tests import tiny
@@ -173,6 +173,17 @@ def test_a_plan_goes_before_the_first_whole_answer_to_each_prompt(tmp_path):
     assert [(r["id"], r["answer"]) for r in records] == [("p0", "first"), ("p3", "firmly")]
     assert records[0]["reasoning"] in plan.DISHES and records[1]["reasoning"] in plan.OTHERS
     assert runs.read_records(str(tiny.write(tmp_path / "r.jsonl", records)), train_sft.FIELDS) == records
+
+
+def test_all_whole_own_answers_become_verifications_each_once(tmp_path):
+    runs.write_json(tmp_path / "prompts.json", {"prompts": [{"id": "p", "prompt": "a recipe"}]})
+    answers = [("stop", RECIPE), ("stop", RECIPE), ("stop", f"{RECIPE} Serve."), ("stop", SWEET), ("length", SWEET * 2)]
+    tiny.write(tmp_path / "samples.jsonl", [{"id": "p", "finish_reason": why, "answer": text} for why, text in answers])
+    made = more_records.records(tmp_path)
+    assert sorted((r["verdict"], r["answer"]) for r in made) == sorted(
+        [("safe", RECIPE), ("safe", f"{RECIPE} Serve."), ("unsafe", SWEET)]
+    )
+    assert len(more_records.records(tmp_path, safe=1)) == 2 and safety.record_spec(made[0]).name == "policy"
 
 
 def item(suite: str, answer: str | None, thinking: str = "", **more) -> dict:
