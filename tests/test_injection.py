@@ -174,6 +174,7 @@ def test_the_program_attacks_each_judge_and_shows_what_moved_it(attack_judges, c
     firm, moved = result["wildguard"], result["qwen3guard"]
     assert code == firm["rate"] == firm["flipped"] == firm["unscored"] == 0 and firm["n"] == 4 * len(ATTACKS)
     assert firm["alone"] == {"safe": 3, "stories": 4} and set(firm["families"]) == set(injection.attacks("safe"))
+    assert [row["judge"] for row in result.values()] == [*result]
     assert moved["families"]["instructions"] == {"n": 16, "flipped": 4, "unscored": 0}
     shown = capsys.readouterr().out
     assert f"{4 / moved['n']:.1%} of the verdicts flipped" in shown
