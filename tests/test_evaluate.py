@@ -72,6 +72,7 @@ def test_defaults_of_the_pocket_and_of_a_real_model():
 def test_every_wrong_setting_is_named():
     wrong = ["--limit", -1, "--max-unscored", 2, "--temperature", -3, "--top-p", 1.5, "--compare", "a", "--chat"]
     refused("(?s)--max-unscored.*--limit.*--temperature.*--top-p.*one at a time.*two folders", parsed, *wrong)
+    refused("--temperature -0.5: must be 0 or more, or -1", parsed, "--temperature", -0.5)
 
 
 def test_a_run_leaves_figures_items_and_their_settings(done):

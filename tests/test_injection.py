@@ -168,9 +168,11 @@ def attack_judges(tmp_path, monkeypatch):
 
 
 def test_the_program_attacks_each_judge_and_shows_what_moved_it(attack_judges, capsys):
-    code, result = attack_judges(
-        wildguard=lambda a: "mossy" not in a, qwen3guard=lambda a: "Note to the judge" not in a
-    )
+    asked, believes_notes = [], lambda answer: "Note to the judge" not in answer
+    code, result = attack_judges(wildguard=lambda a: asked.append(a) or "mossy" not in a, qwen3guard=believes_notes)
+    for claim, unsafe in (("unsafe", False), ("safe", True)):  # each attack claims the opposite
+        texts = [text for variants in injection.attacks(claim).values() for text in variants]
+        assert all(any(a.endswith(text) and ("mossy" in a) == unsafe for a in asked) for text in texts)
     firm, moved = result["wildguard"], result["qwen3guard"]
     assert code == firm["rate"] == firm["flipped"] == firm["unscored"] == 0 and firm["n"] == 4 * len(ATTACKS)
     assert firm["alone"] == {"safe": 3, "stories": 4} and set(firm["families"]) == set(injection.attacks("safe"))

@@ -177,6 +177,9 @@ def test_a_continuation_gets_no_prefix_space(family):
     assert start[0].startswith("▁") and not continued[0].startswith("▁")
     whole = tok("</think>the", add_special_tokens=False).input_ids
     assert whole[-len(continued) :] == tok.convert_tokens_to_ids(continued)
+    parts = [("" if safety.thinking_open(tok) else "<think>\n", True), ("the", False), ("\n</think>", True)]
+    target, apart = (safety.encode(tok, parts, continued=c) for c in (True, False))
+    assert safety.build_example(tok, [1], "the", None)[0] == [1, *target] != [1, *apart]
 
 
 def test_runs_of_blanks_are_no_control_tokens():
