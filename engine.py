@@ -282,7 +282,7 @@ class Rollout:
         """Write the rows to the static buffers, without holes: this is also what compacts a shrinking batch."""
         lines = self.engine.prepare(len(self.rows), self.mode)
         host = np.zeros((lines, len(COLUMNS) + self.engine.pages_a_row), dtype=np.int64)
-        for line, row in zip(host, self.rows, strict=False):
+        for line, row in zip(host[: len(self.rows)], self.rows, strict=True):
             group, count = row.group, len(row.ids)
             last = row.ids[-1] if row.ids else group.prompt[-1]
             line[: len(COLUMNS)] = last, group.cached + count, group.keys[row.k], count, group.limit, True

@@ -181,13 +181,9 @@ def check_judges(config: Config, items: list[dict], rewarded: list[str]) -> list
         maths.grade([("\\boxed{0}", "1")])  # raises where math-verify is missing
     last = [name for name in names if requests and biased(name, rewarded)]
     if last == names:
-        why = f"it was the reward of this model's training; add another, --judge OTHER,{config.judge}"
-        own = (
-            ""
-            if not config.judge.endswith(".py")
-            else " (or EXACT = True in the file, if it verifies and has no opinion)"
-        )
-        raise UserError(f"--judge {config.judge}: {why}{own}")
+        own = ", or EXACT = True to a file that verifies and has no opinion" if config.judge.endswith(".py") else ""
+        add = f"add another, --judge OTHER,{config.judge}{own}"
+        raise UserError(f"--judge {config.judge}: it was the reward of this model's training; {add}")
     if benign := ", ".join({item["suite"]: 0 for item in requests if item["kind"] == "benign"}):
         for name in [name for name in names if not judges.reports_refusals(name)]:
             print(f"{name} does not report refusals, so it gives no figure of {benign}")

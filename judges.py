@@ -152,7 +152,7 @@ def load(
     """
     kind, _, path = name.partition("=")
     if name.endswith(".py"):
-        return Judge(name, is_exact(name), answers_only(own_stream(name, "judge", own_label, world)[0]))
+        return Judge(name, is_exact(name), answers_only(own_stream(name, "judge", own_label)))
     if name == "pocket":
         return Judge(name, True, partial(oracles, known_world(world)))
     if name == "maths":
@@ -338,24 +338,28 @@ def call_own(path: str, function: Callable, item: dict, *arguments, read: Callab
         raise UserError(f"{where}, gave {result!r}: {error}") from None
 
 
-def own_stream(path: str, name: str, read: Callable, world=None, kind="harmful") -> tuple[Callable, object]:
-    """(items -> (i, what the function `name` of a user's file says of items[i]), what it says of a short answer to a
-    request of this kind): tried on that first, so that a mistake shows before anything is sampled."""
+# What an own function is tried on, so that a mistake shows before anything is sampled
+EXAMPLE = {"id": "example", "suite": "own", "metric": "asr", "kind": "harmful", "cluster": "example", "spec": "star"}
+EXAMPLE |= {"prompt": "Say hello.", "completion": "Hello.", "thinking": "", "answer": "Hello.", "tokens": 1}
+EXAMPLE |= {"finish_reason": "stop", "item": pocket.World().items[0].name}
+
+
+def own_stream(path: str, name: str, read: Callable) -> Callable:
+    """items -> (i, what the function `name` of a user's file says of items[i]); tried on EXAMPLE at once."""
     function = runs.load_function(path, name)
-    example = {"id": "example", "suite": "own", "metric": "asr", "kind": kind, "cluster": "example", "spec": "star"}
-    example |= {"prompt": "Say hello.", "thinking": "", "tokens": 1, "finish_reason": "stop"}
-    example |= {"completion": "Hello.", "answer": "Hello.", "item": (world or pocket.World(0)).items[0].name}
 
     def stream(items):
         return ((i, call_own(path, function, item, dict(item), read=read)) for i, item in enumerate(items))
 
-    return stream, next(stream([example]))[1]
+    list(stream([EXAMPLE]))
+    return stream
 
 
 def reports_refusals(name: str) -> bool:
-    """Whether the judge of this name tells refusals, without which no safe answer to a benign request can be scored."""
+    """Whether a judge tells refusals, which the score of a benign request needs; of a file as far as EXAMPLE shows."""
     if name.endswith(".py"):
-        return own_stream(name, "judge", own_label, kind="benign")[1].get("complied", False) is not None
+        ((_, label),) = own_stream(name, "judge", own_label)([EXAMPLE | {"kind": "benign"}])
+        return label.get("complied", False) is not None
     return GUARDS[kind].refusals if (kind := name.partition("=")[0]) in GUARDS else True
 
 
@@ -588,7 +592,7 @@ def load_expert(name: str, *, world=None, seed=0) -> Callable:
     (name or path); the pocket's expert also needs the item.
     """
     if name.endswith(".py"):
-        return own_stream(name, "critique", own_critique, world)[0]
+        return own_stream(name, "critique", own_critique)
     if name == "pocket":
         return partial(pocket_critiques, known_world(world))
     if name.startswith("endpoint="):

@@ -49,7 +49,7 @@ BASELINES = {"star1": "star.jsonl", "star1-draft": "star-draft.jsonl", "safechai
 @dataclass
 class Config:
     model: str = option(
-        f"{runs.POCKET}/base", "model that answers, folder or hub id; with --endpoint its name on the server"
+        f"{runs.POCKET}/base", "model that answers, folder or hub id; with --endpoint the server's name"
     )
     adapter: str = option("", "PEFT adapter folder")
     endpoint: str = option("", "URL of an OpenAI-compatible server to sample from, in place of the engine")

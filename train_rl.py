@@ -229,6 +229,7 @@ def prepare(loaded: list[dict], weights: dict, tested: list[dict], tokenizer, co
     context: tokens of the model, in which --max-tokens must fit, too. Raises UserError where a pool has no prompt left.
     """
     clean, hits = suites.decontaminate(loaded, tested)
+    hits = {suite: counts for suite, counts in hits.items() if any(counts.values())}
     for prompt in tqdm(clean, desc="tokenizing", leave=False):
         prompt["ids"] = engine.prompt_ids(tokenizer, prompt)
     prompts = [p for p in clean if len(p["ids"]) <= min(config.max_prompt, context - config.max_tokens)]
@@ -237,7 +238,6 @@ def prepare(loaded: list[dict], weights: dict, tested: list[dict], tokenizer, co
         limits = f"--max-prompt {config.max_prompt}; context of {context} tokens less --max-tokens {config.max_tokens}"
         why = f"of all {len(loaded)} prompts {held} are held by a suite ({hits}), {long} are too long ({limits})"
         raise UserError(f"--prompts {empty}: none is left; {why}")
-    hits = {suite: counts for suite, counts in hits.items() if any(counts.values())}
     return prompts, {"held_by_a_suite": held, "decontamination": hits, "too_long": long}
 
 

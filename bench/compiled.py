@@ -148,7 +148,7 @@ def _draw(mode, rows=256, vocab=151_936):
 def compile_launch(launch, arch):
     """The compiled kernel of one launch, specialised as Triton's own launcher would."""
     signature, constants, attributes = {}, {}, {}
-    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
+    values = dict(zip(launch.kernel.arg_names[: len(launch.args)], launch.args, strict=True)) | launch.meta
     for i, parameter in enumerate(launch.kernel.params):
         value = values[parameter.name]
         signature[parameter.name] = kind = "constexpr" if parameter.is_constexpr else _type(value)

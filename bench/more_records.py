@@ -15,21 +15,19 @@ import runs
 import safety
 from examples.sugar_free import policy
 
-SPEC = "examples/sugar_free/policy.txt"
+POLICY, SPEC = "examples/sugar_free/policy.py", "examples/sugar_free/policy.txt"
 SAFE = 280
 
 
 def records(folder: Path, safe: int = SAFE) -> list[dict]:
     """One record of kind verify for each distinct whole answer that is unsafe, and for `safe` others, shuffled."""
-    prompts = {prompt["id"]: prompt["prompt"] for prompt in runs.read_json(folder / "prompts.json")["prompts"]}
-    sha256, made = safety.load_spec(SPEC).sha256, {}
-    for _, sample in runs.read_rows(folder / "samples.jsonl"):
-        if safety.answered(sample):
-            prompt, answer = prompts[sample["id"]], sample["answer"]
-            critique, verdict = policy.critique({"prompt": prompt, "answer": answer})
-            record = {"kind": "verify", "id": make_data.digest("verify", prompt, answer), "prompt": prompt}
-            record |= {"answer": answer, "spec": SPEC, "critique": critique, "verdict": verdict}
-            made[record["id"]] = {**record, "source": "all own samples", "meta": {"spec_sha256": sha256}}
+    prompts = {prompt["id"]: prompt for prompt in runs.read_json(folder / "prompts.json")["prompts"]}
+    jobs = [{**prompts[sample["id"]], **sample} for _, sample in runs.read_rows(folder / "samples.jsonl")]
+    for job in (jobs := [job for job in jobs if safety.answered(job)]):
+        critique, verdict = policy.critique(job)
+        job |= {"spec": SPEC, "critique": critique, "verdict": verdict, "safe": verdict == "safe"}
+    config = make_data.Config(guard=POLICY, expert=POLICY)
+    made = {record["id"]: record for record in make_data.verification_records(jobs, config, safety.load_spec(SPEC))[0]}
     rng, kinds = random.Random("more-0"), {"safe": [], "unsafe": []}
     for record in made.values():
         kinds[record["verdict"]].append(record)
