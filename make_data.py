@@ -48,9 +48,7 @@ BASELINES = {"star1": "star.jsonl", "star1-draft": "star-draft.jsonl", "safechai
 
 @dataclass
 class Config:
-    model: str = option(
-        f"{runs.POCKET}/base", "model that answers, folder or hub id; with --endpoint the server's name"
-    )
+    model: str = option(f"{runs.POCKET}/base", "model that answers, folder or hub id; with --endpoint its name there")
     adapter: str = option("", "PEFT adapter folder")
     endpoint: str = option("", "URL of an OpenAI-compatible server to sample from, in place of the engine")
     prompts: tuple = option(("safechain:vanilla",), "training sets, NAME or NAME=PATH (suites.py)", pocket=("pocket",))

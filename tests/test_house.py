@@ -20,7 +20,7 @@ PRODUCT = [*ROOT.glob("*.py"), *(p for name in ("kernels", "pocket", "examples")
 
 def test_the_house_is_small():
     assert len(list(ROOT.glob("*.py"))) <= 14
-    assert sum(map(tables.lines, PRODUCT)) <= 9_240  # lowered with every cut, never raised
+    assert sum(map(tables.lines, PRODUCT)) <= 9_238  # lowered with every cut, never raised
     assert tables.lines(ROOT / "tests") <= 9_960
     flags = sum(len(dataclasses.fields(importlib.import_module(name).Config)) for name in SCRIPTS)
     assert flags <= 95
